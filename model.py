@@ -1,0 +1,598 @@
+"""MiniCPM (arXiv 2404.06395): the architecture, and muP where it acts.
+
+A pre-norm transformer (RMSNorm, RoPE, grouped-query attention, SwiGLU) with three scalings that make its hyper-parameters
+hold at every width and depth: scale_emb on the embedding, scale_depth / sqrt(n_layer) on each residual branch, and the
+logits divided by width_mult = n_embd / dim_model_base. How each kind of parameter is drawn and how fast it learns is the
+table in `mup_table`.
+
+Numerics, one rule for one process and for many: parameters are float32 masters; matrices and their inputs are cast to
+the compute dtype where they meet; the residual stream, norms, RoPE, softmax, logits and loss are float32.
+
+Letters in shape comments: B samples, T tokens, S keys (cached ones included), C n_embd, H n_head, K n_kv_head, G = H / K,
+D head_dim, F n_ff, V vocab_size, N = B * T.
+"""
+import functools
+import hashlib
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+
+import checkpoint
+from configurator import BadInput
+
+EXPLICIT_ATTENTION_UP_TO = 1024   # keys; on CPU a written-out softmax beats the fused kernel's slow backward up to about here
+LOGITS_AT_ONCE = 2 ** 25          # logits held at a time (128 MiB in float32): a larger vocabulary goes through in chunks
+
+
+@dataclass(frozen=True)
+class MiniCPMConfig:
+    """The architecture. The defaults are MiniCPM-2.4B."""
+    vocab_size: int = 122753            # rows of the embedding; train.py takes the tokenizer's unless this is given
+    n_layer: int = 40
+    n_head: int = 36                    # query heads
+    n_kv_head: int | None = None        # key/value heads, a divisor of n_head; unset: n_head
+    n_embd: int = 2304                  # width of the residual stream
+    head_dim: int | None = None         # even; unset: n_embd / n_head (64 in every model of the paper)
+    n_ff: int = 5760                    # width inside the SwiGLU (2.5 n_embd in every model of the paper)
+    tie_word_embeddings: bool = True    # the head is the embedding
+    rms_norm_eps: float = 1e-5
+    max_position: int = 4096            # RoPE's reference length in tokens; not a limit, and not block_size
+    rope_theta: float = 10000.0         # RoPE's base
+    rope_scaling: Literal['none', 'linear', 'dynamic', 'longrope'] = 'none'  # dynamic: 128K model; longrope: MiniCPM4
+    rope_factor: float = 1.0            # linear: positions are divided by it; dynamic: NTK-aware growth of the base
+    rope_short_factor: tuple[float, ...] = ()   # longrope: head_dim / 2 divisors of the frequencies, up to original_max_position
+    rope_long_factor: tuple[float, ...] = ()    # longrope: the same when max_position is beyond it
+    original_max_position: int | None = None    # longrope: length before the extension; unset: max_position
+    mup: bool = True                    # False: all scalings 1, one init, one learning rate (the control)
+    mup_lr: bool = True                 # False: one learning rate for all, the rest of muP stays (DPO, fine-tuning)
+    scale_emb: float = 12.0             # the embedding's output is multiplied by it
+    scale_depth: float = 1.4            # each residual branch is multiplied by scale_depth / sqrt(n_layer)
+    dim_model_base: int = 256           # width at which the learning rate was tuned
+    init_std: float | None = None       # std of a matrix at width dim_model_base; unset: 0.1 (paper), 0.02 without muP
+    embd_init_std: float | None = None  # std of the embedding at every width; unset: init_std
+
+    def problems(self):
+        """What is impossible, one line each."""
+        out = [f"--{name}={getattr(self, name)}: must be above 0" for name in
+               ("vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd", "head_dim", "n_ff", "rms_norm_eps", "max_position",
+                "rope_theta", "rope_factor", "original_max_position", "scale_emb", "scale_depth", "dim_model_base",
+                "init_std", "embd_init_std") if (getattr(self, name) is not None and getattr(self, name) <= 0)]
+        if out:
+            return out
+        if self.n_head % self.kv_heads:
+            out.append(f"--n_kv_head={self.n_kv_head}: does not divide --n_head={self.n_head}")
+        if self.head_dim is None and self.n_embd % self.n_head:
+            out.append(f"--n_head={self.n_head}: does not divide --n_embd={self.n_embd}; give --head_dim or another width")
+        elif self.head_size % 2:
+            out.append(f"--head_dim={self.head_size}: RoPE rotates pairs, so it must be even")
+        if self.rope_scaling == "longrope":
+            for name in ("rope_short_factor", "rope_long_factor"):
+                if len(getattr(self, name)) != self.head_size // 2:
+                    out.append(f"--{name}: longrope takes head_dim / 2 = {self.head_size // 2} numbers, not {len(getattr(self, name))}")
+        elif self.rope_short_factor or self.rope_long_factor:
+            out.append("--rope_short_factor, --rope_long_factor: only with --rope_scaling=longrope")
+        if self.rope_factor != 1 and self.rope_scaling not in ("linear", "dynamic"):
+            out.append(f"--rope_factor={self.rope_factor}: only with --rope_scaling=linear or dynamic")
+        return out
+
+    @property
+    def kv_heads(self):
+        return self.n_kv_head or self.n_head
+
+    @property
+    def head_size(self):
+        return self.head_dim or self.n_embd // self.n_head
+
+    @property
+    def width_mult(self):               # 9 for the 2.4B: logits and matrix learning rates are divided by it
+        return self.n_embd / self.dim_model_base if self.mup else 1.0
+
+    @property
+    def embedding_scale(self):
+        return self.scale_emb if self.mup else 1.0
+
+    @property
+    def residual_scale(self):           # the root is over layers, not over the 2 n_layer branches (as in the released code)
+        return self.scale_depth / math.sqrt(self.n_layer) if self.mup else 1.0
+
+    @property
+    def n_params_non_embedding(self):   # the paper's N
+        attention = 2 * self.n_embd * self.head_size * (self.n_head + self.kv_heads)
+        return self.n_layer * (attention + 3 * self.n_embd * self.n_ff + 2 * self.n_embd) + self.n_embd
+
+    @property
+    def n_params(self):                 # with the embedding, and the head where it is untied
+        return self.n_params_non_embedding + self.vocab_size * self.n_embd * (1 if self.tie_word_embeddings else 2)
+
+    def flops_per_token(self, block_size):
+        """FLOPs of forward and backward per token: 6 per weight that multiplies, head included, plus attention's
+        12 n_layer n_head head_dim T (PaLM, appendix B: causal masking not discounted)."""
+        weights = self.n_params_non_embedding + self.vocab_size * self.n_embd
+        return 6 * weights + 12 * self.n_layer * self.n_head * self.head_size * block_size
+
+
+# ---- muP: the paper's table 7, one row per role
+
+@dataclass(frozen=True)
+class Role:
+    """std: of the normal draw at init (0: ones). lr: factor on the learning rate. decay: whether weight decay applies."""
+    std: float
+    lr: float
+    decay: bool
+
+
+def mup_table(config):
+    """{role: Role}. Forward scales act where the tensors are used, in MiniCPM and Block.
+
+    | role      | forward                                | init std                    | LR factor      | decay |
+    |-----------|----------------------------------------|-----------------------------|----------------|-------|
+    | embedding | output x scale_emb                     | embd_init_std               | 1              | no    |
+    | head      | tied or not: logits / width_mult       | init_std (tied: embedding)  | 1              | no    |
+    | matrix    | branch x scale_depth / sqrt(n_layer)   | init_std / sqrt(width_mult) | 1 / width_mult | yes   |
+    | norm      | -                                      | ones                        | 1              | no    |
+
+    The paper leaves open whether the tied embedding is one of its "2-D tensors". Here it is not: both rules transfer
+    the learning rate, but only this one keeps activations equal across widths (tests/test_mup.py).
+    """
+    std = config.init_std or (0.1 if config.mup else 0.02)
+    matrix_lr = 1 / config.width_mult if config.mup_lr else 1.0
+    return {
+        "embedding": Role(config.embd_init_std or std, 1.0, False),
+        "head": Role(std, 1.0, False),
+        "matrix": Role(std / math.sqrt(config.width_mult), matrix_lr, True),
+        "norm": Role(0.0, 1.0, False),
+    }
+
+
+ROLE_OF = {"wte": "embedding", "lm_head": "head", "wqkv": "matrix", "wo": "matrix", "w_in": "matrix", "w_out": "matrix",
+           "attn_norm": "norm", "mlp_norm": "norm", "norm": "norm"}
+
+
+def role_of(name):
+    """Role of a parameter by the module that holds it; an unknown name raises KeyError."""
+    return ROLE_OF[name.split(".")[-2]]
+
+
+@torch.no_grad()
+def init_weights(model, seed):
+    """Draw every parameter from (seed, its own name): the same values however the model is built or sharded."""
+    table = mup_table(model.config)
+    for name, p in model.named_parameters():
+        role = table[role_of(name)]
+        if role.std == 0:
+            p.fill_(1)
+            continue
+        key = hashlib.sha256(f"{seed} {name}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(key[:8], "little"))
+        p.copy_(torch.randn(p.shape, generator=generator) * role.std)
+
+
+def optimizer_groups(model, weight_decay):
+    """AdamW parameter groups, one per role: each has params, names, role, lr_scale and weight_decay.
+
+    The loop sets group["lr"] = lr_at(step) * group["lr_scale"] at every step.
+    """
+    groups = {role: {"params": [], "names": [], "role": role, "lr_scale": row.lr, "weight_decay": weight_decay * row.decay}
+              for role, row in mup_table(model.config).items()}
+    for name, p in model.named_parameters():
+        groups[role_of(name)]["params"].append(p)
+        groups[role_of(name)]["names"].append(name)
+    groups = [group for group in groups.values() if group["params"]]
+    seen = [p for group in groups for p in group["params"]]
+    assert len(seen) == len(set(seen)) and set(seen) == set(model.parameters()), "optimizer groups must cover the model exactly"
+    return groups
+
+
+# ---- functions
+
+def rms_norm(x, weight, eps):
+    """x (..., C) of any dtype, weight (C,) -> (..., C) float32."""
+    x = x.float()
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight.float()
+
+
+def rope_tables(config, length, device):
+    """cos and signed sin, (length, D) float32 each, of the positions of a sequence of `length` tokens.
+
+    dynamic   NTK-aware: past max_position the base grows with the current length. The tables then depend on `length`
+              for every position, so a cache must keep keys unrotated. Runtimes that keep the grown base for later,
+              shorter inputs differ from this.
+    longrope  as MiniCPM4's released code: the long factors whenever max_position exceeds original_max_position, however
+              short the input; transformers' own LongRoPE chooses by the current length instead.
+    """
+    D, theta, scale = config.head_size, config.rope_theta, 1.0
+    if config.rope_scaling == "dynamic":
+        over = max(length, config.max_position) / config.max_position
+        theta *= (config.rope_factor * over - (config.rope_factor - 1)) ** (D / (D - 2))
+    frequencies = 1.0 / theta ** (torch.arange(0, D, 2, dtype=torch.float32, device=device) / D)   # (D/2,)
+    if config.rope_scaling == "linear":
+        frequencies = frequencies / config.rope_factor
+    if config.rope_scaling == "longrope":
+        original = config.original_max_position or config.max_position
+        extended = config.max_position > original
+        factors = config.rope_long_factor if extended else config.rope_short_factor
+        frequencies = frequencies / torch.tensor(factors, dtype=torch.float32, device=device)
+        scale = math.sqrt(1 + math.log(config.max_position / original) / math.log(original)) if extended else 1.0
+    positions = torch.arange(length, dtype=torch.float32, device=device)
+    angles = torch.outer(positions, frequencies)                           # (T, D/2)
+    cos, sin = angles.cos() * scale, angles.sin() * scale
+    return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
+
+
+def rotate(x, cos, sin):
+    """RoPE in the half-split layout. x (B, heads, T, D), cos and signed sin (T, D) float32 -> x's shape and dtype."""
+    wide = x.float()
+    return (wide * cos + wide.roll(x.shape[-1] // 2, -1) * sin).to(x.dtype)
+
+
+@functools.cache
+def compiled_flex():
+    return torch.compile(flex_attention)
+
+
+def attention_mask(doc_ids, T, S, device, flex):
+    """What the last T of S tokens may see: None (all that came before), or a mask.
+
+    doc_ids  None, or (B, S): a token sees its own document only
+    returns  None, a bool tensor (B or 1, 1, T, S), or with `flex` a BlockMask, which never holds T x S numbers
+    """
+    if doc_ids is None and T in (1, S):
+        return None
+    if flex and T == S:
+        def visible(b, h, q, k):
+            return (q >= k) & (doc_ids[b, q] == doc_ids[b, k])
+        return create_block_mask(visible, len(doc_ids), None, T, S, device=device)
+    causal = torch.ones(T, S, dtype=torch.bool, device=device).tril(S - T)
+    if doc_ids is None:
+        return causal[None, None]
+    return (causal & (doc_ids[:, -T:, None] == doc_ids[:, None, :]))[:, None]       # (B, 1, T, S)
+
+
+def attend(q, k, v, mask, flash):
+    """Softmax attention. q (B, H, T, D), k and v (B, K, S, D) -> (B, H, T, D). mask: see attention_mask."""
+    B, H, T, D = q.shape
+    K, S = k.shape[1:3]
+    if isinstance(mask, BlockMask):
+        return compiled_flex()(q, k, v, block_mask=mask, enable_gqa=H != K)
+    if flash and not (q.device.type == "cpu" and S <= EXPLICIT_ATTENTION_UP_TO):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and T > 1, enable_gqa=H != K)
+    q = q.reshape(B, K, H // K * T, D)                                     # the G queries of a key head side by side
+    scores = (q @ k.transpose(-1, -2)).float().view(B, K, H // K, T, S) * D ** -0.5
+    if mask is None and T > 1:
+        mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril()[None, None]
+    if mask is not None:
+        scores = scores.masked_fill(~mask[:, :, None], float("-inf"))      # mask (B or 1, 1, 1, T, S)
+    weights = scores.softmax(-1).to(v.dtype).view(B, K, H // K * T, S)
+    return (weights @ v).view(B, H, T, D)
+
+
+def plain_nll(hidden, weight, targets):
+    """hidden (N, C), weight (V, C), targets (N,) -> nll (N,) float32, 0 where the target is -100. Holds all logits."""
+    logits = F.linear(hidden, weight.to(hidden.dtype)).float()             # (N, V)
+    return F.cross_entropy(logits, targets, ignore_index=-100, reduction="none")
+
+
+class ChunkedNLL(torch.autograd.Function):
+    """plain_nll over slices of the vocabulary, with a running log-sum-exp; backward computes each slice again.
+
+    Going over the vocabulary rather than over tokens touches each row of the weight, and of its gradient, once.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets):
+        N = len(hidden)
+        top = hidden.new_full((N,), float("-inf"), dtype=torch.float32)    # largest logit so far
+        total = top.new_zeros(N)                                           # sum of exp(logit - top)
+        picked = top.new_zeros(N)                                          # logit of the target
+        for first, last in slices(N, len(weight)):
+            logits = F.linear(hidden, weight[first:last].to(hidden.dtype)).float()     # (N, slice)
+            inside = (targets >= first) & (targets < last)
+            picked += logits.gather(1, (targets - first).clamp(0, last - first - 1)[:, None])[:, 0] * inside
+            new_top = torch.maximum(top, logits.amax(1))
+            total = total * (top - new_top).exp() + logits.sub_(new_top[:, None]).exp_().sum(1)
+            top = new_top
+        lse = top + total.log()
+        ctx.save_for_backward(hidden, weight, targets, lse)
+        return torch.where(targets >= 0, lse - picked, 0)
+
+    @staticmethod
+    def backward(ctx, grad):
+        hidden, weight, targets, lse = ctx.saved_tensors
+        grad = torch.where(targets >= 0, grad, 0)
+        d_hidden = torch.zeros_like(hidden, dtype=torch.float32)
+        d_weight = torch.empty_like(weight)
+        for first, last in slices(len(hidden), len(weight)):
+            part = weight[first:last].to(hidden.dtype)
+            p = F.linear(hidden, part).float().sub_(lse[:, None]).exp_()   # softmax, (N, slice)
+            inside = (targets >= first) & (targets < last)
+            p.scatter_add_(1, (targets - first).clamp(0, last - first - 1)[:, None], -inside[:, None].float())
+            p = p.mul_(grad[:, None]).to(hidden.dtype)
+            d_hidden += p @ part
+            d_weight[first:last] = p.T @ hidden
+        return d_hidden.to(hidden.dtype), d_weight, None
+
+
+def slices(n_rows, vocab_size):
+    """[(first, last)] of the vocabulary, so that n_rows times a slice stays within LOGITS_AT_ONCE."""
+    width = max(1, LOGITS_AT_ONCE // n_rows)
+    return [(first, min(first + width, vocab_size)) for first in range(0, vocab_size, width)]
+
+
+def sample_next(logits, uniform, temperature, top_k=None, top_p=None):
+    """Draw one token a row. logits (B, V), uniform (B,) in [0, 1) -> (B,) ids. Temperature 0 takes the largest logit.
+
+    top_k keeps the k likeliest tokens; then top_p the fewest whose probability reaches top_p.
+    """
+    if temperature == 0:
+        return logits.argmax(-1)
+    logits, order = logits.topk(min(top_k or logits.shape[-1], logits.shape[-1]))      # largest first
+    p = (logits / temperature).softmax(-1)
+    if top_p is not None:
+        p = p.masked_fill(p.cumsum(-1) - p >= top_p, 0)                    # the first token always stays
+    cumulative = p.cumsum(-1)
+    choice = (cumulative <= uniform.to(p.device)[:, None] * cumulative[:, -1:]).sum(-1, keepdim=True)
+    last = (p > 0).sum(-1, keepdim=True) - 1                               # rounding must not pick what was cut off
+    return order.gather(-1, torch.minimum(choice, last))[:, 0]
+
+
+# ---- modules, in the order in which data flows
+
+@dataclass
+class Numerics:
+    """How to compute, not what: one object shared by all modules of a model, free to change at any time."""
+    dtype: torch.dtype = torch.float32  # of matrices and their inputs
+    flash: bool = True                  # fused attention kernels where they are the faster ones
+
+
+def pick_device(name):
+    """torch.device of --device; BadInput where it is not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise BadInput(f"--device={name}: this machine has {torch.cuda.device_count()} CUDA devices")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise BadInput("--device=mps: not available on this machine")
+    return device
+
+
+def pick_dtype(name, device):
+    """Compute dtype: what was asked for, or bfloat16 where the chip multiplies it, float16 where only that is fast."""
+    if name != "auto":
+        return getattr(torch, name)
+    if device.type == "cuda":
+        major = torch.cuda.get_device_capability(device)[0]
+        return torch.bfloat16 if major >= 8 else torch.float16 if major == 7 else torch.float32
+    if device.type == "cpu" and any(getattr(torch.cpu, f"_is_{unit}_supported", bool)() for unit in ("avx512_bf16", "amx_tile")):
+        return torch.bfloat16
+    return torch.float32
+
+
+class Linear(nn.Linear):
+    """No bias; the float32 master is cast to its input's dtype."""
+
+    def __init__(self, n_in, n_out):
+        super().__init__(n_in, n_out, bias=False)
+
+    def forward(self, x):
+        return F.linear(x, self.weight.to(x.dtype))
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, width, eps):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(width))
+        self.eps = eps
+
+    def forward(self, x):
+        return rms_norm(x, self.weight, self.eps)
+
+
+class KVCache:
+    """Keys and values of all layers, allocated once for `length` tokens, and filled from the left.
+
+    With dynamic RoPE the keys are kept unrotated, because their rotation depends on the current length.
+    """
+
+    def __init__(self, config, batch, length, dtype, device):
+        shape = (config.n_layer, batch, config.kv_heads, length, config.head_size)
+        self.k, self.v = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
+        self.doc_ids = None             # (B, filled) once given
+        self.filled = 0
+        self.keeps_unrotated = config.rope_scaling == "dynamic"
+        self.cos, self.sin = rope_tables(config, length, device)
+
+    def update(self, layer, k, v):
+        """Add k and v (B, K, T, D) of one layer behind what is filled; returns all so far, (B, K, S, D)."""
+        end = self.filled + k.shape[2]
+        self.k[layer, :, :, self.filled:end] = k
+        self.v[layer, :, :, self.filled:end] = v
+        return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
+
+
+class Attention(nn.Module):
+    def __init__(self, config, layer, numerics):
+        super().__init__()
+        self.layer, self.numerics = layer, numerics
+        self.H, self.K, self.D = config.n_head, config.kv_heads, config.head_size
+        self.wqkv = Linear(config.n_embd, (self.H + 2 * self.K) * self.D)
+        self.wo = Linear(self.H * self.D, config.n_embd)
+
+    def forward(self, x, cos, sin, mask, cache):
+        B, T, _ = x.shape
+        qkv = self.wqkv(x).view(B, T, self.H + 2 * self.K, self.D).transpose(1, 2)     # (B, H + 2K, T, D)
+        if cache is not None and cache.keeps_unrotated:                    # cos and sin (S, D)
+            q, k, v = qkv.split((self.H, self.K, self.K), dim=1)
+            k, v = cache.update(self.layer, k, v)
+            q, k = rotate(q, cos[-T:], sin[-T:]), rotate(k, cos, sin)
+        else:                                                              # cos and sin (T, D)
+            qk, v = qkv.split((self.H + self.K, self.K), dim=1)
+            q, k = rotate(qk, cos, sin).split((self.H, self.K), dim=1)
+            if cache is not None:
+                k, v = cache.update(self.layer, k, v)
+        y = attend(q, k, v, mask, self.numerics.flash)                     # (B, H, T, D)
+        return self.wo(y.transpose(1, 2).reshape(B, T, self.H * self.D))
+
+
+class SwiGLU(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.w_in = Linear(config.n_embd, 2 * config.n_ff)                 # gate and up
+        self.w_out = Linear(config.n_ff, config.n_embd)                    # down
+
+    def forward(self, x):
+        gate, up = self.w_in(x).chunk(2, dim=-1)                           # (B, T, F) each
+        return self.w_out(F.silu(gate) * up)
+
+
+class Block(nn.Module):
+    """One layer. The feed-forward is handed in, so that another kind (experts) can take its place."""
+
+    def __init__(self, config, layer, numerics, feed_forward):
+        super().__init__()
+        self.numerics, self.scale = numerics, config.residual_scale
+        self.attn_norm = RMSNorm(config.n_embd, config.rms_norm_eps)
+        self.attn = Attention(config, layer, numerics)
+        self.mlp_norm = RMSNorm(config.n_embd, config.rms_norm_eps)
+        self.mlp = feed_forward
+
+    def forward(self, x, cos, sin, mask=None, cache=None):
+        dtype = self.numerics.dtype                                        # x (B, T, C) float32 throughout
+        x = torch.add(x, self.attn(self.attn_norm(x).to(dtype), cos, sin, mask, cache), alpha=self.scale)
+        return torch.add(x, self.mlp(self.mlp_norm(x).to(dtype)), alpha=self.scale)
+
+
+class MiniCPM(nn.Module):
+    """model(idx) -> logits; model(idx, targets) -> (nll, aux). Parameters are uninitialised until init_weights or a load."""
+
+    def __init__(self, config):
+        super().__init__()
+        if config.problems():
+            raise BadInput(*config.problems())
+        self.config, self.numerics = config, Numerics()
+        self.wte = nn.Embedding.from_pretrained(torch.empty(config.vocab_size, config.n_embd), freeze=False)
+        self.blocks = nn.ModuleList(Block(config, i, self.numerics, SwiGLU(config)) for i in range(config.n_layer))
+        self.norm = RMSNorm(config.n_embd, config.rms_norm_eps)
+        if not config.tie_word_embeddings:
+            self.lm_head = Linear(config.n_embd, config.vocab_size)
+
+    @property
+    def head_weight(self):
+        """(V, C)"""
+        return self.wte.weight if self.config.tie_word_embeddings else self.lm_head.weight
+
+    def forward(self, idx, targets=None, doc_ids=None, cache=None):
+        """idx (B, T) int64 -> logits (B, T, V) float32, or with targets (B, T) -> (nll, aux).
+
+        nll      (B, T) float32 in nats, 0 where the target is -100; the logits are never all held
+        aux      further losses by name, through the graph; empty for a dense model
+        doc_ids  (B, T): a token attends within its document only
+        cache    KVCache: idx continues what it holds, and is added to it
+        """
+        hidden = self.hidden(idx, doc_ids, cache)
+        if targets is None:
+            return F.linear(hidden, self.head_weight.to(hidden.dtype)).float()
+        return self.nll(hidden.flatten(0, 1), self.head_weight, targets.flatten()).view_as(targets), {}
+
+    def hidden(self, idx, doc_ids=None, cache=None):
+        """idx (B, T) -> what the head multiplies, (B, T, C) in the compute dtype, already divided by width_mult."""
+        config, T = self.config, idx.shape[1]
+        S = T + (cache.filled if cache else 0)
+        if cache is not None and S > cache.k.shape[3]:
+            raise BadInput(f"the cache holds {cache.k.shape[3]} tokens, {S} are needed; make it longer")
+        if cache is None or cache.keeps_unrotated:
+            cos, sin = rope_tables(config, S, idx.device)                  # (S, D)
+        else:
+            cos, sin = cache.cos[S - T:S], cache.sin[S - T:S]              # (T, D)
+        if doc_ids is not None and cache is not None:
+            cache.doc_ids = doc_ids if cache.doc_ids is None else torch.cat((cache.doc_ids, doc_ids), dim=1)
+            doc_ids = cache.doc_ids                                        # (B, S)
+        flex = doc_ids is not None and self.numerics.flash and idx.device.type == "cuda"
+        mask = attention_mask(doc_ids, T, S, idx.device, flex)
+        x = self.wte(idx).float() * config.embedding_scale                 # (B, T, C)
+        for block in self.blocks:
+            x = block(x, cos, sin, mask, cache)
+        if cache is not None:
+            cache.filled = S
+        return (self.norm(x) / config.width_mult).to(self.numerics.dtype)
+
+    def nll(self, hidden, weight, targets):
+        """hidden (N, C), weight (V, C), targets (N,) -> (N,) float32."""
+        if len(hidden) * len(weight) <= LOGITS_AT_ONCE:
+            return plain_nll(hidden, weight, targets)
+        return ChunkedNLL.apply(hidden, weight, targets)
+
+    @torch.no_grad()
+    def generate(self, prompts, max_new_tokens, temperature=1.0, top_k=None, top_p=None, seed=0, stop_ids=(), use_cache=True):
+        """Continue prompts (a list of B non-empty lists of ids) and yield (B,) new ids a step, on the CPU.
+
+        A row draws from its own generator (seed + row) and sees nothing of the others: shorter prompts are padded on the
+        left as a document of their own. A row that has produced one of stop_ids yields it again until all rows have.
+        use_cache=False computes everything anew for every token: the slow reference.
+        """
+        device, B, longest = self.wte.weight.device, len(prompts), max(map(len, prompts))
+        idx = torch.tensor([[0] * (longest - len(p)) + list(p) for p in prompts], device=device)           # (B, T)
+        doc_ids = None
+        if min(map(len, prompts)) < longest:
+            doc_ids = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device)
+        cache = KVCache(self.config, B, longest + max_new_tokens, self.numerics.dtype, device) if use_cache else None
+        generators = [torch.Generator().manual_seed(seed + row) for row in range(B)]
+        stopped = torch.zeros(B, dtype=torch.bool)
+        last = torch.zeros(B, dtype=torch.int64)
+        stop_ids = torch.tensor(list(stop_ids), dtype=torch.int64)
+        for _ in range(max_new_tokens):
+            with torch.compiler.set_stance("force_eager"):                 # decoding has a new shape at every token
+                hidden = self.hidden(idx, doc_ids, cache)[:, -1]           # (B, C)
+            logits = F.linear(hidden, self.head_weight.to(hidden.dtype)).float()
+            uniform = torch.cat([torch.rand(1, generator=g) for g in generators])
+            last = torch.where(stopped, last, sample_next(logits, uniform, temperature, top_k, top_p).cpu())
+            stopped |= torch.isin(last, stop_ids)
+            yield last
+            if stopped.all():
+                return
+            token = last[:, None].to(device)
+            if doc_ids is not None:
+                doc_ids = torch.ones_like(token) if use_cache else torch.cat((doc_ids, torch.ones_like(token)), dim=1)
+            idx = token if use_cache else torch.cat((idx, token), dim=1)
+
+    @classmethod
+    def from_pretrained(cls, path, device="cpu", dtype=None):
+        """A model from a checkpoint or a run folder (its latest checkpoint), ready to run.
+
+        dtype: of the parameters and the compute; unset: as stored. Raises BadInput where the folder cannot be used.
+        """
+        folder = checkpoint.resolve(path)
+        config = model_config(checkpoint.read_meta(folder), folder)
+        with torch.device("meta"):
+            model = cls(config)
+        load_weights(model, checkpoint.read_tensors(folder, "model"), folder)
+        model.to(device=device, dtype=dtype)
+        model.numerics.dtype = model.wte.weight.dtype
+        return model
+
+
+def model_config(meta, where):
+    """MiniCPMConfig from a checkpoint's meta; BadInput where it is not one."""
+    try:
+        return MiniCPMConfig(**{name: tuple(value) if isinstance(value, list) else value for name, value in meta["model"].items()})
+    except (KeyError, TypeError, AttributeError) as error:
+        raise BadInput(f"{where}/meta.json: no usable model config ({error})") from None
+
+
+def load_weights(model, tensors, where):
+    """Put a dict of tensors into a model; every name and shape that does not fit is listed in one BadInput."""
+    expected = dict(model.named_parameters())
+    problems = [f"{where}: tensor {name} is missing" for name in expected.keys() - tensors.keys()]
+    problems += [f"{where}: tensor {name} belongs to no parameter" for name in tensors.keys() - expected.keys()]
+    problems += [f"{where}: tensor {name} is {tuple(tensors[name].shape)}, the config needs {tuple(expected[name].shape)}"
+                 for name in expected.keys() & tensors.keys() if tensors[name].shape != expected[name].shape]
+    if problems:
+        raise BadInput(*sorted(problems))
+    model.load_state_dict(tensors, assign=True)
+    for p in model.parameters():
+        p.requires_grad_(True)

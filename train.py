@@ -1,0 +1,754 @@
+"""Train a MiniCPM.
+
+    python train.py                                        the laptop run: config/laptop.py
+    python train.py config/NAME.py ... --key=value ...     later wins; --help lists every knob
+
+Repeating a command continues its run where it was. `train` is the one loop of the project: a generator that yields after
+every update, which main() merely drains.
+"""
+import dataclasses
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import namedtuple
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Literal
+
+# Must be set before CUDA starts: repeatable matrix products.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+import torch
+from tqdm import tqdm
+
+import checkpoint
+import tokenizer as tokenizers
+from configurator import ROOT, BadInput, build, configure, exits_cleanly, print_differences
+from dataset import held_out_loss, make_batches, open_corpus, parse_mixture
+from model import (MiniCPM, MiniCPMConfig, init_weights, load_weights, model_config, optimizer_groups, pick_device,
+                   pick_dtype)
+from wsd import lr_at
+
+WARMUP_SHARE, WARMUP_TIMED = 0.025, 100     # default warm-up: share of max_steps; updates of a run that is given minutes
+COMPILE_REPAYS = 300                        # updates that a run on a CPU must have ahead for compiling to pay
+OVERFLOWS_IN_A_ROW = 20                     # float16: the scaler skips single overflows; this many mean divergence
+MICRO_TOKENS_CPU = 8192                     # tokens per forward at most; larger is not faster on a CPU
+
+
+@dataclass
+class TrainConfig:
+    out_dir: str = "out/run"            # the run's folder: checkpoints, metrics.jsonl, loss.png; relative to where you are
+    init_from: str | None = None        # take the weights of this checkpoint or run, and start a run of its own (step 0)
+    branch_from: str | None = None      # go on from this stable checkpoint (weights, optimizer, step, data position) elsewhere
+    overwrite: bool = False             # start again where a run is already
+    data: str = "pytorch"               # corpus, or a mixture: 'pytorch:0.7,speeches:0.3'
+    decay_data: str | None = None       # mixture from the first decay step on; unset: data
+    data_dir: str = "data"              # where the corpora are; relative to the project
+    tokenizer: str = "bpe4096"          # bpe4096, bytes, gpt2, cl100k_base, or a folder
+    doc_mask: bool = False              # True: attention stays within a document
+    max_steps: int | None = None        # updates; wins over minutes
+    minutes: float | None = None        # length of the run by the clock, compiling and evaluation included
+    batch_size: int = 8                 # sequences per update
+    batch_schedule: str | None = None   # 'STEP:SEQUENCES,...': batch_size from a step on, as in '0:480,50000:960'
+    micro_batch_size: int = 0           # sequences per forward; 0: chosen
+    block_size: int = 256               # tokens of a sequence
+    learning_rate: float = 0.01         # peak, at width dim_model_base (paper section 3.3)
+    min_lr: float | None = None         # floor; unset: a tenth of learning_rate
+    schedule: Literal['wsd', 'cosine', 'cosine_loop', 'constant'] = 'wsd'
+    warmup_steps: int | None = None     # unset: 2.5 % of max_steps, or 100 in a run given minutes
+    decay: Literal['exponential', 'linear', 'cosine', '1-sqrt'] = 'exponential'  # form of the WSD decay
+    decay_share: float | None = None    # share of the run spent decaying, at its end; unset: 0.2 where decay_steps is too
+    decay_steps: int | None = None      # the same in updates; 0: no decay
+    half_life: float | None = None      # updates in which an exponential decay halves the rate; unset: ends at min_lr
+    rewarm_steps: int = 0               # a branch from a decayed checkpoint warms up again over this many updates
+    weight_decay: float = 0.1           # AdamW's, on matrices only
+    beta1: float = 0.9                  # AdamW
+    beta2: float = 0.95                 # AdamW
+    grad_clip: float = 1.0              # largest gradient norm; 0: no clipping
+    seed: int = 1337                    # of the initial weights and the order of the data
+    eval_interval: int = 500            # updates between evaluations; 0: only at the end
+    eval_tokens: int = 131072           # held-out tokens of an evaluation
+    log_interval: int = 10              # updates between lines of metrics.jsonl
+    save_interval: int = 500            # updates between checkpoints; 0: only where a stage ends
+    keep_last: int = 2                  # newest checkpoints kept; the end of the stable stage is always kept
+    keep_every: int = 0                 # and every checkpoint whose step this divides; 0: no others
+    sample_tokens: int = 200            # length of the sample printed at the end; 0: none
+    skip_samples: int = 0               # after a stop at a non-finite loss: samples to leave out at that place
+    device: str = "auto"                # auto, cpu, cuda, cuda:1, mps
+    dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto'   # compute; parameters are float32 throughout
+    compile: bool = True                # torch.compile; off by itself where it cannot work or repay, with a line
+    flash: bool = True                  # fused attention kernels; False: written-out softmax everywhere
+    fused: bool = True                  # fused AdamW
+    deterministic: bool | None = None   # bit-exact repeats; unset: on a CPU, where it costs nothing
+    quiet: bool = False                 # no progress bar and no lines
+
+    def problems(self):
+        out = [f"--{name}={getattr(self, name)}: must be above 0" for name in
+               ("max_steps", "minutes", "batch_size", "block_size", "learning_rate", "half_life", "eval_tokens", "log_interval",
+                "keep_last") if getattr(self, name) is not None and getattr(self, name) <= 0]
+        out += [f"--{name}={getattr(self, name)}: must not be negative" for name in
+                ("micro_batch_size", "min_lr", "warmup_steps", "decay_steps", "rewarm_steps", "weight_decay", "grad_clip",
+                 "eval_interval", "save_interval", "keep_every", "sample_tokens", "skip_samples")
+                if getattr(self, name) is not None and getattr(self, name) < 0]
+        out += [f"--{name}={getattr(self, name)}: must be at least 0 and below 1" for name in ("beta1", "beta2", "decay_share")
+                if getattr(self, name) is not None and not 0 <= getattr(self, name) < 1]
+        if self.decay_share is not None and self.decay_steps is not None:
+            out.append("--decay_share and --decay_steps: give one of them")
+        if self.init_from and self.branch_from:
+            out.append("--init_from and --branch_from: give one of them")
+        if not self.branch_from and self.max_steps is None and self.minutes is None:
+            out.append("--max_steps or --minutes: give one of them")
+        if self.branch_from and self.minutes is not None:
+            out.append("--minutes: a branch is measured in steps; give --decay_steps or --max_steps")
+        if self.rewarm_steps and not self.branch_from:
+            out.append("--rewarm_steps: only with --branch_from")
+        if self.max_steps is None and self.minutes is not None and self.schedule.startswith("cosine"):
+            out.append(f"--schedule={self.schedule}: needs its horizon from the start, so --max_steps; wsd needs none")
+        if self.schedule == "wsd" and self.decay == "exponential" and self.floor == 0 and self.half_life is None:
+            out.append("--min_lr=0: an exponential decay never gets there; give --half_life or another --decay")
+        if self.floor > self.learning_rate:
+            out.append(f"--min_lr={self.min_lr}: above --learning_rate={self.learning_rate}")
+        if self.max_steps and self.decay_steps and self.decay_steps > self.max_steps and not self.branch_from:
+            out.append(f"--decay_steps={self.decay_steps}: more than --max_steps={self.max_steps}")
+        if self.device not in ("auto", "cpu", "cuda", "mps") and not self.device.removeprefix("cuda:").isdigit():
+            out.append(f"--device={self.device}: is one of auto, cpu, cuda, cuda:N, mps")
+        for mixture in (self.data, self.decay_data):
+            try:
+                parse_mixture(mixture or "x")
+            except BadInput as error:
+                out.append(str(error))
+        try:
+            batch_size_at(self, 0)
+        except ValueError:
+            out.append(f"--batch_schedule={self.batch_schedule}: is STEP:SEQUENCES,... from step 0 on, as in 0:480,50000:960")
+        return out
+
+    @property
+    def floor(self):
+        return self.learning_rate / 10 if self.min_lr is None else self.min_lr
+
+    @property
+    def share(self):                    # of the run spent decaying, where decay_steps does not say it
+        return 0.2 if self.decay_share is None else self.decay_share
+
+
+@dataclass
+class RunState:
+    """Where a run is: all that changes, beside weights and optimizer. Kept in a checkpoint's meta.json."""
+    step: int = 0                       # updates done
+    samples_seen: int = 0               # sequences, so also the position in the data (but for skips)
+    tokens_seen: int = 0
+    seconds: float = 0.0                # of the run so far, all its processes together
+    max_steps: int | None = None        # None until a timed run settles it
+    decay_steps: int = 0                # last updates spent decaying, meaningful once max_steps is
+    warmup: int = 0
+    start: int = 0                      # step from which warmup counts
+    plan: list = field(default_factory=list)     # data plan: [[first sample, mixture], ...]
+    skips: list = field(default_factory=list)    # [[from this many samples seen, samples left out], ...]
+    compiled: bool | None = None
+    scaler: dict | None = None          # of float16
+    overflows: int = 0                  # of float16, in a row
+
+    @property
+    def decay_start(self):
+        return math.inf if self.max_steps is None else self.max_steps - self.decay_steps
+
+    @property
+    def position(self):                 # index of the next sample of the plan
+        return self.samples_seen + sum(n for first, n in self.skips if self.samples_seen >= first)
+
+
+class NonFinite(RuntimeError):
+    """The loss or the gradient is no number; the update was not made."""
+
+
+Update = namedtuple("Update", "step model optimizer metrics")
+
+
+def language_loss(model, batch):
+    """Sum of the next-token nll (nats) of a micro-batch, and the further losses that the model reports."""
+    nll, aux = model(batch["idx"], batch["targets"], doc_ids=batch.get("doc_ids"))
+    return nll.sum(), aux
+
+
+# ---- the loop
+
+def train(config, batches, loss, model, state=None, optimizer_tensors=None, validate=None, tokenizer=None, stop=lambda: False):
+    """Train `model` as config says and yield an Update after every step, gradients still in place.
+
+    batches    batches(plan, first, count) -> (dict of (count, ...) tensors, n): see dataset.make_batches
+    loss       loss(model, micro_batch) -> (sum, aux); the step minimises sum over the batch / n, plus aux
+    state      RunState; None: a new run. optimizer_tensors: of the checkpoint it comes from
+    validate   validate(model) -> dict for metrics.jsonl, or None
+    tokenizer  is saved in every checkpoint; None: no checkpoints and no files at all (labs)
+    stop       asked after every update: True saves and ends the generator
+    raises     NonFinite, BadInput, OSError
+    """
+    say = (lambda *words: None) if config.quiet else print
+    state = state or new_state(config)
+    device = pick_device(config.device)
+    dtype = pick_dtype(config.dtype, device)
+    deterministic = device.type == "cpu" if config.deterministic is None else config.deterministic
+    torch.use_deterministic_algorithms(deterministic)
+    model.numerics.dtype, model.numerics.flash = dtype, config.flash
+    model.to(device).train()
+    optimizer = torch.optim.AdamW(optimizer_groups(model, config.weight_decay), lr=config.learning_rate, fused=config.fused,
+                                  betas=(config.beta1, config.beta2))
+    if optimizer_tensors:
+        restore_optimizer(optimizer, optimizer_tensors, config.fused)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    if state.scaler:
+        scaler.load_state_dict(state.scaler)
+    micro = config.micro_batch_size or choose_micro_batch(config, model.config, batch_size_at(config, state.step), device)
+    if state.compiled is None:
+        why_not = why_not_compile(config, state, device)
+        state.compiled = why_not is None
+        if why_not:
+            say(f"compile: off, {why_not}")
+    if state.compiled:
+        compile_model(model)
+    for group in optimizer.param_groups:
+        say(f"{group['role']:>10}: {len(group['params']):4} tensors, {sum(p.numel() for p in group['params']):13,} parameters, "
+            f"learning rate x {group['lr_scale']:.4g}, weight decay {group['weight_decay']:g}")
+    say(f"{model.config.n_params_non_embedding:,} parameters without the embedding, {model.config.n_params:,} with it; "
+        f"{device}, {str(dtype)[6:]}, {'compiled' if state.compiled else 'eager'}, micro-batch {micro}")
+
+    out_dir = Path(config.out_dir) if tokenizer else None
+    log = open(out_dir / "metrics.jsonl", "a", encoding="utf-8") if out_dir else None
+    bar = tqdm(total=state.max_steps, initial=state.step, unit="step", disable=True if config.quiet else None)
+    began, steps_here, steady_since = time.monotonic() - state.seconds, 0, None
+    timed_tokens, timed_seconds, saved = 0, 0.0, state.step if optimizer_tensors else -1
+
+    def write(line):
+        if log:
+            log.write(json.dumps(line) + "\n")
+            log.flush()
+
+    def evaluate():
+        if validate:
+            model.eval()
+            values = validate(model)
+            model.train()
+            write({"step": state.step, **values})
+            tqdm.write(f"step {state.step}: " + ", ".join(f"{k} {v:.4f}" for k, v in values.items())) if not config.quiet else None
+
+    def save(keep=False):
+        nonlocal saved
+        if out_dir and saved != state.step:
+            state.seconds = time.monotonic() - began
+            state.scaler = scaler.state_dict() or None
+            meta = {"run": asdict(state), "train": asdict(config), "model": asdict(model.config), "keep": keep,
+                    "tokenizer_hash": tokenizer.hash, "provenance": checkpoint.provenance()}
+            tensors = {"model": model.state_dict(), "optimizer": optimizer_tensors_of(optimizer)}
+            checkpoint.save(out_dir, state.step, tensors, meta, tokenizer.save)
+            saved = state.step
+            checkpoint.prune(out_dir, config.keep_last, config.keep_every)
+            (out_dir / "nonfinite.json").unlink(missing_ok=True)
+
+    try:
+        while state.max_steps is None or state.step < state.max_steps:
+            # A timed run settles its horizon when the stable share of the time is spent.
+            if state.max_steps is None and steps_here > 1:
+                settle_by_clock(config, state, time.monotonic() - began, (time.monotonic() - steady_since) / (steps_here - 1))
+                bar.total = state.max_steps
+                if state.step == state.max_steps:
+                    break
+
+            # The end of the stable stage: from here decays and longer trunks branch.
+            if state.step == state.decay_start and state.decay_steps:
+                save(keep=True)
+                if config.decay_data and state.plan[-1][1] != config.decay_data:
+                    state.plan.append([state.position, config.decay_data])
+                say_line(say, f"step {state.step}: the decay begins, {state.decay_steps} steps to go"
+                              + (f", data from now on {config.decay_data}" if config.decay_data else ""))
+
+            # Learning rate.
+            lr = rate(config, state)
+            for group in optimizer.param_groups:
+                group["lr"] = lr * group["lr_scale"]
+
+            # Gradients, micro-batch by micro-batch, of the mean over the whole batch.
+            clock = time.monotonic()
+            batch, n = batches(state.plan, state.position, batch_size_at(config, state.step))
+            parts = [{name: t[i:i + micro].to(device, non_blocking=True) for name, t in batch.items()}
+                     for i in range(0, len(batch["idx"]), micro)]
+            total = torch.zeros((), device=device)
+            for part in parts:
+                summed, aux = loss(model, part)
+                scaler.scale(summed / n + sum(aux.values()) / len(parts)).backward()
+                total += summed.detach() / n
+
+            # Clip, and make the update only if all is finite.
+            scaler.unscale_(optimizer)
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
+            loss_value, norm_value = torch.stack((total, norm)).tolist()
+            finite = math.isfinite(loss_value) and math.isfinite(norm_value)
+            state.overflows = 0 if finite else state.overflows + 1
+            if not finite and (not scaler.is_enabled() or state.overflows >= OVERFLOWS_IN_A_ROW or not math.isfinite(loss_value)):
+                raise NonFinite(non_finite_message(out_dir, state, len(batch["idx"]), loss_value, norm_value))
+            scaler.step(optimizer)
+            scaler.update()
+
+            # Count and log.
+            state.step += 1
+            steps_here += 1
+            state.samples_seen += len(batch["idx"])
+            state.tokens_seen += batch["idx"].numel()
+            if steps_here == 1:                                          # the first step compiles: not part of any speed
+                steady_since = time.monotonic()
+            else:
+                timed_tokens += batch["idx"].numel()
+                timed_seconds += time.monotonic() - clock
+            metrics = {"step": state.step, "loss": loss_value, "lr": lr, "tokens": state.tokens_seen, "grad_norm": norm_value,
+                       "tok_per_s": round(timed_tokens / timed_seconds) if timed_seconds else None}
+            last = state.step == state.max_steps
+            if state.step % config.log_interval == 0 or last:
+                write(metrics)
+                left = "" if config.minutes is None or state.max_steps else \
+                    f" {max(0, config.minutes * 60 - (time.monotonic() - began)):.0f}s left"
+                bar.set_postfix_str(f"loss {loss_value:.3f} lr {lr:.2g} {metrics['tok_per_s'] or 0:,} tok/s{left}", refresh=False)
+                timed_tokens, timed_seconds = 0, 0.0
+            bar.update()
+            yield Update(state.step, model, optimizer, metrics)
+            optimizer.zero_grad()
+
+            # Evaluate and save; the end of the run is saved first, since it is the dearest.
+            if last:
+                break
+            if config.eval_interval and state.step % config.eval_interval == 0 and state.step != state.decay_start:
+                evaluate()
+            if config.save_interval and state.step % config.save_interval == 0:
+                save(keep=state.step == state.decay_start)
+            if stop():
+                save()
+                return
+        save(keep=state.decay_steps == 0)
+        evaluate()
+    finally:
+        bar.close()
+        if log:
+            log.close()
+
+
+def say_line(say, text):
+    """Print above the progress bar."""
+    if say is print:
+        tqdm.write(text)
+
+
+def batch_size_at(config, step):
+    """Sequences per update at a step: a pure function, so that a resume needs no memory of it."""
+    if config.batch_schedule is None:
+        return config.batch_size
+    pairs = [tuple(map(int, part.split(":"))) for part in config.batch_schedule.split(",")]
+    if pairs != sorted(pairs) or pairs[0][0] != 0 or any(size < 1 for _, size in pairs):
+        raise ValueError(config.batch_schedule)
+    return [size for first, size in pairs if first <= step][-1]
+
+
+def rate(config, state):
+    """Learning rate of the next update."""
+    return lr_at(state.step, peak=config.learning_rate, floor=config.floor, warmup=state.warmup, start=state.start,
+                 max_steps=math.inf if state.max_steps is None else state.max_steps, decay_steps=state.decay_steps,
+                 schedule=config.schedule, decay=config.decay, half_life=config.half_life)
+
+
+def new_state(config):
+    """RunState at step 0, with the horizon where it is known."""
+    state = RunState(plan=[[0, config.data]], warmup=config.warmup_steps if config.warmup_steps is not None else WARMUP_TIMED)
+    if config.max_steps is not None:
+        set_horizon(config, state, config.max_steps)
+        if config.warmup_steps is None:
+            state.warmup = int(WARMUP_SHARE * config.max_steps)
+    return state
+
+
+def set_horizon(config, state, max_steps):
+    """Fix where the run ends and where its decay begins."""
+    state.max_steps = max_steps
+    state.decay_steps = 0 if config.schedule != "wsd" else \
+        config.decay_steps if config.decay_steps is not None else round(config.share * max_steps)
+    state.decay_steps = min(state.decay_steps, max_steps - state.step)
+
+
+def settle_by_clock(config, state, seconds, seconds_per_step):
+    """Fix the horizon of a timed run once its stable share is spent: the decay gets the updates that the rest is worth."""
+    budget = config.minutes * 60
+    if config.schedule != "wsd" or config.decay_steps == 0 or config.share == 0:
+        if seconds >= budget:
+            state.max_steps = state.step
+    elif config.decay_steps is not None:
+        if seconds + config.decay_steps * seconds_per_step >= budget:
+            state.max_steps, state.decay_steps = state.step + config.decay_steps, config.decay_steps
+    elif seconds >= (1 - config.share) * budget:
+        state.decay_steps = max(1, round((budget - seconds) / seconds_per_step))
+        state.max_steps = state.step + state.decay_steps
+
+
+def non_finite_message(out_dir, state, batch_size, loss, norm):
+    """What happened and what to do; also left in the run folder, so that a restarting agent does not run into it again."""
+    text = (f"step {state.step + 1}: loss {loss}, gradient norm {norm}; the update was not made "
+            f"(samples {state.position} to {state.position + batch_size - 1} of the data plan)")
+    if out_dir:
+        good = checkpoint.checkpoints(out_dir)
+        text += f"; last good checkpoint: {good[-1] if good else 'none'}; lower --learning_rate in a new run, or repeat the " \
+                f"command with --skip_samples={batch_size} to go round the place"
+        checkpoint.write_json(out_dir / "nonfinite.json", {"samples_seen": state.samples_seen, "message": text})
+    return text
+
+
+# ---- devices
+
+def why_not_compile(config, state, device):
+    """None where torch.compile will do good, else the reason against it."""
+    if not config.compile:
+        return "as asked"
+    if device.type == "mps":
+        return "not used on mps"
+    if device.type == "cuda":
+        return None if torch.cuda.get_device_capability(device)[0] >= 7 else "this GPU is too old for Triton"
+    ahead = None if state.max_steps is None else state.max_steps - state.step
+    if ahead is not None and ahead < COMPILE_REPAYS:
+        return f"{ahead} steps are too few to repay it"
+    if ahead is None and config.minutes < 1:
+        return f"{config.minutes} minutes are too few to repay it"
+    if not any(map(shutil.which, [os.environ.get("CXX", "g++"), "g++", "clang++", "cl"])):
+        return "no C++ compiler here"
+    return None
+
+
+def compile_model(model):
+    """Compile each block, and the loss: layers share their code, so one compilation serves all of them."""
+    for block in model.blocks:
+        block.compile(dynamic=False)
+    model.nll = torch.compile(model.nll, dynamic=False)
+
+
+def choose_micro_batch(config, model, batch_size, device):
+    """Sequences per forward: the largest divisor of the batch that fits, after a check that the model itself does."""
+    state_bytes = 16 * model.n_params                                   # float32 parameter, gradient and two moments
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+    elif hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
+        free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    else:
+        free = math.inf                                                 # Windows: not asked
+    if state_bytes > free:
+        raise BadInput(f"{model.n_params:,} parameters need {state_bytes / 2**30:.0f} GiB with gradients and AdamW's state; "
+                       f"{device} has {free / 2**30:.0f} GiB")
+    # Activations kept for the backward pass: about 18 values of width C and 3 of width F a layer, 2 bytes most of them.
+    per_token = model.n_layer * (18 * model.n_embd + 3 * model.n_ff) * 2.5
+    tokens = MICRO_TOKENS_CPU if device.type == "cpu" else 0.6 * (free - state_bytes) / per_token
+    most = max(1, int(tokens / config.block_size))
+    return max(d for d in range(1, min(most, batch_size) + 1) if batch_size % d == 0)
+
+
+# ---- what a checkpoint holds
+
+def optimizer_tensors_of(optimizer):
+    """{"NAME/exp_avg": tensor, ...}: AdamW's state by parameter name, not by position."""
+    return {f"{name}/{key}": value for group in optimizer.param_groups for name, p in zip(group["names"], group["params"])
+            for key, value in optimizer.state[p].items()}
+
+
+def restore_optimizer(optimizer, tensors, fused):
+    """The reverse; BadInput where a name is missing."""
+    for group in optimizer.param_groups:
+        for name, p in zip(group["names"], group["params"]):
+            try:
+                state = {key: tensors[f"{name}/{key}"] for key in ("step", "exp_avg", "exp_avg_sq")}
+            except KeyError as error:
+                raise BadInput(f"the checkpoint's optimizer state lacks {error}; use --init_from to take the weights only") from None
+            optimizer.state[p] = {key: t.to(p.device if key != "step" or fused else "cpu") for key, t in state.items()}
+
+
+# ---- starting, resuming, branching
+
+Start = namedtuple("Start", "config model_config state folder kind asked")       # kind: scratch, resume, branch, init
+MAY_CHANGE = ("max_steps", "minutes", "eval_interval", "eval_tokens", "log_interval", "save_interval", "keep_last", "keep_every",
+              "sample_tokens", "skip_samples", "overwrite", "quiet")
+MAY_DIFFER = ("max_position", "tie_word_embeddings")                     # from the checkpoint's model, and all that starts with rope_
+
+
+def read_config(argv):
+    """(TrainConfig, MiniCPMConfig, given); config/laptop.py where neither a config nor a checkpoint to start from is named."""
+    if not any(word.endswith(".py") or word.startswith(("--init_from", "--branch_from")) for word in argv):
+        argv = ["config/laptop.py", *argv]
+    (config, model), given = configure(argv, TrainConfig, MiniCPMConfig, usage=__doc__)
+    return config, model, given
+
+
+def choose_start(config, model, given):
+    """Decide what this command does, from what is in out_dir and what it names. Returns a Start; BadInput where it cannot."""
+    done = [] if config.overwrite else checkpoint.checkpoints(config.out_dir)
+    if done:
+        return resume(config, model, done[-1])
+    if config.branch_from:
+        return branch(config, given, asked(config, model))
+    if config.init_from:
+        folder = checkpoint.resolve(config.init_from)
+        theirs = model_config(checkpoint.read_meta(folder), folder)
+        return Start(config, compare_model(theirs, given, folder), new_state(config), folder, "init", asked(config, model))
+    return Start(config, model, new_state(config), None, "scratch", asked(config, model))
+
+
+def asked(config, model):
+    """The knobs as the command set them, flat, as JSON gives them back."""
+    return json.loads(json.dumps({**asdict(config), **asdict(model)}))
+
+
+def resume(config, model, folder):
+    """Continue the run in out_dir: the command must be the one that began it, but for MAY_CHANGE."""
+    meta, now = checkpoint.read_meta(folder), asked(config, model)
+    before = checkpoint.read_json(Path(config.out_dir) / "config.json")["asked"]
+    changed = [name for name in now if now[name] != before.get(name)]
+    refused = [name for name in changed if name not in MAY_CHANGE]
+    if refused:
+        raise BadInput(*[f"--{name}={now[name]}: the run in {config.out_dir} was begun with {before.get(name)}; repeat its command, "
+                         f"or give --overwrite=True or another --out_dir" for name in refused])
+    state = RunState(**meta["run"])
+    saved = TrainConfig(**meta["train"])
+    config = dataclasses.replace(saved, **{name: getattr(config, name) for name in MAY_CHANGE if name in changed})
+    if "max_steps" in changed:
+        if state.max_steps is not None and state.decay_steps and state.step > state.decay_start:
+            raise BadInput(f"--max_steps={config.max_steps}: the run in {config.out_dir} is in its decay; "
+                           f"branch from its stable checkpoint instead (--branch_from={config.out_dir})")
+        if config.max_steps is not None and config.max_steps < state.step:
+            raise BadInput(f"--max_steps={config.max_steps}: the run in {config.out_dir} has {state.step} steps already")
+        if config.max_steps is not None:
+            set_horizon(config, state, config.max_steps)
+    marker = Path(config.out_dir) / "nonfinite.json"
+    if marker.exists():
+        note = checkpoint.read_json(marker)
+        if not config.skip_samples:
+            raise NonFinite(note["message"])
+        state.skips.append([note["samples_seen"], config.skip_samples])
+    return Start(config, model_config(meta, folder), state, folder, "resume", now)
+
+
+def branch(config, given, was_asked):
+    """Go on from a stable checkpoint in a folder of its own: the trunk's settings, but for what this command says."""
+    folder = checkpoint.resolve(config.branch_from)
+    in_decay = lambda meta: meta["run"]["step"] > RunState(**meta["run"]).decay_start       # noqa: E731
+    if folder != Path(config.branch_from) and not config.rewarm_steps:   # a run folder: its latest stable checkpoint
+        stable = [f for f in checkpoint.checkpoints(config.branch_from) if not in_decay(checkpoint.read_meta(f))]
+        folder = stable[-1] if stable else folder
+    meta = checkpoint.read_meta(folder)
+    state = RunState(**meta["run"])
+    if in_decay(meta) and not config.rewarm_steps:
+        raise BadInput(f"{folder}: is in its decay (stable until step {state.decay_start}); branch from a stable checkpoint, "
+                       f"or give --rewarm_steps")
+    if "out_dir" not in given or Path(config.out_dir).resolve() == folder.parent.resolve():
+        raise BadInput("--out_dir: a branch needs a folder of its own")
+    own = ("max_steps", "minutes", "decay_steps", "decay_share", "overwrite", "skip_samples", "init_from", "branch_from", "out_dir")
+    names = {f.name for f in dataclasses.fields(TrainConfig)}
+    values = {**meta["train"], **{name: getattr(config, name) for name in own},
+              **{name: value for name, value in given.items() if name in names}}
+    (config,) = build([TrainConfig], values)
+    end = config.max_steps
+    if config.decay_steps is None and end is None:
+        state.decay_steps = max(1, round(state.step * config.share / (1 - config.share)))
+    elif config.decay_steps is None:
+        state.decay_steps = min(end - state.step, round(config.share * end))
+    else:
+        state.decay_steps = config.decay_steps
+    state.max_steps = state.step + state.decay_steps if end is None else end
+    if config.schedule != "wsd":
+        state.decay_steps = 0
+    if state.max_steps <= state.step or state.decay_start < state.step:
+        raise BadInput(f"--max_steps={state.max_steps}, --decay_steps={state.decay_steps}: the checkpoint is at step {state.step} already")
+    if config.rewarm_steps:
+        state.start, state.warmup = state.step, config.rewarm_steps
+    if config.data != state.plan[-1][1]:
+        state.plan.append([state.position, config.data])
+    state.seconds, state.compiled = 0.0, None
+    model = compare_model(model_config(meta, folder), given, folder)
+    if model.tie_word_embeddings != meta["model"]["tie_word_embeddings"]:
+        raise BadInput("--tie_word_embeddings: untying changes the optimizer's state; use --init_from")
+    return Start(config, model, state, folder, "branch", was_asked)
+
+
+def compare_model(model, given, folder):
+    """The checkpoint's model config, with what may differ taken from the command; BadInput lists what may not."""
+    fields = {f.name for f in dataclasses.fields(MiniCPMConfig)} & given.keys()
+    changed = {name for name in fields if given[name] != getattr(model, name)}
+    refused = sorted(name for name in changed if name not in MAY_DIFFER and not name.startswith("rope_") and name != "mup_lr"
+                     and name != "original_max_position")
+    if not model.tie_word_embeddings and "tie_word_embeddings" in changed:
+        refused.append("tie_word_embeddings")
+    if refused:
+        raise BadInput(*[f"--{name}={given[name]}: {folder} has {getattr(model, name)}" for name in refused])
+    (model,) = build([MiniCPMConfig], {**asdict(model), **{name: given[name] for name in changed}})
+    return model
+
+
+def prepare_missing(config, tokenizer):
+    """Run data/NAME/prepare.py for each corpus that is not there yet and needs nothing but its name."""
+    for name in {**parse_mixture(config.data), **parse_mixture(config.decay_data or config.data)}:
+        script = ROOT / "data" / name / "prepare.py"
+        if not Path(ROOT, config.data_dir, name, tokenizer.name).exists() and name in ("pytorch", "plays", "speeches"):
+            command = [sys.executable, str(script), f"--tokenizer={config.tokenizer}", f"--data_dir={config.data_dir}"]
+            if subprocess.run(command).returncode:
+                raise BadInput(f"data={name}: could not be prepared (see above)")
+
+
+def open_data(config, tokenizer):
+    """(batches, validate) of a config; BadInput where a corpus is missing, too short, or of another tokenizer."""
+    shares = parse_mixture(config.data)
+    for name in {**shares, **parse_mixture(config.decay_data or config.data)}:
+        for split in ("train", "val"):
+            n_tokens = open_corpus(config.data_dir, name, tokenizer, split).n_tokens
+            if n_tokens <= config.block_size:
+                raise BadInput(f"--block_size={config.block_size}: the {split} split of {name} has only {n_tokens} tokens")
+    bos = tokenizer.bos if config.doc_mask else None
+    held_out = {name: open_corpus(config.data_dir, name, tokenizer, "val") for name in shares}
+    token_bytes = tokenizer.token_bytes()
+
+    def validate(model):
+        size = config.micro_batch_size or min(config.batch_size, max(1, MICRO_TOKENS_CPU // config.block_size))
+        nats, targets, n_bytes = map(sum, zip(*[
+            held_out_loss(model, held_out[name], token_bytes, config.block_size, int(config.eval_tokens * share), size,
+                          model.wte.weight.device, bos) for name, share in shares.items()]))
+        return {"val_loss": nats / targets, "val_bpb": nats / math.log(2) / n_bytes}
+
+    open_train = lambda name: open_corpus(config.data_dir, name, tokenizer, "train")        # noqa: E731
+    return make_batches(open_train, config.seed, config.block_size, bos), validate
+
+
+def build_model(start, seed):
+    """The model of a Start: drawn anew, or with the checkpoint's weights (a head untied just now starts as the embedding)."""
+    with torch.device("meta"):
+        model = MiniCPM(start.model_config)
+    if start.folder is None:
+        model.to_empty(device="cpu")
+        init_weights(model, seed)
+        return model
+    tensors = checkpoint.read_tensors(start.folder, "model")
+    if not start.model_config.tie_word_embeddings and "lm_head.weight" not in tensors:
+        tensors["lm_head.weight"] = tensors["wte.weight"].clone()
+    load_weights(model, {name: t.float() for name, t in tensors.items()}, start.folder)
+    return model
+
+
+def draw_curves(out_dir):
+    """loss.png from metrics.jsonl: training and held-out loss, and the learning rate, over tokens."""
+    training, held_out = checkpoint.read_metrics(out_dir)
+    if not training:
+        return
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    tokens = [x["tokens"] / 1e6 for x in training]
+    at = dict(zip((x["step"] for x in training), tokens))
+    window = max(1, len(training) // 100)
+    smooth = [sum(x["loss"] for x in training[max(0, i - window):i + 1]) / (min(i, window) + 1) for i in range(len(training))]
+    figure, left = plt.subplots(figsize=(8, 4.5))
+    left.plot(tokens, [x["loss"] for x in training], color="0.8", linewidth=0.7)
+    left.plot(tokens, smooth, color="tab:blue", label="training loss (smoothed)")
+    points = [(at[x["step"]], x["val_loss"]) for x in held_out if x["step"] in at]
+    left.plot(*zip(*points), "ko", markersize=4, label="held-out loss") if points else None
+    left.set(xlabel="tokens (millions)", ylabel="loss (nats per token)")
+    left.grid(alpha=0.3)
+    right = left.twinx()
+    right.plot(tokens, [x["lr"] for x in training], color="tab:red", linestyle="--", linewidth=1, label="learning rate")
+    right.set_ylabel("learning rate")
+    right.set_ylim(bottom=0)
+    handles = [sum(pair, []) for pair in zip(left.get_legend_handles_labels(), right.get_legend_handles_labels())]
+    left.legend(*handles, loc="upper center")
+    figure.tight_layout()
+    figure.savefig(out_dir / "loss.png", dpi=120)
+    plt.close(figure)
+
+
+def fly(start, loss=language_loss, make_source=None):
+    """Drain the loop for a Start, with everything around it: the folder's lock, data, signals, curves, the last sample.
+
+    make_source  (config, tokenizer) -> (batches, validate); None: language modelling on config.data
+    """
+    config, state, out_dir = start.config, start.state, Path(start.config.out_dir)
+    say = (lambda *words: None) if config.quiet else print
+    out_dir.mkdir(parents=True, exist_ok=True)
+    lock = checkpoint.lock(out_dir)
+    try:
+        tokenizer = tokenizers.load(str(start.folder) if start.kind in ("resume", "branch") else config.tokenizer)
+        if start.kind == "init":
+            theirs = checkpoint.read_meta(start.folder)["tokenizer_hash"]
+            if theirs != tokenizer.hash:
+                raise BadInput(f"--tokenizer={config.tokenizer}: {start.folder} was trained with another tokenizer "
+                               f"(hash {theirs[:12]}, here {tokenizer.hash[:12]})")
+        if start.model_config.vocab_size < tokenizer.n_vocab:
+            raise BadInput(f"--vocab_size={start.model_config.vocab_size}: tokenizer {tokenizer.name!r} has {tokenizer.n_vocab} tokens")
+        prepare_missing(config, tokenizer)
+        batches, validate = (make_source or open_data)(config, tokenizer)
+        optimizer_tensors = checkpoint.read_tensors(start.folder, "optimizer") if start.kind in ("resume", "branch") else None
+        model = build_model(start, config.seed)
+        if start.kind == "resume":
+            checkpoint.rewind_metrics(out_dir, state.step)
+            say(f"continuing {out_dir} from step {state.step}")
+            before = checkpoint.read_meta(start.folder)["provenance"]
+            for name, why in (("code", "its rules may differ"), ("torch", "its kernels may differ"), ("threads", "sums may round otherwise")):
+                if before[name] != (now := checkpoint.provenance()[name]):
+                    say(f"note: {name} was {before[name]} and is now {now}: {why}, so the run is not the one that was interrupted")
+        else:
+            if config.overwrite:
+                checkpoint.clear(out_dir)
+            if start.folder:
+                say(f"starting {out_dir} from {start.folder}")
+        checkpoint.write_json(out_dir / "config.json", {"asked": start.asked, "train": asdict(config), "model": asdict(start.model_config),
+                                                        "provenance": checkpoint.provenance()})
+        if finished(out_dir, state):
+            edited = checkpoint.read_meta(start.folder)["provenance"]["code"] != checkpoint.provenance()["code"]
+            print(f"{out_dir} is finished ({state.step} steps)" + (", and the code has changed since" if edited else "")
+                  + ": --overwrite=True starts it again, --out_dir=FOLDER makes another run")
+            return
+        stopped = []
+        handlers = {name: signal.signal(name, lambda number, frame: stopped.append(number)) for name in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            for _ in train(config, batches, loss, model, state, optimizer_tensors, validate, tokenizer, lambda: bool(stopped)):
+                pass
+        finally:
+            for name, handler in handlers.items():
+                signal.signal(name, handler)
+        draw_curves(out_dir)
+        if stopped and state.step != state.max_steps:
+            print(f"stopped at step {state.step} and saved; the same command continues")
+            return
+        if config.sample_tokens:
+            ids = [int(token) for token in model.eval().generate([[tokenizer.bos]], config.sample_tokens, temperature=0.7, top_k=50,
+                                                                 seed=config.seed, stop_ids=[tokenizer.eos])]
+            say(f"--- a sample, temperature 0.7\n{tokenizer.decode(i for i in ids if i != tokenizer.eos)}\n---")
+        say(f"finished: {state.step} steps, {state.tokens_seen / 1e6:.1f}M tokens, {state.seconds:.0f} s; curves in {out_dir / 'loss.png'}; "
+            f"python sample.py --ckpt={out_dir} writes more")
+    finally:
+        lock.close()
+
+
+def finished(out_dir, state):
+    """Whether a run has done all its updates, and measured what it got."""
+    if state.step != state.max_steps:
+        return False
+    return any(x["step"] == state.step for x in checkpoint.read_metrics(out_dir)[1])
+
+
+@exits_cleanly
+def main(argv):
+    config, model, given = read_config(argv)
+    if "vocab_size" not in given and not (config.init_from or config.branch_from):
+        model = dataclasses.replace(model, vocab_size=tokenizers.load(config.tokenizer).n_vocab)
+    try:
+        start = choose_start(config, model, given)
+        if not config.quiet:
+            print_differences(start.config, start.model_config)
+        fly(start)
+    except NonFinite as error:
+        print(error, file=sys.stderr)
+        raise SystemExit(3) from None
+
+
+if __name__ == "__main__":
+    main()
