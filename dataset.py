@@ -296,18 +296,17 @@ def held_out_windows(split, block_size, max_tokens, batch_size):
 
 @torch.no_grad()
 def held_out_loss(model, split, token_bytes, block_size, max_tokens, batch_size, device, bos=None):
-    """(sum of nll in nats, number of targets, number of bytes) over the windows of a split.
+    """(nats, number of targets, number of bytes), each (windows,), of the windows of a split.
 
     Every target counts towards the loss, document marks included; marks have no bytes, so bits per byte err upwards.
-    token_bytes: (vocab,) bytes of each token.
+    token_bytes: (vocab,) bytes of each token. bos: id that opens a document, where attention stays within documents.
     """
-    nats = targets = n_bytes = 0
+    rows = []
     for batch in held_out_windows(split, block_size, max_tokens, batch_size):
-        idx, wanted = batch["idx"].to(device), batch["targets"].to(device)
-        doc_ids = (idx == bos).cumsum(1) if bos is not None else None
-        nll, _ = model(idx, wanted, doc_ids=doc_ids)
-        valid = batch["targets"][batch["targets"] >= 0].numpy()
-        nats += nll.double().sum().item() if nll.device.type != "mps" else nll.sum().item()
-        targets += valid.size
-        n_bytes += int(token_bytes[valid].sum())
-    return nats, targets, n_bytes
+        idx, targets = batch["idx"].to(device), batch["targets"].to(device)
+        nll, _ = model(idx, targets, doc_ids=(idx == bos).cumsum(1) if bos is not None else None)
+        wanted = batch["targets"].numpy()
+        valid = wanted >= 0
+        n_bytes = (token_bytes[np.where(valid, wanted, 0)] * valid).sum(1)
+        rows.append(np.stack([nll.sum(1).cpu().double().numpy(), valid.sum(1), n_bytes], axis=1)[valid.any(1)])
+    return np.concatenate(rows).T

@@ -396,7 +396,8 @@ class RMSNorm(nn.Module):
 class KVCache:
     """Keys and values of all layers, allocated once for `length` tokens, and filled from the left.
 
-    With dynamic RoPE the keys are kept unrotated, because their rotation depends on the current length.
+    With dynamic RoPE the keys are kept unrotated, because their rotation depends on the current length. Past max_position
+    it is then no longer exactly the plain forward: deeper layers saw the earlier tokens at the base of their own time.
     """
 
     def __init__(self, config, batch, length, dtype, device):
@@ -546,8 +547,7 @@ class MiniCPM(nn.Module):
         last = torch.zeros(B, dtype=torch.int64)
         stop_ids = torch.tensor(list(stop_ids), dtype=torch.int64)
         for _ in range(max_new_tokens):
-            with torch.compiler.set_stance("force_eager"):                 # decoding has a new shape at every token
-                hidden = self.hidden(idx, doc_ids, cache)[:, -1]           # (B, C)
+            hidden = self.hidden(idx, doc_ids, cache)[:, -1]               # (B, C)
             logits = F.linear(hidden, self.head_weight.to(hidden.dtype)).float()
             uniform = torch.cat([torch.rand(1, generator=g) for g in generators])
             last = torch.where(stopped, last, sample_next(logits, uniform, temperature, top_k, top_p).cpu())

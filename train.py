@@ -182,7 +182,7 @@ def train(config, batches, loss, model, state=None, optimizer_tensors=None, vali
     """Train `model` as config says and yield an Update after every step, gradients still in place.
 
     batches    batches(plan, first, count) -> (dict of (count, ...) tensors, n): see dataset.make_batches
-    loss       loss(model, micro_batch) -> (sum, aux); the step minimises sum over the batch / n, plus aux
+    loss       loss(forward, micro_batch) -> (sum, aux), forward being the model or its compiled form; the step minimises sum over the batch / n, plus aux
     state      RunState; None: a new run. optimizer_tensors: of the checkpoint it comes from
     validate   validate(model) -> dict for metrics.jsonl, or None
     tokenizer  is saved in every checkpoint; None: no checkpoints and no files at all (labs)
@@ -210,8 +210,7 @@ def train(config, batches, loss, model, state=None, optimizer_tensors=None, vali
         state.compiled = why_not is None
         if why_not:
             say(f"compile: off, {why_not}")
-    if state.compiled:
-        compile_model(model)
+    forward = torch.compile(model, dynamic=False) if state.compiled else model
     for group in optimizer.param_groups:
         say(f"{group['role']:>10}: {len(group['params']):4} tensors, {sum(p.numel() for p in group['params']):13,} parameters, "
             f"learning rate x {group['lr_scale']:.4g}, weight decay {group['weight_decay']:g}")
@@ -279,7 +278,7 @@ def train(config, batches, loss, model, state=None, optimizer_tensors=None, vali
                      for i in range(0, len(batch["idx"]), micro)]
             total = torch.zeros((), device=device)
             for part in parts:
-                summed, aux = loss(model, part)
+                summed, aux = loss(forward, part)
                 scaler.scale(summed / n + sum(aux.values()) / len(parts)).backward()
                 total += summed.detach() / n
 
@@ -420,13 +419,6 @@ def why_not_compile(config, state, device):
     if not any(map(shutil.which, [os.environ.get("CXX", "g++"), "g++", "clang++", "cl"])):
         return "no C++ compiler here"
     return None
-
-
-def compile_model(model):
-    """Compile each block, and the loss: layers share their code, so one compilation serves all of them."""
-    for block in model.blocks:
-        block.compile(dynamic=False)
-    model.nll = torch.compile(model.nll, dynamic=False)
 
 
 def choose_micro_batch(config, model, batch_size, device):
@@ -611,9 +603,9 @@ def open_data(config, tokenizer):
 
     def validate(model):
         size = config.micro_batch_size or min(config.batch_size, max(1, MICRO_TOKENS_CPU // config.block_size))
-        nats, targets, n_bytes = map(sum, zip(*[
-            held_out_loss(model, held_out[name], token_bytes, config.block_size, int(config.eval_tokens * share), size,
-                          model.wte.weight.device, bos) for name, share in shares.items()]))
+        sums = [held_out_loss(model, held_out[name], token_bytes, config.block_size, int(config.eval_tokens * share), size,
+                              model.wte.weight.device, bos).sum(axis=1) for name, share in shares.items()]
+        nats, targets, n_bytes = map(float, sum(sums))
         return {"val_loss": nats / targets, "val_bpb": nats / math.log(2) / n_bytes}
 
     open_train = lambda name: open_corpus(config.data_dir, name, tokenizer, "train")        # noqa: E731

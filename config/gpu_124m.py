@@ -1,0 +1,16 @@
+"""One GPU, the 124M class (GPT-2 small's size): 10B tokens of FineWeb-Edu."""
+out_dir = "out/gpu_124m"
+data = "fineweb_edu"
+tokenizer = "gpt2"
+
+vocab_size = 50304              # 50,257 rounded up to a multiple of 64
+n_layer = 12
+n_head = 12
+n_embd = 768
+n_ff = 1920                     # 81M parameters in the layers, 39M in the embedding
+
+block_size = 1024
+batch_size = 480                # 480 sequences * 1,024 tokens = 491,520 tokens an update
+max_steps = 20_000              # * 491,520 tokens = 9.8B tokens
+decay_share = 0.1               # the paper's advice
+save_interval = 1000

@@ -1,0 +1,125 @@
+"""Measure a checkpoint on held-out text.
+
+    python evaluate.py --ckpt=out/laptop [--data=plays] [--task=bpb|cloze|all]
+
+bpb    bits per byte, comparable across tokenizers: the nats of all targets over the bytes that they stand for
+cloze  HellaSwag-shaped: a passage of a held-out document, its true continuation against three from other documents; the
+       choice is the continuation with the fewest nats per byte. Chance is 25 %.
+Both come with a standard error: over windows of text, and over questions.
+"""
+import json
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+
+import checkpoint
+import tokenizer as tokenizers
+from configurator import BadInput, configure, exits_cleanly
+from dataset import held_out_loss, open_corpus
+from model import MiniCPM, pick_device
+
+
+@dataclass
+class EvaluateConfig:
+    ckpt: str = "out/laptop"            # checkpoint, or a run folder (its latest)
+    data: str | None = None             # prepared corpus; unset: the first of the checkpoint's own
+    data_dir: str = "data"              # where the corpora are; relative to the project
+    task: Literal['bpb', 'cloze', 'all'] = 'all'
+    block_size: int | None = None       # tokens of context; unset: as trained
+    eval_tokens: int | None = None      # held-out tokens for bpb; unset: all
+    batch_size: int = 16                # windows, or questions, per forward
+    questions: int = 500                # of the cloze
+    context: int = 64                   # tokens of a passage
+    continuation: int = 24              # tokens to choose between
+    seed: int = 1337                    # of the questions
+    device: str = "auto"                # auto, cpu, cuda, cuda:1, mps
+    json: bool = False                  # True: one JSON line instead of text
+
+    def problems(self):
+        return [f"--{name}={getattr(self, name)}: must be above 0" for name in
+                ("block_size", "eval_tokens", "batch_size", "questions", "context", "continuation")
+                if getattr(self, name) is not None and getattr(self, name) <= 0]
+
+
+def bits_per_byte(model, corpus, tokenizer, config, block_size):
+    """{"bpb", "bpb_se", "loss", "targets"} over the windows of a held-out split."""
+    nats, targets, n_bytes = held_out_loss(model, corpus, tokenizer.token_bytes(), block_size, config.eval_tokens or corpus.n_tokens,
+                                           config.batch_size, model.wte.weight.device)
+    bpb = nats.sum() / math.log(2) / n_bytes.sum()
+    # A ratio of sums: its error from the residuals of the windows.
+    residuals = nats / math.log(2) - bpb * n_bytes
+    error = math.sqrt((residuals ** 2).sum() / max(1, len(nats) - 1) * len(nats)) / n_bytes.sum()
+    return {"bpb": float(bpb), "bpb_se": float(error), "loss": float(nats.sum() / targets.sum()), "targets": int(targets.sum())}
+
+
+def make_questions(corpus, tokenizer, config):
+    """[(context (c,), endings (4, e), place of the true one)] from documents of a held-out split; BadInput where it has too few."""
+    tokens = corpus.read(0, min(corpus.n_tokens, 20_000_000))
+    starts = np.flatnonzero(tokens == tokenizer.bos)
+    spans = [(a + 1, b - 1) for a, b in zip(starts, [*starts[1:], len(tokens)])]           # without <s> and </s>
+    long_enough = [span for span in spans if span[1] - span[0] >= config.context + config.continuation]
+    if len(long_enough) < 4:
+        raise BadInput(f"{corpus.folder}: a cloze needs 4 held-out documents of {config.context + config.continuation} tokens, "
+                       f"it has {len(long_enough)}; lower --context")
+    rng, questions = np.random.default_rng(config.seed), []
+    for _ in range(config.questions):
+        chosen = rng.choice(len(long_enough), 4, replace=False)
+        place = int(rng.integers(4))
+        at = [int(rng.integers(long_enough[i][0] + config.context, long_enough[i][1] - config.continuation + 1)) for i in chosen]
+        endings = np.stack([tokens[a:a + config.continuation] for a in at])                # the first is the true one
+        endings[[0, place]] = endings[[place, 0]]
+        questions.append((tokens[at[0] - config.context:at[0]], endings, place))
+    return questions
+
+
+@torch.no_grad()
+def cloze(model, corpus, tokenizer, config):
+    """{"cloze", "cloze_se", "questions"}: share of questions whose true continuation has the fewest nats per byte."""
+    device, sizes, right = model.wte.weight.device, tokenizer.token_bytes(), []
+    questions = make_questions(corpus, tokenizer, config)
+    for i in range(0, len(questions), config.batch_size):
+        group = questions[i:i + config.batch_size]
+        rows = np.concatenate([np.concatenate([np.tile([tokenizer.bos, *context], (4, 1)), endings], 1) for context, endings, _ in group])
+        rows = torch.from_numpy(rows).to(device)                           # (4 * questions, 1 + context + continuation)
+        targets = rows[:, 1:].clone()
+        targets[:, :config.context] = -100
+        nll, _ = model(rows[:, :-1].contiguous(), targets)
+        per_byte = nll.sum(1).cpu().numpy() / sizes[rows[:, -config.continuation:].cpu().numpy()].sum(1).clip(1)
+        right += [int(np.argmin(four)) == place for four, (_, _, place) in zip(per_byte.reshape(-1, 4), group)]
+    share = float(np.mean(right))
+    return {"cloze": share, "cloze_se": math.sqrt(share * (1 - share) / len(right)), "questions": len(right)}
+
+
+@exits_cleanly
+def main(argv):
+    (config,), _ = configure(argv, EvaluateConfig, usage=__doc__)
+    folder = checkpoint.resolve(config.ckpt)
+    trained = checkpoint.read_meta(folder)["train"]
+    tokenizer = tokenizers.load(str(folder))
+    name = config.data or trained["data"].split(",")[0].split(":")[0]
+    corpus = open_corpus(config.data_dir, name, tokenizer, "val")
+    block_size = config.block_size or trained["block_size"]
+    if corpus.n_tokens <= block_size:
+        raise BadInput(f"--block_size={block_size}: the val split of {name} has only {corpus.n_tokens} tokens")
+    model = MiniCPM.from_pretrained(folder, pick_device(config.device)).eval()
+    result = {"ckpt": str(folder), "data": name, "block_size": block_size}
+    if config.task in ("bpb", "all"):
+        result |= bits_per_byte(model, corpus, tokenizer, config, block_size)
+    if config.task in ("cloze", "all"):
+        result |= cloze(model, corpus, tokenizer, config)
+    if config.json:
+        print(json.dumps(result))
+        return
+    print(f"{folder} on held-out {name}:")
+    if "bpb" in result:
+        print(f"  {result['bpb']:.4f} +- {result['bpb_se']:.4f} bits per byte, {result['loss']:.4f} nats per token, "
+              f"{result['targets']:,} targets with up to {block_size} tokens of context")
+    if "cloze" in result:
+        print(f"  cloze {100 * result['cloze']:.1f} +- {100 * result['cloze_se']:.1f} % of {result['questions']} questions (chance 25 %)")
+
+
+if __name__ == "__main__":
+    main()
