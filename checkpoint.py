@@ -32,7 +32,8 @@ def save(out_dir, step, tensors, meta, write_more=None):
     """
     final = Path(out_dir) / f"step-{step:08d}"
     temporary = final.with_name(f".{final.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)                         # of a run that was killed while saving
+    for left_over in final.parent.glob(".step-*.tmp"):                   # of a run that was killed while saving or pruning
+        shutil.rmtree(left_over, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
         for part, named in tensors.items():
@@ -49,6 +50,12 @@ def save(out_dir, step, tensors, meta, write_more=None):
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return final
+
+
+def amend(out_dir, step, **changes):
+    """Change entries of the meta.json of a checkpoint that is there."""
+    path = Path(out_dir) / f"step-{step:08d}" / "meta.json"
+    write_json(path, {**read_json(path), **changes})
 
 
 def sha256(path):
@@ -125,7 +132,7 @@ def prune(out_dir, keep_last, keep_every):
     for path in checkpoints(out_dir)[:-keep_last or None]:
         step = int(STEP.fullmatch(path.name)[1])
         if not (keep_every and step % keep_every == 0) and not read_meta(path).get("keep"):
-            shutil.rmtree(path)
+            shutil.rmtree(path.rename(path.with_name(f".{path.name}.tmp")))      # never half a checkpoint under its name
 
 
 def lock(out_dir):

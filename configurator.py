@@ -11,6 +11,7 @@ import difflib
 import functools
 import inspect
 import math
+import re
 import sys
 import types
 import typing
@@ -58,23 +59,26 @@ def configure(argv, *classes, usage):
         for cls in classes:
             print(help_text(cls, hints))
         raise SystemExit(0)
-    given, problems = {}, []
+    given, problems, unread = {}, [], set()                              # unread: names whose values could not be had
 
     def accept(name, value, where):
         if name not in knobs:
             near = difflib.get_close_matches(name, knobs, n=1)
+            unread.update(near)
             problems.append(f"{where}: unknown option" + (f"; did you mean --{near[0]}?" if near else "; --help lists them all"))
             return
         try:
             given[name] = coerce(value, hints[name])
         except ValueError as error:
             problems.append(f"{where} {error}")
+            unread.add(name)
 
     for word in argv:
         if word.startswith("--"):
             name, equals, text = word[2:].partition("=")
             if not equals or not text:
                 problems.append(f"--{name} needs a value: --{name}=VALUE")
+                unread.add(name)
             else:
                 accept(name, text, f"--{name}")
         elif word.endswith(".py"):
@@ -83,11 +87,16 @@ def configure(argv, *classes, usage):
                     accept(name, value, f"{word}:{line}: {name}")
             except BadInput as error:
                 problems.append(str(error))
+                unread.update(knobs)
         else:
             problems.append(f"{word}: neither a config file (.py) nor --key=value")
+    try:
+        instances = build(classes, given)
+    except BadInput as error:                                            # what only follows from an unread value is not said
+        problems += [line for line in error.args if not unread.intersection(re.findall(r"--(\w+)", line))]
     if problems:
         raise BadInput(*problems)
-    return build(classes, given), given
+    return instances, given
 
 
 def build(classes, values):
@@ -110,8 +119,8 @@ def read_config_file(path):
         near = difflib.get_close_matches(Path(path).name, have, n=1)
         raise BadInput(f"{path}: no such config file" + (f"; did you mean config/{near[0]}?" if near else ""))
     try:
-        tree = ast.parse(found.read_text(encoding="utf-8"))
-    except (SyntaxError, UnicodeDecodeError) as error:
+        tree = ast.parse(found.read_text(encoding="utf-8-sig"))
+    except (SyntaxError, ValueError) as error:                           # ValueError: not UTF-8, or a null byte
         raise BadInput(f"{path}:{getattr(error, 'lineno', 1)}: not Python: {error}")
     names, out = {}, []
     for node in tree.body:
@@ -145,9 +154,9 @@ def coerce(value, hint):
             raise ValueError(f"takes numbers separated by commas, not {value!r}")
         return tuple(coerce(part, options[0]) for part in parts)
     if hint is bool:
-        if value in (True, "True"):
+        if value is True or value == "True":
             return True
-        if value in (False, "False"):
+        if value is False or value == "False":
             return False
         raise ValueError(f"takes True or False, not {value!r}")
     if hint is str:
@@ -160,9 +169,12 @@ def coerce(value, hint):
         raise ValueError(f"takes int, not {value!r}")
     try:
         number = hint(value)
+        finite = math.isfinite(number)
     except ValueError:
         raise ValueError(f"takes {hint.__name__}, not {value!r}") from None
-    if not math.isfinite(number):
+    except OverflowError:
+        raise ValueError("takes a number below 1e308") from None
+    if not finite:
         raise ValueError(f"takes a finite number, not {value!r}")
     return number
 

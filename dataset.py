@@ -10,6 +10,7 @@ its first sample on, a segment draws from its mixture. Each source is read witho
 Documents are stored as <s> text </s>, back to back, and samples are cut without regard to them. What attention does at a
 boundary is the flag doc_mask of train.py: it hides the other documents of a sample by their doc_ids.
 """
+import contextlib
 import functools
 import hashlib
 import json
@@ -40,6 +41,7 @@ def write_corpus(folder, tokenizer, documents, shard_tokens=100_000_000):
     """
     folder = Path(folder)
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    made = [parent for parent in folder.parents if not parent.exists()]  # nearest first
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     dtype = np.dtype("<u2" if tokenizer.n_vocab <= 2 ** 16 else "<u4")
@@ -93,6 +95,9 @@ def write_corpus(folder, tokenizer, documents, shard_tokens=100_000_000):
         return meta
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        with contextlib.suppress(OSError):                               # not empty: the corpus is there
+            for parent in made:
+                parent.rmdir()
 
 
 # ---- reading it
@@ -107,9 +112,14 @@ class Split:
             self.meta = json.loads((self.folder / "meta.json").read_text(encoding="utf-8"))
             entry = self.meta["splits"][split]
             self.tokenizer_hash, self.shards, self.n_tokens = self.meta["tokenizer_hash"], entry["shards"], entry["tokens"]
+            self.vocab_size = int(self.meta["vocab_size"])
+            if not all(isinstance(text, str) for text in (self.tokenizer_hash, *self.shards)):
+                raise TypeError("tokenizer_hash or shards")
         except FileNotFoundError:
-            raise BadInput(f"{self.folder}: no corpus here; run python data/{self.folder.parent.name}/prepare.py "
-                           f"--tokenizer={self.folder.name}") from None
+            name = self.folder.parent.name
+            script = f"{name}/prepare.py" if (ROOT / "data" / name / "prepare.py").is_file() else f"text/prepare.py --input=PATH --name={name}"
+            raise BadInput(f"{self.folder}: no corpus here; run python data/{script} --tokenizer={self.folder.name}"
+                           + (" --overwrite=True" if self.folder.exists() else "")) from None
         except (ValueError, KeyError, TypeError) as error:
             raise BadInput(f"{self.folder}/meta.json: damaged ({error!r}); delete the folder and prepare it again") from None
         # Where each shard starts, in tokens: known from the headers, which are 32 bytes each.
@@ -132,8 +142,8 @@ class Split:
         magic, version, itemsize, vocab_size, count = HEADER.unpack(head)
         if magic != MAGIC or version != VERSION or itemsize not in (2, 4):
             raise BadInput(f"{path}: not a token shard of this project (magic {magic!r}, version {version}); {remedy}")
-        if vocab_size != self.meta["vocab_size"]:
-            raise BadInput(f"{path}: vocabulary of {vocab_size}, meta.json says {self.meta['vocab_size']}; {remedy}")
+        if vocab_size != self.vocab_size:
+            raise BadInput(f"{path}: vocabulary of {vocab_size}, meta.json says {self.vocab_size}; {remedy}")
         if size != HEADER.size + count * itemsize:
             raise BadInput(f"{path}: {size} bytes where {HEADER.size + count * itemsize} are due (truncated?); {remedy}")
         return count
@@ -152,9 +162,9 @@ class Split:
             part = self.open_shard(i)[at:at + length - filled]
             out[filled:filled + len(part)] = part
             filled += len(part)
-        if out.max() >= self.meta["vocab_size"]:
+        if out.max() >= self.vocab_size:
             raise BadInput(f"{self.folder}: token id {out.max()} near token {offset} is above the vocabulary of "
-                           f"{self.meta['vocab_size']}; delete the folder and prepare it again")
+                           f"{self.vocab_size}; delete the folder and prepare it again")
         return out
 
 
@@ -198,7 +208,7 @@ def quotas(mixture):
 def pattern(mixture, seed, block):
     """Order of sources in one block of a mixture: (which source, how many of it came before in the block), (PATTERN,) each."""
     counts = quotas(mixture)
-    which = np.random.default_rng([seed, block]).permutation(np.repeat(np.arange(len(counts)), list(counts.values())))
+    which = np.random.default_rng([seed % 2 ** 64, block]).permutation(np.repeat(np.arange(len(counts)), list(counts.values())))
     rank = np.zeros(PATTERN, np.int64)
     for j in range(len(counts)):
         rank[which == j] = np.arange((which == j).sum())

@@ -221,7 +221,8 @@ def train(config, batches, loss, model, state=None, optimizer_tensors=None, vali
     log = open(out_dir / "metrics.jsonl", "a", encoding="utf-8") if out_dir else None
     bar = tqdm(total=state.max_steps, initial=state.step, unit="step", disable=True if config.quiet else None)
     began, steps_here, steady_since = time.monotonic() - state.seconds, 0, None
-    timed_tokens, timed_seconds, saved = 0, 0.0, state.step if optimizer_tensors else -1
+    timed_tokens, timed_seconds = 0, 0.0
+    saved = state.step if out_dir and (out_dir / f"step-{state.step:08d}").exists() else None
 
     def write(line):
         if log:
@@ -238,7 +239,9 @@ def train(config, batches, loss, model, state=None, optimizer_tensors=None, vali
 
     def save(keep=False):
         nonlocal saved
-        if out_dir and saved != state.step:
+        if out_dir and saved == state.step and keep:                     # an interval fell on the end of a stage
+            checkpoint.amend(out_dir, state.step, run=asdict(state), keep=True)
+        elif out_dir and saved != state.step:
             state.seconds = time.monotonic() - began
             state.scaler = scaler.state_dict() or None
             meta = {"run": asdict(state), "train": asdict(config), "model": asdict(model.config), "keep": keep,
@@ -421,21 +424,26 @@ def why_not_compile(config, state, device):
     return None
 
 
-def choose_micro_batch(config, model, batch_size, device):
-    """Sequences per forward: the largest divisor of the batch that fits, after a check that the model itself does."""
-    state_bytes = 16 * model.n_params                                   # float32 parameter, gradient and two moments
+def check_memory(model, device):
+    """Bytes free for activations; BadInput where the model, its gradients and AdamW's state do not even fit."""
+    needed = 16 * model.n_params                                        # float32 parameter, gradient and two moments
     if device.type == "cuda":
         free = torch.cuda.mem_get_info(device)[0]
-    elif hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
+    elif "SC_PHYS_PAGES" in getattr(os, "sysconf_names", ()):
         free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     else:
-        free = math.inf                                                 # Windows: not asked
-    if state_bytes > free:
-        raise BadInput(f"{model.n_params:,} parameters need {state_bytes / 2**30:.0f} GiB with gradients and AdamW's state; "
-                       f"{device} has {free / 2**30:.0f} GiB")
-    # Activations kept for the backward pass: about 18 values of width C and 3 of width F a layer, 2 bytes most of them.
+        free = math.inf                                                 # Windows does not say
+    if needed > free:
+        raise BadInput(f"{model.n_params:,} parameters need {needed / 2**30:,.0f} GiB with their gradients and AdamW's state; "
+                       f"{device} has {free / 2**30:,.0f} GiB: take a smaller model or a larger machine")
+    return free - needed
+
+
+def choose_micro_batch(config, model, batch_size, device):
+    """Sequences per forward: the largest divisor of the batch whose activations fit."""
+    # Kept for the backward pass in a layer: about 18 values of width C and 3 of width F, most of them in 2 bytes.
     per_token = model.n_layer * (18 * model.n_embd + 3 * model.n_ff) * 2.5
-    tokens = MICRO_TOKENS_CPU if device.type == "cpu" else 0.6 * (free - state_bytes) / per_token
+    tokens = MICRO_TOKENS_CPU if device.type == "cpu" else 0.6 * check_memory(model, device) / per_token
     most = max(1, int(tokens / config.block_size))
     return max(d for d in range(1, min(most, batch_size) + 1) if batch_size % d == 0)
 
@@ -675,6 +683,7 @@ def fly(start, loss=language_loss, make_source=None):
                                f"(hash {theirs[:12]}, here {tokenizer.hash[:12]})")
         if start.model_config.vocab_size < tokenizer.n_vocab:
             raise BadInput(f"--vocab_size={start.model_config.vocab_size}: tokenizer {tokenizer.name!r} has {tokenizer.n_vocab} tokens")
+        check_memory(start.model_config, pick_device(config.device))
         prepare_missing(config, tokenizer)
         batches, validate = (make_source or open_data)(config, tokenizer)
         optimizer_tensors = checkpoint.read_tensors(start.folder, "optimizer") if start.kind in ("resume", "branch") else None
@@ -687,8 +696,7 @@ def fly(start, loss=language_loss, make_source=None):
                 if before[name] != (now := checkpoint.provenance()[name]):
                     say(f"note: {name} was {before[name]} and is now {now}: {why}, so the run is not the one that was interrupted")
         else:
-            if config.overwrite:
-                checkpoint.clear(out_dir)
+            checkpoint.clear(out_dir)                                    # overwritten, or killed before its first checkpoint
             if start.folder:
                 say(f"starting {out_dir} from {start.folder}")
         checkpoint.write_json(out_dir / "config.json", {"asked": start.asked, "train": asdict(config), "model": asdict(start.model_config),
