@@ -79,8 +79,8 @@ def write_corpus(folder, tokenizer, documents, shard_tokens=100_000_000):
         for split in splits:
             tokenise(split)
             tokens = np.concatenate(waiting[split] or [np.zeros(0, dtype)])
-            if len(tokens):
-                write_shard(split, tokens)
+            for at in range(0, len(tokens), shard_tokens):
+                write_shard(split, tokens[at:at + shard_tokens])
             if not splits[split]["tokens"]:
                 raise BadInput(f"{folder}: no {split} documents; a corpus needs both train and val")
         meta = {"tokenizer": tokenizer.name, "tokenizer_hash": tokenizer.hash, "vocab_size": tokenizer.n_vocab,
