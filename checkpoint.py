@@ -40,6 +40,9 @@ def save(out_dir, step, tensors, meta, write_more=None):
             save_file({name: t.detach().contiguous().cpu() for name, t in named.items()}, temporary / f"{part}.safetensors")
         if write_more:
             write_more(temporary)
+        for path in temporary.iterdir():                                 # on the disk before the rename is: power can fail too
+            with open(path, "rb+") as f:
+                os.fsync(f.fileno())
         files = {path.name: sha256(path) for path in sorted(temporary.iterdir())}
         write_json(temporary / "meta.json", {**meta, "step": step, "files": files})
         if final.exists():                                               # damaged or left over: a good one is never rewritten
@@ -115,7 +118,7 @@ def read_tensors(folder, part):
     """{name: tensor} of part "model" or "optimizer", after checking its sha256; BadInput names what is wrong."""
     path = Path(folder) / f"{part}.safetensors"
     recorded = read_meta(folder)["files"].get(path.name)
-    remedy = "use another checkpoint of the run"
+    remedy = f"delete {folder} to go on from the checkpoint before it, or name another one"
     if recorded is None or not path.is_file():
         raise BadInput(f"{path}: missing; {remedy}")
     try:

@@ -33,14 +33,14 @@ LOGITS_AT_ONCE = 2 ** 25          # logits held at a time (128 MiB in float32): 
 class MiniCPMConfig:
     """The architecture. The defaults are MiniCPM-2.4B."""
     vocab_size: int = 122753            # rows of the embedding; train.py takes the tokenizer's unless this is given
-    n_layer: int = 40
+    n_layer: int = 40                   # blocks
     n_head: int = 36                    # query heads
     n_kv_head: int | None = None        # key/value heads, a divisor of n_head; unset: n_head
     n_embd: int = 2304                  # width of the residual stream
     head_dim: int | None = None         # even; unset: n_embd / n_head (64 in every model of the paper)
     n_ff: int = 5760                    # width inside the SwiGLU (2.5 n_embd in every model of the paper)
     tie_word_embeddings: bool = True    # the head is the embedding
-    rms_norm_eps: float = 1e-5
+    rms_norm_eps: float = 1e-5          # added to the mean square under the root
     max_position: int = 4096            # RoPE's reference length in tokens; not a limit, and not block_size
     rope_theta: float = 10000.0         # RoPE's base
     rope_scaling: Literal['none', 'linear', 'dynamic', 'longrope'] = 'none'  # dynamic: 128K model; longrope: MiniCPM4
@@ -317,6 +317,10 @@ class ChunkedNLL(torch.autograd.Function):
         return d_hidden.to(hidden.dtype), d_weight, None
 
 
+# Traced by torch.compile, the slices would be scheduled at will and be held together: three times the memory.
+chunked_nll = torch.compiler.disable(ChunkedNLL.apply)
+
+
 def slices(n_rows, vocab_size):
     """[(first, last)] of the vocabulary, so that n_rows times a slice stays within LOGITS_AT_ONCE."""
     width = max(1, LOGITS_AT_ONCE // n_rows)
@@ -526,7 +530,7 @@ class MiniCPM(nn.Module):
         """hidden (N, C), weight (V, C), targets (N,) -> (N,) float32."""
         if len(hidden) * len(weight) <= LOGITS_AT_ONCE:
             return plain_nll(hidden, weight, targets)
-        return ChunkedNLL.apply(hidden, weight, targets)
+        return chunked_nll(hidden, weight, targets)
 
     @torch.no_grad()
     def generate(self, prompts, max_new_tokens, temperature=1.0, top_k=None, top_p=None, seed=0, stop_ids=(), use_cache=True):

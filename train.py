@@ -59,7 +59,7 @@ class TrainConfig:
     block_size: int = 256               # tokens of a sequence
     learning_rate: float = 0.01         # peak, at width dim_model_base (paper section 3.3)
     min_lr: float | None = None         # floor; unset: a tenth of learning_rate
-    schedule: Literal['wsd', 'cosine', 'cosine_loop', 'constant'] = 'wsd'
+    schedule: Literal['wsd', 'cosine', 'cosine_loop', 'constant'] = 'wsd'   # see wsd.py, which draws them
     warmup_steps: int | None = None     # unset: 2.5 % of max_steps, or 100 in a run given minutes
     decay: Literal['exponential', 'linear', 'cosine', '1-sqrt'] = 'exponential'  # form of the WSD decay
     decay_share: float | None = None    # share of the run spent decaying, at its end; unset: 0.2 where decay_steps is too
@@ -182,14 +182,15 @@ def train(config, batches, loss, model, state=None, optimizer_tensors=None, vali
     """Train `model` as config says and yield an Update after every step, gradients still in place.
 
     batches    batches(plan, first, count) -> (dict of (count, ...) tensors, n): see dataset.make_batches
-    loss       loss(forward, micro_batch) -> (sum, aux), forward being the model or its compiled form; the step minimises sum over the batch / n, plus aux
+    loss       loss(forward, micro_batch) -> (sum, aux), forward being the model or its compiled form; a step minimises the
+               sum over the batch / n, plus aux
     state      RunState; None: a new run. optimizer_tensors: of the checkpoint it comes from
     validate   validate(model) -> dict for metrics.jsonl, or None
     tokenizer  is saved in every checkpoint; None: no checkpoints and no files at all (labs)
     stop       asked after every update: True saves and ends the generator
     raises     NonFinite, BadInput, OSError
     """
-    say = (lambda *words: None) if config.quiet else print
+    say = (lambda text: None) if config.quiet else tqdm.write             # above the progress bar
     state = state or new_state(config)
     device = pick_device(config.device)
     dtype = pick_dtype(config.dtype, device)
@@ -235,7 +236,7 @@ def train(config, batches, loss, model, state=None, optimizer_tensors=None, vali
             values = validate(model)
             model.train()
             write({"step": state.step, **values})
-            tqdm.write(f"step {state.step}: " + ", ".join(f"{k} {v:.4f}" for k, v in values.items())) if not config.quiet else None
+            say(f"step {state.step}: " + ", ".join(f"{name} {value:.4f}" for name, value in values.items()))
 
     def save(keep=False):
         nonlocal saved
@@ -266,8 +267,8 @@ def train(config, batches, loss, model, state=None, optimizer_tensors=None, vali
                 save(keep=True)
                 if config.decay_data and state.plan[-1][1] != config.decay_data:
                     state.plan.append([state.position, config.decay_data])
-                say_line(say, f"step {state.step}: the decay begins, {state.decay_steps} steps to go"
-                              + (f", data from now on {config.decay_data}" if config.decay_data else ""))
+                say(f"step {state.step}: the decay begins, {state.decay_steps} steps to go"
+                    + (f", data from now on {config.decay_data}" if config.decay_data else ""))
 
             # Learning rate.
             lr = rate(config, state)
@@ -322,7 +323,7 @@ def train(config, batches, loss, model, state=None, optimizer_tensors=None, vali
             # Evaluate and save; the end of the run is saved first, since it is the dearest.
             if last:
                 break
-            if config.eval_interval and state.step % config.eval_interval == 0 and state.step != state.decay_start:
+            if config.eval_interval and state.step % config.eval_interval == 0:
                 evaluate()
             if config.save_interval and state.step % config.save_interval == 0:
                 save(keep=state.step == state.decay_start)
@@ -335,12 +336,6 @@ def train(config, batches, loss, model, state=None, optimizer_tensors=None, vali
         bar.close()
         if log:
             log.close()
-
-
-def say_line(say, text):
-    """Print above the progress bar."""
-    if say is print:
-        tqdm.write(text)
 
 
 def batch_size_at(config, step):
@@ -707,7 +702,11 @@ def fly(start, loss=language_loss, make_source=None):
                   + ": --overwrite=True starts it again, --out_dir=FOLDER makes another run")
             return
         stopped = []
-        handlers = {name: signal.signal(name, lambda number, frame: stopped.append(number)) for name in (signal.SIGINT, signal.SIGTERM)}
+
+        def on_signal(number, frame):
+            stopped.append(number)
+            signal.signal(number, signal.SIG_DFL)                        # the second one does not wait for the step to end
+        handlers = {name: signal.signal(name, on_signal) for name in (signal.SIGINT, signal.SIGTERM)}
         try:
             for _ in train(config, batches, loss, model, state, optimizer_tensors, validate, tokenizer, lambda: bool(stopped)):
                 pass

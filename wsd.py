@@ -10,7 +10,6 @@ from dataclasses import dataclass
 
 from configurator import BadInput, configure, exits_cleanly
 
-SCHEDULES = ("wsd", "cosine", "cosine_loop", "constant")
 DECAYS = ("exponential", "linear", "cosine", "1-sqrt")
 
 

@@ -34,7 +34,7 @@ def test_what_is_saved_is_read(tmp_path):
 
 
 def test_a_run_folder_means_its_latest_checkpoint(tmp_path):
-    first, last = save(tmp_path, 9), save(tmp_path, 100_000_000)
+    first, last = save(tmp_path, 99_999_999), save(tmp_path, 100_000_000)
     (tmp_path / "step-00000200").mkdir()                                 # no meta.json: not complete
     assert checkpoint.resolve(tmp_path) == checkpoint.resolve(str(last)) == last and checkpoint.resolve(first) == first
     assert checkpoint.checkpoints(tmp_path) == [first, last] and checkpoint.checkpoints(tmp_path / "none") == []

@@ -86,7 +86,7 @@ def test_a_wrong_option_takes_one_line():
 
 
 def test_a_wrong_line_of_a_config_file_takes_one_line(file):
-    """flag = 1 passed once, since 1 == True; a null byte came through as a traceback of Python 3.11's."""
+    """flag = 1 passed once, since 1 == True."""
     for text, line in {
         "x = 1\nsteps += 1": "2: a config file holds assignments 'name = value' only",
         "import os": "1: a config file holds assignments 'name = value' only",
@@ -111,7 +111,7 @@ def test_all_problems_at_once_and_nothing_that_only_follows_from_them(file):
     assert problems_of(path, "--kind=c", "--name=", "--steps=3") == [
         f"{path}:1: rat: unknown option; did you mean --rate?", f"{path}:2: flag takes True or False, not 'yes'",
         "--kind is one of a, b, not 'c'", "--name needs a value: --name=VALUE", "--steps=3: must be above --limit=7"]
-    assert problems_of("--steps=3", "--limit=many") == ["--limit takes int, not 'many'"]
+    assert [len(problems_of("--steps=3", unread)) for unread in ("--limit=many", "--limit=", "--limits=1")] == [1, 1, 1]
     assert problems_of("--steps=3", "missing.py") == ["missing.py: no such config file"]
 
 
@@ -144,6 +144,6 @@ def test_help_lists_every_knob_with_type_default_and_comment(capsys):
         for cls, field in [(cls, field) for cls in classes for field in fields(cls)]:
             (at,) = [i for i, line in enumerate(lines) if line.startswith(f"  --{field.name}=")]
             assert lines[at].endswith(f"(default {field.default!r})")
-            evident = field.name in ("schedule", "n_layer", "rms_norm_eps")
+            evident = False
             assert evident or cls is Knobs or lines[at + 1].startswith("        "), f"{field.name} has no comment"
     assert "(default 10)\n        updates; # is no end of this comment\n  --rate=float" in text and "\n  --kind=a|b  (default 'a')\n" in text
