@@ -196,6 +196,7 @@ def rms_norm(x, weight, eps):
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight.float()
 
 
+@torch.compiler.disable             # compiled, every use would compute its cosines again: a tenth of a CPU step
 def rope_tables(config, length, device):
     """cos and signed sin, (length, D) float32 each, of the positions of a sequence of `length` tokens.
 
@@ -533,11 +534,13 @@ class MiniCPM(nn.Module):
         return chunked_nll(hidden, weight, targets)
 
     @torch.no_grad()
-    def generate(self, prompts, max_new_tokens, temperature=1.0, top_k=None, top_p=None, seed=0, stop_ids=(), use_cache=True):
+    def generate(self, prompts, max_new_tokens, temperature=1.0, top_k=None, top_p=None, seed=0, stop_ids=(), never_ids=(),
+                 use_cache=True):
         """Continue prompts (a list of B non-empty lists of ids) and yield (B,) new ids a step, on the CPU.
 
         A row draws from its own generator (seed + row) and sees nothing of the others: shorter prompts are padded on the
         left as a document of their own. A row that has produced one of stop_ids yields it again until all rows have.
+        never_ids are never drawn (the mark that opens a document).
         use_cache=False computes everything anew for every token: the slow reference.
         """
         device, B, longest = self.wte.weight.device, len(prompts), max(map(len, prompts))
@@ -553,6 +556,7 @@ class MiniCPM(nn.Module):
         for _ in range(max_new_tokens):
             hidden = self.hidden(idx, doc_ids, cache)[:, -1]               # (B, C)
             logits = F.linear(hidden, self.head_weight.to(hidden.dtype)).float()
+            logits[:, list(never_ids)] = float("-inf")
             uniform = torch.cat([torch.rand(1, generator=g) for g in generators])
             last = torch.where(stopped, last, sample_next(logits, uniform, temperature, top_k, top_p).cpu())
             stopped |= torch.isin(last, stop_ids)

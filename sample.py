@@ -70,7 +70,8 @@ def stream(model, tokenizer, ids, config, seed):
     """Yield the text that continues ids as it comes, never half a character; one sample, up to the end of its text."""
     check_length(model, ids, config)
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-    for token in model.generate([ids], config.max_new_tokens, config.temperature, config.top_k, config.top_p, seed, [tokenizer.eos]):
+    for token in model.generate([ids], config.max_new_tokens, config.temperature, config.top_k, config.top_p, seed, [tokenizer.eos],
+                                [tokenizer.bos]):
         if int(token) != tokenizer.eos:
             yield decoder.decode(tokenizer.decode_bytes([int(token)]))
     yield decoder.decode(b"", final=True)
@@ -122,7 +123,7 @@ def main(argv):
         print()
         return
     rows = torch.stack(list(model.eval().generate([ids] * config.num_samples, config.max_new_tokens, config.temperature, config.top_k,
-                                                  config.top_p, config.seed, [tokenizer.eos])), dim=1).tolist()
+                                                  config.top_p, config.seed, [tokenizer.eos], [tokenizer.bos])), dim=1).tolist()
     for number, row in enumerate(rows, 1):
         end = row.index(tokenizer.eos) if tokenizer.eos in row else len(row)
         print(f"--- sample {number}\n{text or ''}{tokenizer.decode(row[:end])}")

@@ -6,10 +6,12 @@
 Repeating a command continues its run where it was. `train` is the one loop of the project: a generator that yields after
 every update, which main() merely drains.
 """
+import ctypes
 import dataclasses
 import json
 import math
 import os
+import platform
 import shutil
 import signal
 import subprocess
@@ -150,7 +152,8 @@ class RunState:
     start: int = 0                      # step from which warmup counts
     plan: list = field(default_factory=list)     # data plan: [[first sample, mixture], ...]
     skips: list = field(default_factory=list)    # [[from this many samples seen, samples left out], ...]
-    compiled: bool | None = None
+    compiled: bool | None = None        # None: not yet decided; a resume must compute as before
+    micro: int = 0                      # sequences per forward; 0: not yet decided
     scaler: dict | None = None          # of float16
     overflows: int = 0                  # of float16, in a row
 
@@ -197,6 +200,8 @@ def train(config, batches, loss, model, state=None, optimizer_tensors=None, vali
     deterministic = device.type == "cpu" if config.deterministic is None else config.deterministic
     torch.use_deterministic_algorithms(deterministic)
     model.numerics.dtype, model.numerics.flash = dtype, config.flash
+    if device.type == "cpu":
+        keep_memory()
     model.to(device).train()
     optimizer = torch.optim.AdamW(optimizer_groups(model, config.weight_decay), lr=config.learning_rate, fused=config.fused,
                                   betas=(config.beta1, config.beta2))
@@ -205,7 +210,7 @@ def train(config, batches, loss, model, state=None, optimizer_tensors=None, vali
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     if state.scaler:
         scaler.load_state_dict(state.scaler)
-    micro = config.micro_batch_size or choose_micro_batch(config, model.config, batch_size_at(config, state.step), device)
+    state.micro = config.micro_batch_size or state.micro or choose_micro_batch(config, model.config, device)
     if state.compiled is None:
         why_not = why_not_compile(config, state, device)
         state.compiled = why_not is None
@@ -216,7 +221,7 @@ def train(config, batches, loss, model, state=None, optimizer_tensors=None, vali
         say(f"{group['role']:>10}: {len(group['params']):4} tensors, {sum(p.numel() for p in group['params']):13,} parameters, "
             f"learning rate x {group['lr_scale']:.4g}, weight decay {group['weight_decay']:g}")
     say(f"{model.config.n_params_non_embedding:,} parameters without the embedding, {model.config.n_params:,} with it; "
-        f"{device}, {str(dtype)[6:]}, {'compiled' if state.compiled else 'eager'}, micro-batch {micro}")
+        f"{device}, {str(dtype)[6:]}, {'compiled' if state.compiled else 'eager'}, micro-batch {state.micro}")
 
     out_dir = Path(config.out_dir) if tokenizer else None
     log = open(out_dir / "metrics.jsonl", "a", encoding="utf-8") if out_dir else None
@@ -278,8 +283,8 @@ def train(config, batches, loss, model, state=None, optimizer_tensors=None, vali
             # Gradients, micro-batch by micro-batch, of the mean over the whole batch.
             clock = time.monotonic()
             batch, n = batches(state.plan, state.position, batch_size_at(config, state.step))
-            parts = [{name: t[i:i + micro].to(device, non_blocking=True) for name, t in batch.items()}
-                     for i in range(0, len(batch["idx"]), micro)]
+            parts = [{name: t[i:i + state.micro].to(device, non_blocking=True) for name, t in batch.items()}
+                     for i in range(0, len(batch["idx"]), state.micro)]
             total = torch.zeros((), device=device)
             for part in parts:
                 summed, aux = loss(forward, part)
@@ -401,6 +406,15 @@ def non_finite_message(out_dir, state, batch_size, loss, norm):
 
 # ---- devices
 
+def keep_memory():
+    """Have glibc keep freed memory for the next step. By default it gives large buffers back to the system every time, and
+    the page faults of getting them again cost a quarter of a CPU step (LOG.md)."""
+    if platform.libc_ver()[0] == "glibc":
+        libc, trim_threshold, mmap_max = ctypes.CDLL("libc.so.6"), -1, -4            # names of malloc.h
+        libc.mallopt(mmap_max, 0)
+        libc.mallopt(trim_threshold, 2 ** 31 - 1)
+
+
 def why_not_compile(config, state, device):
     """None where torch.compile will do good, else the reason against it."""
     if not config.compile:
@@ -434,8 +448,9 @@ def check_memory(model, device):
     return free - needed
 
 
-def choose_micro_batch(config, model, batch_size, device):
+def choose_micro_batch(config, model, device):
     """Sequences per forward: the largest divisor of the batch whose activations fit."""
+    batch_size = batch_size_at(config, 0)
     # Kept for the backward pass in a layer: about 18 values of width C and 3 of width F, most of them in 2 bytes.
     per_token = model.n_layer * (18 * model.n_embd + 3 * model.n_ff) * 2.5
     tokens = MICRO_TOKENS_CPU if device.type == "cpu" else 0.6 * check_memory(model, device) / per_token
@@ -467,7 +482,7 @@ def restore_optimizer(optimizer, tensors, fused):
 Start = namedtuple("Start", "config model_config state folder kind asked")       # kind: scratch, resume, branch, init
 MAY_CHANGE = ("max_steps", "minutes", "eval_interval", "eval_tokens", "log_interval", "save_interval", "keep_last", "keep_every",
               "sample_tokens", "skip_samples", "overwrite", "quiet")
-MAY_DIFFER = ("max_position", "tie_word_embeddings")                     # from the checkpoint's model, and all that starts with rope_
+MAY_DIFFER = ("max_position", "original_max_position", "tie_word_embeddings", "mup_lr")  # and rope_...: from the checkpoint's model
 
 
 def read_config(argv):
@@ -544,6 +559,8 @@ def branch(config, given, was_asked):
     names = {f.name for f in dataclasses.fields(TrainConfig)}
     values = {**meta["train"], **{name: getattr(config, name) for name in own},
               **{name: value for name, value in given.items() if name in names}}
+    if config.decay_share is None and config.decay_steps is None:
+        values["decay_share"] = meta["train"]["decay_share"]
     (config,) = build([TrainConfig], values)
     end = config.max_steps
     if config.decay_steps is None and end is None:
@@ -561,7 +578,7 @@ def branch(config, given, was_asked):
         state.start, state.warmup = state.step, config.rewarm_steps
     if config.data != state.plan[-1][1]:
         state.plan.append([state.position, config.data])
-    state.seconds, state.compiled = 0.0, None
+    state.seconds, state.compiled, state.micro = 0.0, None, 0
     model = compare_model(model_config(meta, folder), given, folder)
     if model.tie_word_embeddings != meta["model"]["tie_word_embeddings"]:
         raise BadInput("--tie_word_embeddings: untying changes the optimizer's state; use --init_from")
@@ -572,8 +589,7 @@ def compare_model(model, given, folder):
     """The checkpoint's model config, with what may differ taken from the command; BadInput lists what may not."""
     fields = {f.name for f in dataclasses.fields(MiniCPMConfig)} & given.keys()
     changed = {name for name in fields if given[name] != getattr(model, name)}
-    refused = sorted(name for name in changed if name not in MAY_DIFFER and not name.startswith("rope_") and name != "mup_lr"
-                     and name != "original_max_position")
+    refused = sorted(name for name in changed if name not in MAY_DIFFER and not name.startswith("rope_"))
     if not model.tie_word_embeddings and "tie_word_embeddings" in changed:
         refused.append("tie_word_embeddings")
     if refused:
@@ -719,7 +735,7 @@ def fly(start, loss=language_loss, make_source=None):
             return
         if config.sample_tokens:
             ids = [int(token) for token in model.eval().generate([[tokenizer.bos]], config.sample_tokens, temperature=0.7, top_k=50,
-                                                                 seed=config.seed, stop_ids=[tokenizer.eos])]
+                                                                 seed=config.seed, stop_ids=[tokenizer.eos], never_ids=[tokenizer.bos])]
             say(f"--- a sample, temperature 0.7\n{tokenizer.decode(i for i in ids if i != tokenizer.eos)}\n---")
         say(f"finished: {state.step} steps, {state.tokens_seen / 1e6:.1f}M tokens, {state.seconds:.0f} s; curves in {out_dir / 'loss.png'}; "
             f"python sample.py --ckpt={out_dir} writes more")
