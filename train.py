@@ -668,7 +668,7 @@ def draw_curves(out_dir):
     right = left.twinx()
     right.plot(tokens, [x["lr"] for x in training], color="tab:red", linestyle="--", linewidth=1, label="learning rate")
     right.set_ylabel("learning rate")
-    right.set_ylim(bottom=0)
+    right.set_ylim(0, 1.35 * max(x["lr"] for x in training))             # room for the legend
     handles = [sum(pair, []) for pair in zip(left.get_legend_handles_labels(), right.get_legend_handles_labels())]
     left.legend(*handles, loc="upper center")
     figure.tight_layout()
