@@ -41,7 +41,7 @@ def laptop(tmp_path_factory):
 
 def test_the_first_command_prepares_trains_evaluates_draws_and_samples(laptop):
     root, said = laptop
-    assert "2,557,632 with it" in said
+    assert "1,279,104 with it" in said
     assert "a sample, temperature" in said and "finished: 2 steps" in said and "compile: off, 2 steps" in said
     assert (root / "out/laptop/loss.png").stat().st_size > 5000
     lines = [json.loads(line) for line in (root / "out/laptop/metrics.jsonl").read_text().splitlines()]
