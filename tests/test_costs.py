@@ -1,0 +1,102 @@
+"""What things cost, measured: minutes long, so only `python -m pytest -m slow -s` runs them. Take them from a quiet machine."""
+import statistics
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+import tokenizer as tokenizers
+from configurator import ROOT
+from dataset import make_batches, open_corpus, write_corpus
+from model import MiniCPM, init_weights
+from train import language_loss, read_config, train
+
+pytestmark = pytest.mark.slow
+
+
+def test_the_loop_costs_under_three_percent_of_a_step(tmp_path):
+    """Updates of train(), and bare ones (forward, backward, clipping, AdamW) of the same compiled model, in turn."""
+    tokenizer = tokenizers.load("bpe4096")
+    text = "".join(path.read_text(encoding="utf-8") for path in sorted(ROOT.glob("*.py")))
+    write_corpus(tmp_path / "data" / "code" / tokenizer.name, tokenizer, [("train", text), ("val", text)])
+    argv = ["config/laptop.py", "--data=code", f"--data_dir={tmp_path / 'data'}", f"--out_dir={tmp_path / 'run'}", "--minutes=5",
+            f"--vocab_size={tokenizer.n_vocab}", "--save_interval=0", "--eval_interval=0", "--quiet=True"]
+    config, shape, _ = read_config(argv)
+    (tmp_path / "run").mkdir()
+    model = MiniCPM(shape)
+    init_weights(model, 0)
+    batches = make_batches(lambda name: open_corpus(tmp_path / "data", name, tokenizer, "train"), 0, config.block_size)
+    seen = {}
+
+    def loss(forward, part):
+        seen["forward"] = forward
+        return language_loss(forward, part)
+
+    def bare_update(optimizer):
+        nll, _ = seen["forward"](batch["idx"], batch["targets"])
+        (nll.sum() / n).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    batch, n = batches([[0, "code"]], 0, config.batch_size)
+    updates = train(config, batches, loss, model, tokenizer=tokenizer)
+    update = next(updates)                                               # compiles
+    looped, bare = [], []
+    for _ in range(200):
+        clock = time.perf_counter()
+        update = next(updates)
+        looped.append(time.perf_counter() - clock)
+        update.optimizer.zero_grad()
+        clock = time.perf_counter()
+        bare_update(update.optimizer)
+        bare.append(time.perf_counter() - clock)
+    updates.close()
+    ratio = statistics.median(looped) / statistics.median(bare)
+    print(f"\nupdate of the loop {1000 * statistics.median(looped):.2f} ms, bare {1000 * statistics.median(bare):.2f} ms: x {ratio:.3f}")
+    assert ratio < 1.03
+
+
+ONE_STEP = """
+import ctypes, sys, torch
+sys.path.insert(0, {root!r})
+from model import MiniCPM, init_weights, optimizer_groups
+config = MiniCPMConfig(vocab_size={vocab_size}, n_layer=4, n_head=8, n_embd=512, n_ff=1280)
+model = MiniCPM(config)
+init_weights(model, 0)
+model.numerics.dtype = torch.bfloat16
+optimizer = torch.optim.AdamW(optimizer_groups(model, 0.1), lr=1e-3, fused=True)
+forward = torch.compile(model, dynamic=False) if {compiled} else model
+
+def kib(name):
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(name))
+
+def step():
+    idx = torch.randint(0, config.vocab_size, (16, 257))
+    nll, _ = forward(idx[:, :-1], idx[:, 1:])
+    assert nll.dtype == torch.float32
+    nll.mean().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+step()
+ctypes.CDLL("libc.so.6").malloc_trim(0)
+before = kib("VmRSS") + 4 * config.n_params / 1024                       # parameters and optimizer state, and the gradients to be
+open("/proc/self/clear_refs", "w").write("5")                            # forget the peak so far
+step()
+print((kib("VmHWM") - before) / 1024)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="peak memory is read from /proc")
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_vocabulary_of_122753_hardly_costs_more_memory_than_one_of_32768(compiled):
+    """Everything in a step of 4,096 tokens but parameters, gradients and optimizer state."""
+    def mib(vocab_size):
+        code = ONE_STEP.format(root=str(ROOT), vocab_size=vocab_size, compiled=compiled)
+        return float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+    large, small = mib(122753), mib(32768)
+    print(f"\n{'compiled' if compiled else 'eager'}: {large:.0f} MiB at 122,753, {small:.0f} MiB at 32,768: x {large / small:.2f}")
+    assert large <= 1.2 * small
