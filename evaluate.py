@@ -24,11 +24,12 @@ from model import MiniCPM, pick_device
 
 @dataclass
 class EvaluateConfig:
-    ckpt: str = "out/laptop"            # checkpoint, or a run folder (its latest)
+    ckpt: str = "out/laptop"            # checkpoint, run folder (its latest), or the folder of a released model
+    tokenizer: str | None = None        # unset: the checkpoint's own
     data: str | None = None             # prepared corpus; unset: the first of the checkpoint's own
     data_dir: str = "data"              # where the corpora are; relative to the project
     task: Literal['bpb', 'cloze', 'all'] = 'all'
-    block_size: int | None = None       # tokens of context; unset: as trained
+    block_size: int | None = None       # tokens of context; unset: as trained, a released model at most 1024
     eval_tokens: int | None = None      # held-out tokens for bpb; unset: all
     batch_size: int = 16                # windows, or questions, per forward
     questions: int = 500                # of the cloze
@@ -97,9 +98,13 @@ def cloze(model, corpus, tokenizer, config):
 def main(argv):
     (config,), _ = configure(argv, EvaluateConfig, usage=__doc__)
     folder = checkpoint.resolve(config.ckpt)
-    trained = checkpoint.read_meta(folder)["train"]
-    tokenizer = tokenizers.load(str(folder))
+    meta = checkpoint.read_meta(folder)
+    trained = meta.get("train") or {"data": "", "block_size": min(1024, meta["model"]["max_position"])}    # a released model
     name = config.data or trained["data"].split(",")[0].split(":")[0]
+    if not name:
+        raise BadInput(f"--data: {folder} does not say on what it was trained; name a prepared corpus "
+                       f"(python data/pytorch/prepare.py --tokenizer={folder} prepares one)")
+    tokenizer = tokenizers.load(config.tokenizer or str(folder))
     corpus = open_corpus(config.data_dir, name, tokenizer, "val")
     block_size = config.block_size or trained["block_size"]
     if corpus.n_tokens <= block_size:

@@ -26,6 +26,7 @@ import checkpoint
 from configurator import BadInput
 
 EXPLICIT_ATTENTION_UP_TO = 1024   # keys; on CPU a written-out softmax beats the fused kernel's slow backward up to about here
+ROUTER_STD = 0.1                   # paper section 7.3: a normal draw of variance 0.01
 LOGITS_AT_ONCE = 2 ** 25          # logits held at a time (128 MiB in float32): a larger vocabulary goes through in chunks
 
 
@@ -39,6 +40,8 @@ class MiniCPMConfig:
     n_embd: int = 2304                  # width of the residual stream
     head_dim: int | None = None         # even; unset: n_embd / n_head (64 in every model of the paper)
     n_ff: int = 5760                    # width inside the SwiGLU (2.5 n_embd in every model of the paper)
+    num_experts: int = 0                # 0: dense; else every feed-forward is that many experts (paper section 7.3: 8)
+    num_experts_per_tok: int = 2        # experts that a token goes through
     tie_word_embeddings: bool = True    # the head is the embedding
     rms_norm_eps: float = 1e-5          # added to the mean square under the root
     max_position: int = 4096            # RoPE's reference length in tokens; not a limit, and not block_size
@@ -70,6 +73,8 @@ class MiniCPMConfig:
             out.append(f"--n_head={self.n_head}: does not divide --n_embd={self.n_embd}; give --head_dim or another width")
         elif self.head_size % 2:
             out.append(f"--head_dim={self.head_size}: RoPE rotates pairs, so it must be even")
+        if self.num_experts < 0 or self.num_experts and not 0 < self.num_experts_per_tok <= self.num_experts:
+            out.append(f"--num_experts_per_tok={self.num_experts_per_tok}: must be from 1 to --num_experts={self.num_experts}")
         if self.rope_scaling == "longrope":
             for name in ("rope_short_factor", "rope_long_factor"):
                 if len(getattr(self, name)) != self.head_size // 2:
@@ -102,8 +107,19 @@ class MiniCPMConfig:
 
     @property
     def n_params_non_embedding(self):   # the paper's N
+        return self.count(self.num_experts)
+
+    @property
+    def n_params_active(self):          # of the paper's N, what one token goes through
+        return self.count(self.num_experts_per_tok)
+
+    def count(self, experts):
+        """Parameters without embedding and head, of each layer's experts only so many."""
         attention = 2 * self.n_embd * self.head_size * (self.n_head + self.kv_heads)
-        return self.n_layer * (attention + 3 * self.n_embd * self.n_ff + 2 * self.n_embd) + self.n_embd
+        feed_forward = 3 * self.n_embd * self.n_ff
+        if self.num_experts:
+            feed_forward = experts * feed_forward + self.num_experts * self.n_embd         # and the router
+        return self.n_layer * (attention + feed_forward + 2 * self.n_embd) + self.n_embd
 
     @property
     def n_params(self):                 # with the embedding, and the head where it is untied
@@ -112,7 +128,7 @@ class MiniCPMConfig:
     def flops_per_token(self, block_size):
         """FLOPs of forward and backward per token: 6 per weight that multiplies, head included, plus attention's
         12 n_layer n_head head_dim T (PaLM, appendix B: causal masking not discounted)."""
-        weights = self.n_params_non_embedding + self.vocab_size * self.n_embd
+        weights = self.n_params_active + self.vocab_size * self.n_embd
         return 6 * weights + 12 * self.n_layer * self.n_head * self.head_size * block_size
 
 
@@ -134,6 +150,8 @@ def mup_table(config):
     | embedding | output x scale_emb                     | embd_init_std               | 1              | no    |
     | head      | tied or not: logits / width_mult       | init_std (tied: embedding)  | 1              | no    |
     | matrix    | branch x scale_depth / sqrt(n_layer)   | init_std / sqrt(width_mult) | 1 / width_mult | yes   |
+    | experts   | as matrix: each is one, stacked        | init_std / sqrt(width_mult) | 1 / width_mult | yes   |
+    | router    | -                                      | ROUTER_STD                  | 1              | no    |
     | norm      | -                                      | ones                        | 1              | no    |
 
     The paper leaves open whether the tied embedding is one of its "2-D tensors". Here it is not: both rules transfer
@@ -145,11 +163,13 @@ def mup_table(config):
         "embedding": Role(config.embd_init_std or std, 1.0, False),
         "head": Role(std, 1.0, False),
         "matrix": Role(std / math.sqrt(config.width_mult), matrix_lr, True),
+        "experts": Role(std / math.sqrt(config.width_mult), matrix_lr, True),
+        "router": Role(ROUTER_STD, 1.0, False),
         "norm": Role(0.0, 1.0, False),
     }
 
 
-ROLE_OF = {"wte": "embedding", "lm_head": "head", "wqkv": "matrix", "wo": "matrix", "w_in": "matrix", "w_out": "matrix",
+ROLE_OF = {"wte": "embedding", "lm_head": "head", "router": "router", "experts": "experts", "wqkv": "matrix", "wo": "matrix", "w_in": "matrix", "w_out": "matrix",
            "attn_norm": "norm", "mlp_norm": "norm", "norm": "norm"}
 
 
@@ -215,10 +235,9 @@ def rope_tables(config, length, device):
         frequencies = frequencies / config.rope_factor
     if config.rope_scaling == "longrope":
         original = config.original_max_position or config.max_position
-        extended = config.max_position > original
-        factors = config.rope_long_factor if extended else config.rope_short_factor
+        factors = config.rope_long_factor if max(length, config.max_position) > original else config.rope_short_factor
         frequencies = frequencies / torch.tensor(factors, dtype=torch.float32, device=device)
-        scale = math.sqrt(1 + math.log(config.max_position / original) / math.log(original)) if extended else 1.0
+        scale = math.sqrt(1 + math.log(config.max_position / original) / math.log(original))
     positions = torch.arange(length, dtype=torch.float32, device=device)
     angles = torch.outer(positions, frequencies)                           # (T, D/2)
     cos, sin = angles.cos() * scale, angles.sin() * scale
@@ -456,6 +475,43 @@ class SwiGLU(nn.Module):
         return self.w_out(F.silu(gate) * up)
 
 
+class Experts(nn.Module):
+    """The SwiGLUs of all experts, stacked."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.w_in = nn.Parameter(torch.empty(config.num_experts, 2 * config.n_ff, config.n_embd))     # gate and up
+        self.w_out = nn.Parameter(torch.empty(config.num_experts, config.n_embd, config.n_ff))        # down
+
+    def forward(self, x, counts):
+        """x (N, C), sorted by expert; counts (E,): rows of each -> (N, C)."""
+        ends = counts.cumsum(0).to(torch.int32)
+        gate, up = F.grouped_mm(x, self.w_in.to(x.dtype).transpose(1, 2), offs=ends).chunk(2, dim=-1)      # (N, F) each
+        return F.grouped_mm(F.silu(gate) * up, self.w_out.to(x.dtype).transpose(1, 2), offs=ends)
+
+
+class MoE(nn.Module):
+    """Every token through its num_experts_per_tok likeliest experts, weighted by their renormalised probabilities; none is
+    dropped (paper section 7.3)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.k = config.num_experts_per_tok
+        self.router = Linear(config.n_embd, config.num_experts)
+        self.experts = Experts(config)
+
+    def forward(self, x):
+        rows = x.flatten(0, 1)                                             # (N, C)
+        p = self.router(rows.float()).softmax(-1)                          # (N, E) float32
+        weight, expert = p.topk(self.k)                                    # (N, k)
+        weight = weight / weight.sum(-1, keepdim=True)
+        order = expert.flatten().argsort(stable=True)                      # (N k): places of (token, choice), by expert
+        token = order // self.k
+        y = self.experts(rows[token], expert.flatten().bincount(minlength=p.shape[1]))
+        y = y.float() * weight.flatten()[order, None]                      # (N k, C)
+        return torch.zeros_like(rows, dtype=torch.float32).index_add(0, token, y).view(x.shape)
+
+
 class Block(nn.Module):
     """One layer. The feed-forward is handed in, so that another kind (experts) can take its place."""
 
@@ -482,7 +538,8 @@ class MiniCPM(nn.Module):
             raise BadInput(*config.problems())
         self.config, self.numerics = config, Numerics()
         self.wte = nn.Embedding.from_pretrained(torch.empty(config.vocab_size, config.n_embd), freeze=False)
-        self.blocks = nn.ModuleList(Block(config, i, self.numerics, SwiGLU(config)) for i in range(config.n_layer))
+        self.blocks = nn.ModuleList(Block(config, i, self.numerics, MoE(config) if config.num_experts else SwiGLU(config))
+                                    for i in range(config.n_layer))
         self.norm = RMSNorm(config.n_embd, config.rms_norm_eps)
         if not config.tie_word_embeddings:
             self.lm_head = Linear(config.n_embd, config.vocab_size)
@@ -570,7 +627,7 @@ class MiniCPM(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path, device="cpu", dtype=None):
-        """A model from a checkpoint or a run folder (its latest checkpoint), ready to run.
+        """A model from a checkpoint, a run folder (its latest checkpoint) or a released folder, ready to run.
 
         dtype: of the parameters and the compute; unset: as stored. Raises BadInput where the folder cannot be used.
         """
@@ -578,7 +635,7 @@ class MiniCPM(nn.Module):
         config = model_config(checkpoint.read_meta(folder), folder)
         with torch.device("meta"):
             model = cls(config)
-        load_weights(model, checkpoint.read_tensors(folder, "model"), folder)
+        load_weights(model, checkpoint.read_weights(folder, dtype), folder)
         model.to(device=device, dtype=dtype)
         model.numerics.dtype = model.wte.weight.dtype
         return model

@@ -20,7 +20,8 @@ from model import MiniCPM, pick_device
 
 @dataclass
 class SampleConfig:
-    ckpt: str = "out/laptop"            # checkpoint, or a run folder (its latest)
+    ckpt: str = "out/laptop"            # checkpoint, run folder (its latest), or the folder of a released model
+    tokenizer: str | None = None        # unset: the checkpoint's own
     prompt: str | None = None           # text to continue; unset: from the start of a document
     prompt_file: str | None = None      # a UTF-8 file to continue
     chat: bool = False                  # True: a conversation through the chat template
@@ -60,6 +61,13 @@ def read_prompt(config):
     return text
 
 
+def load_tokenizer(folder, name):
+    """The tokenizer of a checkpoint, or the one named."""
+    if name is None and not tokenizers.held_by(folder):
+        raise BadInput(f"{folder}: holds no tokenizer; name one with --tokenizer (a folder, or {', '.join(tokenizers.BUILT_IN)})")
+    return tokenizers.load(name or str(folder))
+
+
 def context_length(model):
     """Tokens that prompt and continuation may have together: what RoPE was set up for."""
     config = model.config
@@ -70,9 +78,9 @@ def stream(model, tokenizer, ids, config, seed):
     """Yield the text that continues ids as it comes, never half a character; one sample, up to the end of its text."""
     check_length(model, ids, config)
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-    for token in model.generate([ids], config.max_new_tokens, config.temperature, config.top_k, config.top_p, seed, [tokenizer.eos],
-                                [tokenizer.bos]):
-        if int(token) != tokenizer.eos:
+    for token in model.generate([ids], config.max_new_tokens, config.temperature, config.top_k, config.top_p, seed,
+                                tokenizer.stop_ids, [tokenizer.bos]):
+        if int(token) not in tokenizer.stop_ids:
             yield decoder.decode(tokenizer.decode_bytes([int(token)]))
     yield decoder.decode(b"", final=True)
 
@@ -110,7 +118,7 @@ def main(argv):
         sys.stdout.reconfigure(encoding="utf-8", errors="replace")
     text = read_prompt(config)
     folder = checkpoint.resolve(config.ckpt)
-    tokenizer = tokenizers.load(str(folder))
+    tokenizer = load_tokenizer(folder, config.tokenizer)
     ids = [tokenizer.bos] + (tokenizer.encode(text) if text else [])
     model = MiniCPM.from_pretrained(folder, pick_device(config.device), None if config.dtype == "auto" else getattr(torch, config.dtype))
     if config.chat:
@@ -123,9 +131,9 @@ def main(argv):
         print()
         return
     rows = torch.stack(list(model.eval().generate([ids] * config.num_samples, config.max_new_tokens, config.temperature, config.top_k,
-                                                  config.top_p, config.seed, [tokenizer.eos], [tokenizer.bos])), dim=1).tolist()
+                                                  config.top_p, config.seed, tokenizer.stop_ids, [tokenizer.bos])), dim=1).tolist()
     for number, row in enumerate(rows, 1):
-        end = row.index(tokenizer.eos) if tokenizer.eos in row else len(row)
+        end = next((i for i, token in enumerate(row) if token in tokenizer.stop_ids), len(row))
         print(f"--- sample {number}\n{text or ''}{tokenizer.decode(row[:end])}")
 
 

@@ -48,6 +48,7 @@ class Tokenizer:
         self.about = {"name": name, "pattern": pattern, "specials": specials, "hash": self.hash}
         self.bos = specials["<s>" if "<s>" in specials else "<|endoftext|>"]
         self.eos = specials["</s>" if "</s>" in specials else "<|endoftext|>"]
+        self.stop_ids = [self.eos]                                       # where generation ends
         self.bytes_of = {i: token for token, i in ranks.items()} | {i: text.encode("utf-8") for text, i in specials.items()}
 
     def encode(self, text):
@@ -80,44 +81,86 @@ class Tokenizer:
         return self.specials[text]
 
     def save(self, folder):
-        """Write all that load(folder) needs: tokenizer.tiktoken (tiktoken's own format) and tokenizer_config.json."""
+        """Write all that load(folder) needs: the vocabulary's file and tokenizer_config.json."""
         about = json.dumps(self.about, indent=1, ensure_ascii=False)
         Path(folder).mkdir(parents=True, exist_ok=True)
-        for name, text in {**self.files, "tokenizer_config.json": about}.items():
-            (Path(folder) / name).write_text(text, encoding="utf-8", newline="\n")
+        for name, content in {**self.files, "tokenizer_config.json": about}.items():
+            (Path(folder) / name).write_bytes(as_bytes(content))
 
 
 class ReleasedTokenizer(Tokenizer):
-    """The tokenizer.json of a released model (SentencePiece's kind of BPE, or bytes), run by the package tokenizers."""
+    """The tokenizer of a released model: its tokenizer.json, run by the package tokenizers, or its tokenizer.model, run by
+    sentencepiece."""
 
-    def __init__(self, name, source, bos, eos):
-        """source: the file's text; bos, eos: texts of these tokens."""
-        try:
-            import tokenizers
-        except ImportError:
-            raise BadInput(f"{name}: a released tokenizer.json needs the package tokenizers: pip install tokenizers") from None
-        spec = json.loads(source)
-        for token in spec["added_tokens"]:
-            token["special"] = True                                      # so that encode_special_tokens covers them all
-        self.encoding = tokenizers.Tokenizer.from_str(json.dumps(spec))
-        self.encoding.encode_special_tokens = True                       # as ordinary text, that is
-        self.encoding.no_truncation()
-        self.encoding.no_padding()
-        self.name, self.hash, self.files = name, identity(source, bos, eos), {"tokenizer.json": source}
-        self.about = {"name": name, "bos_token": bos, "eos_token": eos, "hash": self.hash}
-        vocab = self.encoding.get_vocab(with_added_tokens=True)
-        added = {token["content"] for token in spec["added_tokens"]}
-        # SentencePiece keeps the chat marks among its ordinary pieces.
-        self.specials = {piece: i for piece, i in vocab.items() if piece in added or piece in SPECIALS}
-        self.bytes_of = {i: piece.encode("utf-8") if piece in self.specials else piece_bytes(piece, '"ByteLevel"' in source)
-                         for piece, i in vocab.items()}
-        self.n_vocab, self.bos, self.eos = max(vocab.values()) + 1, vocab[bos], vocab[eos]
+    def __init__(self, about, file, content):
+        """about: tokenizer_config.json with name, bos_token, eos_token and stop_ids; file and content: the one beside it."""
+        self.name, self.files = about["name"], {file: content}
+        engine = json_engine if file == "tokenizer.json" else sentencepiece_engine
+        added = {token["content"]: int(i) for i, token in about.get("added_tokens_decoder", {}).items()}
+        self.run, vocab, self.specials, byte_level = engine(content, added)
+        self.bytes_of = {i: piece.encode("utf-8") if piece in self.specials else piece_bytes(piece, byte_level) for piece, i in vocab.items()}
+        self.n_vocab = max(vocab.values()) + 1
+        self.bos, self.eos = vocab[about["bos_token"]], vocab[about["eos_token"]]
+        self.stop_ids = sorted({self.eos, *about["stop_ids"]})
+        self.chat_template = about.get("chat_template")
+        self.hash = identity(hashlib.sha256(as_bytes(content)).hexdigest(), about["bos_token"], about["eos_token"])
+        self.about = {**about, "hash": self.hash}
 
     def encode(self, text):
-        return self.encoding.encode(valid(text), add_special_tokens=False).ids
+        return self.run([valid(text)], False)[0]
 
     def encode_batch(self, texts):
-        return [e.ids for e in self.encoding.encode_batch([valid(text) for text in texts], add_special_tokens=False)]
+        return self.run([valid(text) for text in texts], False)
+
+    def encode_with_specials(self, text):
+        """As encode, but the texts of special tokens become these tokens: for templates only."""
+        return self.run([valid(text)], True)[0]
+
+
+def json_engine(source, added):
+    """(run, {piece: id}, specials, byte_level) of a tokenizer.json; run(texts, specials) -> lists of ids, specials saying
+    whether the texts of special tokens become these tokens."""
+    try:
+        import tokenizers
+    except ImportError:
+        raise BadInput("a released tokenizer.json needs the package tokenizers: pip install tokenizers") from None
+    spec = json.loads(source)
+    for token in spec["added_tokens"]:
+        token["special"] = True                                          # so that encode_special_tokens covers them all
+    engine = tokenizers.Tokenizer.from_str(json.dumps(spec))
+    engine.no_truncation()
+    engine.no_padding()
+
+    def run(texts, specials):
+        engine.encode_special_tokens = not specials                      # the package's name for "as ordinary text"
+        return [e.ids for e in engine.encode_batch(texts, add_special_tokens=False)]
+    vocab = engine.get_vocab(with_added_tokens=True)
+    marks = {token["content"] for token in spec["added_tokens"]}
+    # SentencePiece keeps the chat marks among its ordinary pieces.
+    return run, vocab, {piece: i for piece, i in vocab.items() if piece in marks or piece in SPECIALS}, '"ByteLevel"' in source
+
+
+def sentencepiece_engine(source, added):
+    """The same of a tokenizer.model (bytes) and the tokens that tokenizer_config.json adds to it."""
+    try:
+        import sentencepiece
+    except ImportError:
+        raise BadInput("a released tokenizer.model needs the package sentencepiece: pip install sentencepiece") from None
+    engine = sentencepiece.SentencePieceProcessor(model_proto=source)
+    vocab = {engine.id_to_piece(i): i for i in range(engine.get_piece_size())} | added
+    marks = {piece: i for piece, i in vocab.items() if piece in added or engine.is_control(i) or engine.is_unknown(i)}
+    split = re.compile("(" + "|".join(map(re.escape, sorted(marks, key=len, reverse=True))) + ")")
+
+    def run(texts, specials):
+        if not specials:
+            return engine.encode(texts)
+        parts = [[part for part in split.split(text) if part] for text in texts]
+        return [[i for part in row for i in ([marks[part]] if part in marks else engine.encode(part))] for row in parts]
+    return run, vocab, marks, False
+
+
+def as_bytes(content):
+    return content if isinstance(content, bytes) else content.encode("utf-8")
 
 
 def piece_bytes(piece, byte_level):
@@ -186,28 +229,58 @@ def load(name):
         near = difflib.get_close_matches(name, BUILT_IN, n=1, cutoff=0.4)
         raise BadInput(f"no tokenizer {name!r}" + (f"; did you mean {near[0]}?" if near else "") +
                        f" Choices: {', '.join(BUILT_IN)}, or a folder written by tokenizer.py train")
-    released = (folder / "tokenizer.json").is_file() and not (folder / "tokenizer.tiktoken").is_file()
+    released = released_files(folder)
     ranks = None if released else read_ranks(folder / "tokenizer.tiktoken")
     try:
-        about = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
         if released:
-            bos, eos = (mark["content"] if isinstance(mark, dict) else mark for mark in (about["bos_token"], about["eos_token"]))
-            source = (folder / "tokenizer.json").read_text(encoding="utf-8")
-            found = identity(source, bos, eos)
-            about = {"name": folder.resolve().name, "hash": found} | about
+            about = read_about(folder)
+            tokenizer = ReleasedTokenizer(about, *released)
+            found = tokenizer.hash
         else:
+            about = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
             found = identity(about["pattern"], rank_lines(ranks), sorted(about["specials"].items()))
-        if found != about["hash"]:
+            tokenizer = Tokenizer(about["name"], about["pattern"], ranks, about["specials"])
+        if found != about.get("hash", found):
             raise ValueError(f"its hash is {found[:12]}, not {str(about['hash'])[:12]}")
-        if released:
-            return ReleasedTokenizer(about["name"], source, bos, eos)
-        return Tokenizer(about["name"], about["pattern"], ranks, about["specials"])
+        return tokenizer
     except FileNotFoundError as error:
         raise BadInput(f"{folder}: {Path(error.filename).name} is missing") from None
     except BadInput:
         raise
     except Exception as error:                                           # tokenizers raises plain Exceptions
         raise BadInput(f"{folder}: damaged tokenizer: {type(error).__name__}: {error}") from None
+
+
+def held_by(folder):
+    """Whether a folder holds a tokenizer."""
+    return (Path(folder) / "tokenizer.tiktoken").is_file() or released_files(Path(folder)) is not None
+
+
+def released_files(folder):
+    """(file name, content) of a released tokenizer, or None. Of two the one whose package is there."""
+    if (folder / "tokenizer.tiktoken").is_file():
+        return None
+    have = [name for name in ("tokenizer.json", "tokenizer.model") if (folder / name).is_file()]
+    usable = [name for name in have if importlib.util.find_spec("tokenizers" if name == "tokenizer.json" else "sentencepiece")]
+    for name in usable or have:
+        content = (folder / name).read_bytes()
+        return name, content.decode("utf-8") if name == "tokenizer.json" else content
+    return None
+
+
+def read_about(folder):
+    """tokenizer_config.json of a released folder, completed: name, bos_token and eos_token as text, all ids that end a text."""
+    about = {"name": folder.resolve().name, "stop_ids": []}
+    about |= json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    if (folder / "chat_template.jinja").is_file():
+        about["chat_template"] = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    for mark, usual in (("bos_token", "<s>"), ("eos_token", "</s>")):
+        text = about.get(mark) or usual
+        about[mark] = text["content"] if isinstance(text, dict) else text
+    for file in ("config.json", "generation_config.json"):               # the released ones end at several ids
+        ids = json.loads((folder / file).read_text(encoding="utf-8")).get("eos_token_id") if (folder / file).is_file() else None
+        about["stop_ids"] = sorted({*about["stop_ids"], *([ids] if isinstance(ids, int) else ids or [])})
+    return about
 
 
 def read_ranks(path):
@@ -223,27 +296,69 @@ def read_ranks(path):
 # ---- chat
 
 def chat_ids(tokenizer, messages, generate=False):
-    """The released models' chat template: <s>, then <用户>text<AI> for a user, text</s> for the assistant.
+    """Ids of a conversation. Our tokenizers: <s>, then <用户>text<AI> for a user, text</s> for the assistant, as the template
+    of the released models has it; a released tokenizer: <s>, then its own template.
 
     messages  [{"role": "user" | "assistant" | "system", "content": text}]; a system's text stands as it is
     generate  the assistant speaks next, so the last message must be a user's
     returns   (ids, answer_mask): lists of one length; true on the assistant's tokens and their eos, the ones to learn
     """
-    user, answer = tokenizer.special("<用户>"), tokenizer.special("<AI>")
-    ids, mask = [tokenizer.bos], [False]
     for n, message in enumerate(messages, 1):
         role, content = message.get("role"), message.get("content")
         if not isinstance(content, str) or not content.strip():
             raise BadInput(f"chat message {n}: its content is empty")
         if role not in ("user", "assistant", "system"):
             raise BadInput(f"chat message {n}: role is user, assistant or system, not {role!r}")
-        text = tokenizer.encode(content.strip())
-        turn = {"user": [user, *text, answer], "assistant": [*text, tokenizer.eos], "system": text}[role]
-        ids += turn
-        mask += [role == "assistant"] * len(turn)
     if generate and (not messages or messages[-1]["role"] != "user"):
         raise BadInput("chat: the last message must be the user's for the assistant to answer")
+    if isinstance(tokenizer, ReleasedTokenizer):
+        return templated_ids(tokenizer, messages, generate)
+    user, answer = tokenizer.special("<用户>"), tokenizer.special("<AI>")
+    ids, mask = [tokenizer.bos], [False]
+    for message in messages:
+        text = tokenizer.encode(message["content"].strip())
+        turn = {"user": [user, *text, answer], "assistant": [*text, tokenizer.eos], "system": text}[message["role"]]
+        ids += turn
+        mask += [message["role"] == "assistant"] * len(turn)
     return ids, mask
+
+
+def templated_ids(tokenizer, messages, generate):
+    """chat_ids through the template that a released folder brings: the whole conversation as one text for an answer to be
+    generated, turn by turn to learn from, each answer closed by an end-of-text id."""
+    if not tokenizer.chat_template:
+        raise BadInput(f"tokenizer {tokenizer.name!r} has no chat template")
+    for n, message in enumerate(messages, 1):
+        found = next((text for text in tokenizer.specials if text in message["content"]), None)
+        if found:
+            raise BadInput(f"chat message {n}: holds {found}, which is a special token")
+    if generate:
+        ids = tokenizer.encode_with_specials(render(tokenizer, messages, True))
+        ids = ids if ids[:1] == [tokenizer.bos] else [tokenizer.bos, *ids]
+        return ids, [False] * len(ids)
+    ids, mask, before = [tokenizer.bos], [False], ""
+    for n, message in enumerate(messages, 1):
+        text = render(tokenizer, messages[:n], n < len(messages) and messages[n]["role"] == "assistant")
+        if not text.startswith(before):
+            raise BadInput(f"tokenizer {tokenizer.name!r}: its chat template rewrites earlier turns, so answers can't be told apart")
+        turn, answer = tokenizer.encode_with_specials(text[len(before):]), message["role"] == "assistant"
+        if answer and not set(turn) & set(tokenizer.stop_ids):
+            turn.append(tokenizer.eos)
+        turn = turn[1:] if n == 1 and turn[:1] == [tokenizer.bos] else turn
+        ids, mask, before = ids + turn, mask + [answer] * len(turn), text
+    return ids, mask
+
+
+def render(tokenizer, messages, generate):
+    """The text of a conversation by the tokenizer's own template, as transformers renders it; in a sandbox."""
+    import jinja2.sandbox                                                # torch brings it
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    try:
+        template = environment.from_string(tokenizer.chat_template)
+        return template.render(messages=messages, add_generation_prompt=generate, bos_token=tokenizer.about["bos_token"],
+                               eos_token=tokenizer.about["eos_token"])
+    except jinja2.TemplateError as error:
+        raise BadInput(f"tokenizer {tokenizer.name!r}: its chat template fails: {error}") from None
 
 
 # ---- training

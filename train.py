@@ -51,7 +51,7 @@ class TrainConfig:
     data: str = "pytorch"               # corpus, or a mixture: 'pytorch:0.7,speeches:0.3'
     decay_data: str | None = None       # mixture from the first decay step on; unset: data
     data_dir: str = "data"              # where the corpora are; relative to the project
-    tokenizer: str = "bpe4096"          # bpe4096, bytes, gpt2, cl100k_base, or a folder
+    tokenizer: str = "bpe4096"          # bpe4096, bytes, gpt2, cl100k_base, or a folder; with init_from: the checkpoint's
     doc_mask: bool = False              # True: attention stays within a document
     max_steps: int | None = None        # updates; wins over minutes
     minutes: float | None = None        # length of the run by the clock, compiling and evaluation included
@@ -500,10 +500,15 @@ def choose_start(config, model, given):
         return resume(config, model, done[-1])
     if config.branch_from:
         return branch(config, given, asked(config, model))
+    if checkpoint.is_released(config.out_dir):
+        raise BadInput(f"--out_dir={config.out_dir}: holds a released model, which a run would overwrite; give another one")
     if config.init_from:
         folder = checkpoint.resolve(config.init_from)
         theirs = model_config(checkpoint.read_meta(folder), folder)
-        return Start(config, compare_model(theirs, given, folder), new_state(config), folder, "init", asked(config, model))
+        was_asked = asked(config, model)
+        if "tokenizer" not in given:
+            config = dataclasses.replace(config, tokenizer=str(folder))
+        return Start(config, compare_model(theirs, given, folder), new_state(config), folder, "init", was_asked)
     return Start(config, model, new_state(config), None, "scratch", asked(config, model))
 
 
@@ -549,6 +554,8 @@ def branch(config, given, was_asked):
         stable = [f for f in checkpoint.checkpoints(config.branch_from) if not in_decay(checkpoint.read_meta(f))]
         folder = stable[-1] if stable else folder
     meta = checkpoint.read_meta(folder)
+    if "run" not in meta:
+        raise BadInput(f"{folder}: weights alone, no optimizer or place in the data to go on from; use --init_from")
     state = RunState(**meta["run"])
     if in_decay(meta) and not config.rewarm_steps:
         raise BadInput(f"{folder}: is in its decay (stable until step {state.decay_start}); branch from a stable checkpoint, "
@@ -639,10 +646,10 @@ def build_model(start, seed):
         model.to_empty(device="cpu")
         init_weights(model, seed)
         return model
-    tensors = checkpoint.read_tensors(start.folder, "model")
+    tensors = checkpoint.read_weights(start.folder, torch.float32)
     if not start.model_config.tie_word_embeddings and "lm_head.weight" not in tensors:
         tensors["lm_head.weight"] = tensors["wte.weight"].clone()
-    load_weights(model, {name: t.float() for name, t in tensors.items()}, start.folder)
+    load_weights(model, tensors, start.folder)
     return model
 
 
@@ -687,11 +694,13 @@ def fly(start, loss=language_loss, make_source=None):
     lock = checkpoint.lock(out_dir)
     try:
         tokenizer = tokenizers.load(str(start.folder) if start.kind in ("resume", "branch") else config.tokenizer)
-        if start.kind == "init":
-            theirs = checkpoint.read_meta(start.folder)["tokenizer_hash"]
+        if start.kind == "init" and tokenizers.held_by(start.folder):
+            theirs = tokenizers.load(str(start.folder)).hash
             if theirs != tokenizer.hash:
                 raise BadInput(f"--tokenizer={config.tokenizer}: {start.folder} was trained with another tokenizer "
                                f"(hash {theirs[:12]}, here {tokenizer.hash[:12]})")
+        if start.model_config.num_experts:
+            raise BadInput("--num_experts: a model with experts can be sampled, evaluated and converted; training one is not there yet")
         if start.model_config.vocab_size < tokenizer.n_vocab:
             raise BadInput(f"--vocab_size={start.model_config.vocab_size}: tokenizer {tokenizer.name!r} has {tokenizer.n_vocab} tokens")
         check_memory(start.model_config, pick_device(config.device))

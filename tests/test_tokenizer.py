@@ -223,7 +223,9 @@ def released_folder(folder, kind):
     hf.add_tokens(marks[3:])
     folder.mkdir()
     hf.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": {"content": "<s>"}, "eos_token": "</s>"}), "utf-8")
+    template = "{% for m in messages %}{{ '<用户>' + m['content'] + '<AI>' if m['role'] == 'user' else m['content'] }}{% endfor %}"
+    about = {"bos_token": {"content": "<s>"}, "eos_token": "</s>", "chat_template": template}
+    (folder / "tokenizer_config.json").write_text(json.dumps(about), "utf-8")
     return folder
 
 

@@ -328,7 +328,9 @@ def test_init_from_takes_the_weights_and_the_model(fly, capsys):
     got = weights(tuned)
     assert torch.allclose(got["lm_head.weight"], weights(trunk)["wte.weight"], atol=1e-6)
     assert checkpoint.read_meta(checkpoint.resolve(tuned))["model"]["rope_theta"] == 50000
-    assert "another tokenizer" in fails(capsys, 2, *[x for x in common if "tokenizer" not in x], "--overwrite=True")
+    assert "another tokenizer" in fails(capsys, 2, *common, "--overwrite=True", "--tokenizer=bpe4096")
+    main([*[x for x in common if "tokenizer" not in x], "--overwrite=True"])               # the checkpoint's own
+    assert checkpoint.read_meta(checkpoint.resolve(tuned))["tokenizer_hash"] == tokenizers.load("bytes").hash
 
 
 # ---- what goes wrong
