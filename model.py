@@ -212,8 +212,7 @@ def optimizer_groups(model, weight_decay):
 
 def rms_norm(x, weight, eps):
     """x (..., C) of any dtype, weight (C,) -> (..., C) float32."""
-    x = x.float()
-    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight.float()
+    return F.rms_norm(x.float(), weight.shape, weight.float(), eps)
 
 
 @torch.compiler.disable             # compiled, every use would compute its cosines again: a tenth of a CPU step
@@ -247,7 +246,7 @@ def rope_tables(config, length, device):
 def rotate(x, cos, sin):
     """RoPE in the half-split layout. x (B, heads, T, D), cos and signed sin (T, D) float32 -> x's shape and dtype."""
     wide = x.float()
-    return (wide * cos + wide.roll(x.shape[-1] // 2, -1) * sin).to(x.dtype)
+    return torch.addcmul(wide * cos, wide.roll(x.shape[-1] // 2, -1), sin).to(x.dtype)
 
 
 @functools.cache
@@ -279,7 +278,8 @@ def attend(q, k, v, mask, flash):
     K, S = k.shape[1:3]
     if isinstance(mask, BlockMask):
         return compiled_flex()(q, k, v, block_mask=mask, enable_gqa=H != K)
-    if flash and not (q.device.type == "cpu" and S <= EXPLICIT_ATTENTION_UP_TO):
+    slow_backward = q.device.type == "cpu" and S <= EXPLICIT_ATTENTION_UP_TO and torch.is_grad_enabled()
+    if flash and not slow_backward:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and T > 1, enable_gqa=H != K)
     q = q.reshape(B, K, H // K * T, D)                                     # the G queries of a key head side by side
     scores = (q @ k.transpose(-1, -2)).float().view(B, K, H // K, T, S) * D ** -0.5
@@ -397,6 +397,14 @@ def pick_dtype(name, device):
     return torch.float32
 
 
+def project(x, weight):
+    """x (..., C), weight (N, C) -> (..., N): the matrix in x's dtype."""
+    if x.device.type == "cpu" and x.dtype == torch.float32 and x.numel() == x.shape[-1] and not torch.is_grad_enabled():
+        # One float32 row on a CPU: F.linear takes MKL's product, which uses one core; oneDNN's uses all.
+        return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+    return F.linear(x, weight.to(x.dtype))
+
+
 class Linear(nn.Linear):
     """No bias; the float32 master is cast to its input's dtype."""
 
@@ -404,7 +412,7 @@ class Linear(nn.Linear):
         super().__init__(n_in, n_out, bias=False)
 
     def forward(self, x):
-        return F.linear(x, self.weight.to(x.dtype))
+        return project(x, self.weight)
 
 
 class RMSNorm(nn.Module):
@@ -590,7 +598,7 @@ class MiniCPM(nn.Module):
             return plain_nll(hidden, weight, targets)
         return chunked_nll(hidden, weight, targets)
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def generate(self, prompts, max_new_tokens, temperature=1.0, top_k=None, top_p=None, seed=0, stop_ids=(), never_ids=(),
                  use_cache=True):
         """Continue prompts (a list of B non-empty lists of ids) and yield (B,) new ids a step, on the CPU.
@@ -612,11 +620,12 @@ class MiniCPM(nn.Module):
         stop_ids = torch.tensor(list(stop_ids), dtype=torch.int64)
         for _ in range(max_new_tokens):
             hidden = self.hidden(idx, doc_ids, cache)[:, -1]               # (B, C)
-            logits = F.linear(hidden, self.head_weight.to(hidden.dtype)).float()
-            logits[:, list(never_ids)] = float("-inf")
+            logits = project(hidden, self.head_weight).float()             # (B, V)
+            if never_ids:
+                logits[:, list(never_ids)] = float("-inf")
             uniform = torch.cat([torch.rand(1, generator=g) for g in generators])
             last = torch.where(stopped, last, sample_next(logits, uniform, temperature, top_k, top_p).cpu())
-            stopped |= torch.isin(last, stop_ids)
+            stopped |= (last[:, None] == stop_ids).any(1)
             yield last
             if stopped.all():
                 return

@@ -1,0 +1,326 @@
+"""Released folders in and out: parity with transformers' own code, exact round trips, and clear errors."""
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import checkpoint
+import convert
+import sample
+import tokenizer as tokenizers
+import train
+from configurator import ROOT, BadInput
+from model import MiniCPM, MiniCPMConfig, init_weights
+
+transformers = pytest.importorskip("transformers")
+
+SMALL = MiniCPMConfig(vocab_size=300, n_layer=3, n_head=4, n_kv_head=2, n_embd=64, n_ff=96, max_position=32, dim_model_base=16)
+FACTORS = tuple(1 + 0.5 * i for i in range(8))
+VARIANTS = {
+    "tied, GQA": {},
+    "untied, MHA": dict(tie_word_embeddings=False, n_kv_head=4),
+    "linear": dict(rope_scaling="linear", rope_factor=3.0),
+    "dynamic": dict(rope_scaling="dynamic", rope_factor=4.0, rope_theta=1e6),
+    "longrope, long": dict(rope_scaling="longrope", original_max_position=16, rope_short_factor=(1.0,) * 8, rope_long_factor=FACTORS),
+    "longrope, short": dict(rope_scaling="longrope", original_max_position=32, rope_short_factor=FACTORS, rope_long_factor=(9.0,) * 8),
+    "no muP": dict(mup=False),
+    "experts": dict(num_experts=4, num_experts_per_tok=2),
+    "untied experts": dict(num_experts=8, num_experts_per_tok=3, tie_word_embeddings=False),
+}
+
+
+def make(changes):
+    model = MiniCPM(dataclasses.replace(SMALL, **changes))
+    init_weights(model, 1)
+    for name, p in model.named_parameters():                               # norms of ones would hide a mix-up
+        if name.endswith("norm.weight"):
+            torch.nn.init.uniform_(p, 0.5, 1.5, generator=torch.Generator().manual_seed(len(name)))
+    return model.eval()
+
+
+def save(folder, model, tokenizer=None):
+    """A run folder with one checkpoint that holds the model."""
+    meta = {"model": dataclasses.asdict(model.config), "tokenizer_hash": tokenizer and tokenizer.hash}
+    checkpoint.save(folder, 1, {"model": model.state_dict()}, meta, tokenizer and tokenizer.save)
+    return folder
+
+
+def run(*argv):
+    convert.main([str(word) for word in argv])
+
+
+def fails(capsys, main, *argv):
+    """What main prints to stderr when it refuses."""
+    with pytest.raises(SystemExit) as stop:
+        main([str(word) for word in argv])
+    assert stop.value.code == 2
+    return capsys.readouterr().err
+
+
+def ids(*shape):
+    return torch.randint(0, SMALL.vocab_size, shape, generator=torch.Generator().manual_seed(0))
+
+
+def theirs(folder):
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager", dtype=torch.float32).eval()
+
+
+@pytest.mark.parametrize("form", ["granite", "minicpm", "llama"])
+@pytest.mark.parametrize("variant", VARIANTS)
+@torch.no_grad()
+def test_export_runs_elsewhere_and_comes_back(variant, form, tmp_path):
+    if "experts" in variant and form == "llama":
+        return                                                           # refused: see below
+    model = make(VARIANTS[variant])
+    run(f"--ckpt={save(tmp_path / 'run', model)}", f"--to_hf={tmp_path / 'hf'}", f"--form={form}")
+    for length in ([20] if variant == "longrope, short" else [20, 48]):    # above and below 32, where RoPE forms differ
+        logits = model(ids(2, length))
+        if form != "minicpm":                                              # transformers has no code for that one
+            reference = theirs(tmp_path / "hf")(ids(2, length)).logits
+            assert (logits - reference).abs().max() < 1e-4 and torch.equal(logits.argmax(-1), reference.argmax(-1))
+        again = MiniCPM.from_pretrained(tmp_path / "hf")
+        assert (again(ids(2, length)) - logits).abs().max() < 1e-4
+    if form != "llama":
+        run(f"--from_hf={tmp_path / 'hf'}", f"--out_dir={tmp_path / 'back'}")
+        back = checkpoint.read_weights(checkpoint.resolve(tmp_path / "back"))
+        assert back.keys() == model.state_dict().keys()
+        assert all(torch.equal(back[name], p) for name, p in model.state_dict().items())
+        assert torch.equal(MiniCPM.from_pretrained(tmp_path / "back")(ids(2, 20)), model(ids(2, 20)))
+
+
+@pytest.mark.parametrize("kind", ["Granite", "GraniteMoe", "Llama"])
+@torch.no_grad()
+def test_folders_written_by_transformers_load(kind, tmp_path):
+    config = dict(vocab_size=300, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4,
+                  num_key_value_heads=2, max_position_embeddings=64, rms_norm_eps=1e-5)
+    if kind != "Llama":
+        config |= dict(embedding_multiplier=12.0, residual_multiplier=1.4 / 3 ** 0.5, logits_scaling=4.0, attention_multiplier=0.25,
+                       tie_word_embeddings=True)
+    torch.manual_seed(0)
+    reference = getattr(transformers, f"{kind}ForCausalLM")(getattr(transformers, f"{kind}Config")(**config)).eval()
+    reference.save_pretrained(tmp_path, max_shard_size="100KB")
+    assert (tmp_path / "model.safetensors.index.json").is_file()
+    model = MiniCPM.from_pretrained(tmp_path)
+    assert model.config.scale_depth == 1.4                                 # found again to the last bit (Llama: the default)
+    assert model.config.mup == (kind != "Llama")
+    assert (model(ids(2, 20)) - reference(ids(2, 20)).logits).abs().max() < 1e-4
+
+
+@torch.no_grad()
+def test_the_model_keeps_no_state_between_inputs():
+    model = make(VARIANTS["dynamic"])
+    before = model(ids(1, 20))
+    model(ids(1, 200))
+    assert torch.equal(model(ids(1, 20)), before)
+
+
+def test_absent_fields_take_the_released_defaults(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({
+        "architectures": ["MiniCPMForCausalLM"], "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3,
+        "num_attention_heads": 4, "vocab_size": 300}))
+    config = MiniCPMConfig(**checkpoint.read_meta(tmp_path)["model"])
+    assert (config.scale_emb, config.scale_depth, config.dim_model_base) == (1, 1, 1)
+    assert config.tie_word_embeddings and config.n_kv_head == 4 and config.rope_theta == 10000 and config.rms_norm_eps == 1e-6
+
+
+def test_sharded_bfloat16_and_bin_folders(tmp_path, monkeypatch):
+    model = make({}).to(torch.bfloat16)
+    monkeypatch.setattr(convert, "SHARD_BYTES", 20_000)
+    run(f"--ckpt={save(tmp_path / 'run', model)}", f"--to_hf={tmp_path / 'hf'}", "--form=minicpm")
+    index = json.loads((tmp_path / "hf" / "model.safetensors.index.json").read_text())
+    assert len(set(index["weight_map"].values())) > 3
+    again = MiniCPM.from_pretrained(tmp_path / "hf")
+    assert again.wte.weight.dtype == torch.bfloat16
+    assert all(torch.equal(p, q) for p, q in zip(again.parameters(), model.parameters()))
+    # The same weights as torch shards.
+    old = tmp_path / "old"
+    old.mkdir()
+    (old / "config.json").write_text((tmp_path / "hf" / "config.json").read_text())
+    for file in set(index["weight_map"].values()):
+        torch.save(load_file(tmp_path / "hf" / file), old / file.replace("model", "pytorch_model").replace("safetensors", "bin"))
+    names = {name: file.replace("model", "pytorch_model").replace("safetensors", "bin") for name, file in index["weight_map"].items()}
+    (old / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": names}))
+    assert all(torch.equal(p, q) for p, q in zip(MiniCPM.from_pretrained(old).parameters(), model.parameters()))
+    assert MiniCPM.from_pretrained(old, dtype=torch.float32).wte.weight.dtype == torch.float32
+
+
+@pytest.fixture
+def released(tmp_path):
+    """A released folder of the tied model, with the byte tokenizer."""
+    model = make({})
+    run(f"--ckpt={save(tmp_path / 'run', model, tokenizers.load('bytes'))}", f"--to_hf={tmp_path / 'hf'}", "--form=minicpm")
+    return tmp_path / "hf"
+
+
+def edit(folder, **changes):
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+class Evil:
+    def __reduce__(self):
+        return (Path.touch, (Path("evil-was-here"),))
+
+
+def test_folders_that_can_not_be_used(released, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    weights = load_file(released / "model.safetensors")
+
+    def said(**changes):
+        before = (released / "config.json").read_text()
+        edit(released, **changes)
+        text = fails(capsys, sample.main, f"--ckpt={released}")
+        (released / "config.json").write_text(before)
+        assert "Traceback" not in text
+        return text
+    assert "MiniCPM3ForCausalLM" in said(architectures=["MiniCPM3ForCausalLM"]) and "MLA" in said(architectures=["MiniCPM3ForCausalLM"])
+    assert "BertModel" in said(architectures=["BertModel"])
+    assert "gptq" in said(quantization_config={"quant_method": "gptq"})
+    assert "fatrelu" in said(hidden_act="fatrelu")
+    assert "yarn" in said(rope_scaling={"rope_type": "yarn", "factor": 4.0})
+    assert "hidden_size" in said(hidden_size="64")
+    wrong = said(intermediate_size=80)
+    assert "mlp.gate_proj.weight is (96, 64), config.json needs (80, 64)" in wrong and wrong.count("\n") == 9          # each of 3 x 3
+    assert "lm_head.weight is missing" in said(tie_word_embeddings=False)
+    assert "has 264 tokens" in said(vocab_size=200) or "needs (200, 64)" in said(vocab_size=200)
+
+    def broken(write):
+        write()
+        text = fails(capsys, sample.main, f"--ckpt={released}")
+        save_file(weights, released / "model.safetensors")
+        assert "Traceback" not in text
+        return text
+    path = released / "model.safetensors"
+    assert "tensor model.norm.weight is missing" in broken(lambda: save_file({k: v for k, v in weights.items() if k != "model.norm.weight"}, path))
+    assert "tensor model.extra is not part" in broken(lambda: save_file({**weights, "model.extra": torch.ones(2)}, path))
+    assert "not a whole file" in broken(lambda: path.write_bytes(path.read_bytes()[:-100]))
+    assert "not a whole file" in broken(lambda: path.write_bytes(b""))
+    assert "lm_head.weight is not the embedding" in broken(lambda: save_file({**weights, "lm_head.weight": torch.ones(300, 64)}, path))
+    save_file({**weights, "lm_head.weight": weights["model.embed_tokens.weight"].clone()}, path)          # a mere copy
+    MiniCPM.from_pretrained(released)
+    path.unlink()
+    assert "no weights" in fails(capsys, sample.main, f"--ckpt={released}")
+    index = released / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"model.norm.weight": "model-00001-of-00002.safetensors"}}))
+    assert "model-00001-of-00002.safetensors: missing" in fails(capsys, sample.main, f"--ckpt={released}")
+    index.unlink()
+    torch.save({"model.norm.weight": Evil()}, released / "pytorch_model.bin")
+    assert "not a whole file of tensors" in fails(capsys, sample.main, f"--ckpt={released}")
+    assert not (tmp_path / "evil-was-here").exists()
+
+
+def test_exports_that_are_refused(tmp_path, capsys):
+    dense, experts = save(tmp_path / "dense", make({})), save(tmp_path / "experts", make(VARIANTS["experts"]))
+    assert "--form=granite" in fails(capsys, convert.main, f"--ckpt={experts}", f"--to_hf={tmp_path / 'x'}", "--form=llama")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.txt").write_text("mine")
+    assert "not an empty folder" in fails(capsys, convert.main, f"--ckpt={dense}", f"--to_hf={tmp_path / 'full'}")
+    assert [p.name for p in (tmp_path / "full").iterdir()] == ["thesis.txt"]
+    narrow = save(tmp_path / "narrow", make(dict(head_dim=8)))
+    assert "head_dim" in fails(capsys, convert.main, f"--ckpt={narrow}", f"--to_hf={tmp_path / 'x'}", "--form=minicpm")
+    small = save(tmp_path / "small", make(dict(vocab_size=100)), tokenizers.load("bytes"))
+    assert "264 tokens" in fails(capsys, convert.main, f"--ckpt={small}", f"--to_hf={tmp_path / 'x'}")
+    assert "give one of them" in fails(capsys, convert.main, f"--ckpt={dense}")
+    assert "no config.json" in fails(capsys, convert.main, f"--from_hf={tmp_path / 'dense'}", f"--out_dir={tmp_path / 'y'}")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["dense", "experts", "full", "narrow", "small"]      # nothing half-written
+
+
+def test_a_full_disk_leaves_nothing_behind(tmp_path, capsys, monkeypatch):
+    def full(*args, **kwargs):
+        raise convert.SafetensorError("No space left on device")
+    dense = save(tmp_path / "dense", make({}))
+    monkeypatch.setattr(convert, "save_file", full)
+    assert "No space left" in fails(capsys, convert.main, f"--ckpt={dense}", f"--to_hf={tmp_path / 'x'}")
+    assert not (tmp_path / "x").exists() and not list(tmp_path.glob(".x*"))
+
+
+# ---- the scripts on a released folder
+
+def test_sampling_and_starting_from_a_released_folder(released, tmp_path, capsys):
+    sample.main([f"--ckpt={released}", "--prompt=def", "--max_new_tokens=8", "--device=cpu"])
+    assert capsys.readouterr().out.startswith("def")
+    (released / "tokenizer.json").unlink()
+    assert "--tokenizer" in fails(capsys, sample.main, f"--ckpt={released}")
+    sample.main([f"--ckpt={released}", "--max_new_tokens=8", "--device=cpu", "--tokenizer=bytes"])
+    assert "--branch_from" not in fails(capsys, train.main, f"--branch_from={released}", f"--out_dir={tmp_path / 'b'}", "--decay_steps=2")
+    assert "released model" in fails(capsys, train.main, f"--init_from={released}", f"--out_dir={released}", "--overwrite=True", "--max_steps=1")
+    assert (released / "config.json").exists()
+
+
+def test_training_starts_from_a_released_folder(released, tmp_path):
+    tokenizer = tokenizers.load(str(released))
+    from dataset import write_corpus
+    text = (ROOT / "LICENSE").read_text(encoding="utf-8")
+    write_corpus(tmp_path / "data" / "one" / tokenizer.name, tokenizer, [("train", text), ("val", text)])
+    train.main([f"--init_from={released}", f"--out_dir={tmp_path / 'tuned'}", "--data=one", f"--data_dir={tmp_path / 'data'}", "--max_steps=1",
+                "--block_size=16", "--batch_size=2", "--learning_rate=1e-9", "--min_lr=1e-10", "--device=cpu", "--sample_tokens=0"])
+    folder = checkpoint.resolve(tmp_path / "tuned")
+    tuned, before = checkpoint.read_weights(folder), checkpoint.read_weights(released)
+    assert all(torch.allclose(tuned[name], p, atol=1e-6) for name, p in before.items())
+    assert tokenizers.load(str(folder)).hash == tokenizer.hash
+
+
+def test_generation_ends_at_each_end_of_the_config(released):
+    (released / "generation_config.json").write_text(json.dumps({"eos_token_id": [65, 66]}))
+    assert {65, 66} <= set(tokenizers.load(str(released)).stop_ids)
+
+
+# ---- tokenizers
+
+@pytest.mark.parametrize("name", ["bpe4096", "bytes"])
+def test_the_exported_tokenizer_gives_the_same_ids(name, tmp_path):
+    tokenizer = tokenizers.load(name)
+    run(f"--ckpt={save(tmp_path / 'run', make(dict(vocab_size=4096)), tokenizer)}", f"--to_hf={tmp_path / 'hf'}")
+    stock = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    texts = [path.read_text(encoding="utf-8") for path in [*ROOT.glob("*.py"), *ROOT.glob("*.md"), *ROOT.glob("tests/*.py")]]
+    for mark in tokenizer.specials:                                        # which a stock tokenizer takes for the mark itself
+        texts = [text.replace(mark, mark[:-1]) for text in texts]
+    texts += ["", " ", "a  ", "\n\n  \n x\t\r\n\r\n ", "1234567 don't WE'LL", "漢字😀é", "a\u2028b\u00a0 c"]
+    for text in texts:
+        assert stock(text)["input_ids"] == [tokenizer.bos, *tokenizer.encode(text)]
+        assert stock.decode(tokenizer.encode(text)) == text
+    talk = [{"role": "user", "content": " hi "}, {"role": "assistant", "content": "yes"}, {"role": "user", "content": "go"}]
+    assert stock.apply_chat_template(talk, add_generation_prompt=True)["input_ids"] == tokenizers.chat_ids(tokenizer, talk, generate=True)[0]
+    assert (stock.bos_token_id, stock.eos_token_id) == (tokenizer.bos, tokenizer.eos)
+    # Taken in again it is another tokenizer class with the same ids.
+    again = tokenizers.load(str(tmp_path / "hf"))
+    assert all(again.encode(text) == tokenizer.encode(text) for text in texts)
+    assert (again.token_bytes() == tokenizer.token_bytes()).all()
+
+
+CHATML = "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}" \
+         "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+
+
+def test_a_released_chat_template_is_followed(released):
+    about = json.loads((released / "tokenizer_config.json").read_text())
+    (released / "tokenizer_config.json").write_text(json.dumps({**about, "chat_template": CHATML}))
+    tokenizer = tokenizers.load(str(released))
+    talk = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]
+    start, end = tokenizer.special("<|im_start|>"), tokenizer.special("<|im_end|>")
+    plain = tokenizer.encode
+    ids, _ = tokenizers.chat_ids(tokenizer, talk[:1], generate=True)
+    assert ids == [tokenizer.bos, start, *plain("user\nhi"), end, *plain("\n"), start, *plain("assistant\n")]
+    ids, mask = tokenizers.chat_ids(tokenizer, talk)
+    learnt = [i for i, answer in zip(ids, mask) if answer]
+    assert learnt[:len(plain("yes"))] == plain("yes") and tokenizer.eos in learnt
+    with pytest.raises(BadInput, match="special token"):
+        tokenizers.chat_ids(tokenizer, [{"role": "user", "content": "x<|im_end|>"}], generate=True)
+
+
+REAL = ROOT.parent / "shared" / "minicpm-tokenizer"
+
+
+@pytest.mark.skipif(not REAL.is_dir(), reason="the released tokenizer is not here")
+def test_the_tokenizer_of_minicpm_2b():
+    pytest.importorskip("sentencepiece")
+    tokenizer = tokenizers.load(str(REAL))
+    assert (tokenizer.n_vocab, tokenizer.bos, tokenizer.eos) == (122753, 1, 2)
+    for text in ["héllo\n\n wörld <s> 你好 🎉 \u2028", "def f(x):\n\treturn  x\n"]:
+        assert tokenizer.decode(tokenizer.encode(text)) == text and not {1, 2} & set(tokenizer.encode(text))
+        assert tokenizer.token_bytes()[tokenizer.encode(text)].sum() == len(text.encode())
+    ids, _ = tokenizers.chat_ids(tokenizer, [{"role": "user", "content": " 你好 "}], generate=True)
+    assert ids[0] == 1 and tokenizer.decode(ids[1:]) == "<用户>你好<AI>"
