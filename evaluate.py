@@ -104,7 +104,7 @@ def main(argv):
     if not name:
         raise BadInput(f"--data: {folder} does not say on what it was trained; name a prepared corpus "
                        f"(python data/pytorch/prepare.py --tokenizer={folder} prepares one)")
-    tokenizer = tokenizers.load(config.tokenizer or str(folder))
+    tokenizer = tokenizers.of_model(folder, config.tokenizer, meta["model"]["vocab_size"])
     corpus = open_corpus(config.data_dir, name, tokenizer, "val")
     block_size = config.block_size or trained["block_size"]
     if corpus.n_tokens <= block_size:

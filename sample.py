@@ -61,13 +61,6 @@ def read_prompt(config):
     return text
 
 
-def load_tokenizer(folder, name):
-    """The tokenizer of a checkpoint, or the one named."""
-    if name is None and not tokenizers.held_by(folder):
-        raise BadInput(f"{folder}: holds no tokenizer; name one with --tokenizer (a folder, or {', '.join(tokenizers.BUILT_IN)})")
-    return tokenizers.load(name or str(folder))
-
-
 def context_length(model):
     """Tokens that prompt and continuation may have together: what RoPE was set up for."""
     config = model.config
@@ -118,7 +111,7 @@ def main(argv):
         sys.stdout.reconfigure(encoding="utf-8", errors="replace")
     text = read_prompt(config)
     folder = checkpoint.resolve(config.ckpt)
-    tokenizer = load_tokenizer(folder, config.tokenizer)
+    tokenizer = tokenizers.of_model(folder, config.tokenizer, checkpoint.read_meta(folder)["model"]["vocab_size"])
     ids = [tokenizer.bos] + (tokenizer.encode(text) if text else [])
     model = MiniCPM.from_pretrained(folder, pick_device(config.device), None if config.dtype == "auto" else getattr(torch, config.dtype))
     if config.chat:

@@ -251,6 +251,17 @@ def load(name):
         raise BadInput(f"{folder}: damaged tokenizer: {type(error).__name__}: {error}") from None
 
 
+def of_model(folder, name, vocab_size):
+    """The tokenizer of a checkpoint or released folder, or the one named instead; BadInput where there is none, or where
+    the model's vocabulary has not room for it."""
+    if name is None and not held_by(folder):
+        raise BadInput(f"{folder}: holds no tokenizer; name one with --tokenizer (a folder, or {', '.join(BUILT_IN)})")
+    tokenizer = load(name or str(folder))
+    if tokenizer.n_vocab > vocab_size:
+        raise BadInput(f"{folder}: tokenizer {tokenizer.name!r} has {tokenizer.n_vocab} tokens, the model's vocabulary only {vocab_size}")
+    return tokenizer
+
+
 def held_by(folder):
     """Whether a folder holds a tokenizer."""
     return (Path(folder) / "tokenizer.tiktoken").is_file() or released_files(Path(folder)) is not None

@@ -7,10 +7,12 @@ import time
 import pytest
 import torch
 
+import checkpoint
+import convert
 import tokenizer as tokenizers
 from configurator import ROOT
 from dataset import make_batches, open_corpus, write_corpus
-from model import MiniCPM, init_weights
+from model import MiniCPM, MiniCPMConfig, init_weights
 from train import language_loss, read_config, train
 
 pytestmark = pytest.mark.slow
@@ -62,7 +64,7 @@ def test_the_loop_costs_under_three_percent_of_a_step(tmp_path):
 ONE_STEP = """
 import ctypes, sys, torch
 sys.path.insert(0, {root!r})
-from model import MiniCPM, init_weights, optimizer_groups
+from model import MiniCPM, MiniCPMConfig, init_weights, optimizer_groups
 config = MiniCPMConfig(vocab_size={vocab_size}, n_layer=4, n_head=8, n_embd=512, n_ff=1280)
 model = MiniCPM(config)
 init_weights(model, 0)
@@ -100,3 +102,57 @@ def test_a_vocabulary_of_122753_hardly_costs_more_memory_than_one_of_32768(compi
     large, small = mib(122753), mib(32768)
     print(f"\n{'compiled' if compiled else 'eager'}: {large:.0f} MiB at 122,753, {small:.0f} MiB at 32,768: x {large / small:.2f}")
     assert large <= 1.2 * small
+
+
+LOAD = """
+import sys, time
+sys.path.insert(0, {root!r})
+from model import MiniCPM
+
+def kib(name):
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(name))
+
+before, began = kib("VmRSS"), time.time()
+model = MiniCPM.from_pretrained({folder!r}).eval()
+print(time.time() - began, (kib("VmHWM") - before) * 1024 / (2 * model.config.n_params))
+for _ in model.generate([list(range(3, 19))], 4, top_k=50):
+    pass
+began = time.time()
+print(len(list(model.generate([list(range(3, 19))], 48, top_k=50))) / (time.time() - began))
+"""
+DECODE = """
+import sys, time, torch, transformers
+model = transformers.AutoModelForCausalLM.from_pretrained({folder!r}, dtype=torch.bfloat16).eval()
+idx, how = torch.arange(3, 19)[None], dict(do_sample=True, top_k=50, pad_token_id=0)
+model.generate(idx, min_new_tokens=4, max_new_tokens=4, **how)
+began = time.time()
+model.generate(idx, min_new_tokens=48, max_new_tokens=48, **how)
+print(48 / (time.time() - began))
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="peak memory is read from /proc")
+def test_a_released_1b_model_loads_and_decodes(tmp_path):
+    """Random weights in MiniCPM-1B's shape: time and peak memory of loading, tokens/s at batch 1 beside transformers'."""
+    pytest.importorskip("transformers")
+    config = MiniCPMConfig(vocab_size=73440, n_layer=52, n_head=24, n_kv_head=8, n_embd=1536, n_ff=3840)
+    with torch.device("meta"):
+        shapes = {name: p.shape for name, p in MiniCPM(config).named_parameters()}
+    weights = {name: torch.randn(shape, dtype=torch.bfloat16) * 0.05 if len(shape) > 1 else torch.ones(shape, dtype=torch.bfloat16)
+               for name, shape in shapes.items()}
+    for form in ("minicpm", "granite"):
+        (tmp_path / form).mkdir()
+        convert.write_weights(tmp_path / form, convert.hf_tensors(config, weights, form))
+        checkpoint.write_json(tmp_path / form / "config.json", convert.hf_config(config, form, torch.bfloat16, None))
+    del weights
+    speeds, loads = {LOAD: [], DECODE: []}, []
+    for _ in range(3):
+        for code, form in ((LOAD, "minicpm"), (DECODE, "granite")):
+            said = subprocess.run([sys.executable, "-c", code.format(root=str(ROOT), folder=str(tmp_path / form))], capture_output=True,
+                                  text=True, check=True).stdout.split()
+            speeds[code].append(float(said[-1]))
+            loads += [tuple(map(float, said[:2]))] if code is LOAD else []
+    ours, theirs = (statistics.median(speeds[code]) for code in (LOAD, DECODE))
+    seconds, memory = (statistics.median(values) for values in zip(*loads))
+    print(f"\nloading {seconds:.1f} s, peak {memory:.3f} x the weights; {ours:.2f} tokens/s, transformers {theirs:.2f}: x {ours / theirs:.2f}")
+    assert seconds < 30 and memory <= 1.15 and ours >= 1.2 * theirs

@@ -17,7 +17,7 @@ import train
 from configurator import ROOT
 
 FAMILY = ("dpo.py", "upcycle.py", "convert.py", "plan.py", "bench.py", "evaluate.py", "parallel.py")
-NETWORK = ("data/fineweb_edu", "config/gpu_124m.py", "data/plays", "data/speeches", "--data=plays")
+NETWORK = ("--to_gguf", "data/fineweb_edu", "config/gpu_124m.py", "data/plays", "data/speeches", "--data=plays")
 
 
 def run(*argv, cwd=None, code=0):
@@ -89,6 +89,10 @@ def test_readme_command_runs(laptop, command, tmp_path):
     if words[0] == "evaluate.py":
         shutil.copy(ROOT / "evaluate.py", root)
         words += ["--questions=8", "--eval_tokens=4096"]
+    if words[0] == "convert.py":
+        shutil.copy(ROOT / "convert.py", root)
+        if "--from_hf=out/laptop-hf" in words and not (root / "out/laptop-hf").exists():
+            run("convert.py", "--to_hf=out/laptop-hf", cwd=root)
     if words[0].startswith("data/"):
         words.append(f"--data_dir={tmp_path}")
     run(*words, cwd=root)
