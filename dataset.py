@@ -24,6 +24,7 @@ import numpy as np
 import torch
 
 from configurator import ROOT, BadInput
+from tokenizer import BUILT_IN
 
 HEADER = struct.Struct("<8sIIQQ")                # magic, version, bytes per token, vocabulary size, number of tokens
 MAGIC, VERSION = b"nanoCPM\0", 1
@@ -118,7 +119,8 @@ class Split:
         except FileNotFoundError:
             name = self.folder.parent.name
             script = f"{name}/prepare.py" if (ROOT / "data" / name / "prepare.py").is_file() else f"text/prepare.py --input=PATH --name={name}"
-            raise BadInput(f"{self.folder}: no corpus here; run python data/{script} --tokenizer={self.folder.name}"
+            tokenizer = self.folder.name if self.folder.name in BUILT_IN else f"FOLDER (that of tokenizer {self.folder.name!r})"
+            raise BadInput(f"{self.folder}: no corpus here; run python data/{script} --tokenizer={tokenizer}"
                            + (" --overwrite=True" if self.folder.exists() else "")) from None
         except (ValueError, KeyError, TypeError) as error:
             raise BadInput(f"{self.folder}/meta.json: damaged ({error!r}); delete the folder and prepare it again") from None
