@@ -256,7 +256,7 @@ def to_hf(folder, options):
     if options.form == "minicpm" and config.head_size * config.n_head != config.n_embd:
         raise BadInput(f"--form=minicpm: its code takes head_dim as n_embd / n_head, which is not {config.head_size} here; take --form=granite")
     tokenizer = tokenizer_of(folder, options, config)
-    weights = checkpoint.read_weights(folder, None if options.dtype == "auto" else getattr(torch, options.dtype))
+    weights = dict(checkpoint.read_weights(folder, None if options.dtype == "auto" else getattr(torch, options.dtype)))
     dtype = weights["wte.weight"].dtype
     temporary = target.with_name(f".{target.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)

@@ -179,8 +179,11 @@ def role_of(name):
 
 
 @torch.no_grad()
-def init_weights(model, seed):
-    """Draw every parameter from (seed, its own name): the same values however the model is built or sharded."""
+def init_weights(model, seed, put=torch.Tensor.copy_):
+    """Draw every parameter from (seed, its own name): the same values however the model is built or sharded.
+
+    put  put(parameter, values) copies into a parameter, or into the piece of it that is here
+    """
     table = mup_table(model.config)
     for name, p in model.named_parameters():
         role = table[role_of(name)]
@@ -189,7 +192,7 @@ def init_weights(model, seed):
             continue
         key = hashlib.sha256(f"{seed} {name}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(key[:8], "little"))
-        p.copy_(torch.randn(p.shape, generator=generator) * role.std)
+        put(p, torch.randn(p.shape, generator=generator) * role.std)
 
 
 def optimizer_groups(model, weight_decay):
@@ -416,13 +419,16 @@ class Linear(nn.Linear):
 
 
 class RMSNorm(nn.Module):
-    def __init__(self, width, eps):
+    """Float32 throughout, but for the weight, which like all of a block's is rounded to the compute dtype: sharded blocks
+    are gathered in it, and one process computes as many do."""
+
+    def __init__(self, width, eps, numerics):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(width))
-        self.eps = eps
+        self.eps, self.numerics = eps, numerics
 
     def forward(self, x):
-        return rms_norm(x, self.weight, self.eps)
+        return rms_norm(x, self.weight.to(self.numerics.dtype), self.eps)
 
 
 class KVCache:
@@ -526,9 +532,9 @@ class Block(nn.Module):
     def __init__(self, config, layer, numerics, feed_forward):
         super().__init__()
         self.numerics, self.scale = numerics, config.residual_scale
-        self.attn_norm = RMSNorm(config.n_embd, config.rms_norm_eps)
+        self.attn_norm = RMSNorm(config.n_embd, config.rms_norm_eps, numerics)
         self.attn = Attention(config, layer, numerics)
-        self.mlp_norm = RMSNorm(config.n_embd, config.rms_norm_eps)
+        self.mlp_norm = RMSNorm(config.n_embd, config.rms_norm_eps, numerics)
         self.mlp = feed_forward
 
     def forward(self, x, cos, sin, mask=None, cache=None):
@@ -548,7 +554,7 @@ class MiniCPM(nn.Module):
         self.wte = nn.Embedding.from_pretrained(torch.empty(config.vocab_size, config.n_embd), freeze=False)
         self.blocks = nn.ModuleList(Block(config, i, self.numerics, MoE(config) if config.num_experts else SwiGLU(config))
                                     for i in range(config.n_layer))
-        self.norm = RMSNorm(config.n_embd, config.rms_norm_eps)
+        self.norm = RMSNorm(config.n_embd, config.rms_norm_eps, self.numerics)
         if not config.tie_word_embeddings:
             self.lm_head = Linear(config.n_embd, config.vocab_size)
 
@@ -658,15 +664,24 @@ def model_config(meta, where):
         raise BadInput(f"{where}/meta.json: no usable model config ({error})") from None
 
 
-def load_weights(model, tensors, where):
-    """Put a dict of tensors into a model; every name and shape that does not fit is listed in one BadInput."""
-    expected = dict(model.named_parameters())
-    problems = [f"{where}: tensor {name} is missing" for name in expected.keys() - tensors.keys()]
-    problems += [f"{where}: tensor {name} belongs to no parameter" for name in tensors.keys() - expected.keys()]
-    problems += [f"{where}: tensor {name} is {tuple(tensors[name].shape)}, the config needs {tuple(expected[name].shape)}"
-                 for name in expected.keys() & tensors.keys() if tensors[name].shape != expected[name].shape]
+def load_weights(model, tensors, where, put=None):
+    """Put (name, tensor) pairs into a model; every name and shape that does not fit is listed in one BadInput.
+
+    put  put(parameter, tensor) copies into parameters that have memory; None: the tensors become the parameters
+    """
+    expected, seen, problems = dict(model.named_parameters()), set(), []
+    for name, tensor in tensors:
+        seen.add(name)
+        if name not in expected:
+            problems.append(f"{where}: tensor {name} belongs to no parameter")
+        elif tensor.shape != expected[name].shape:
+            problems.append(f"{where}: tensor {name} is {tuple(tensor.shape)}, the config needs {tuple(expected[name].shape)}")
+        elif put:
+            put(expected[name], tensor)
+        else:
+            model.load_state_dict({name: tensor}, strict=False, assign=True)
+    problems += [f"{where}: tensor {name} is missing" for name in expected.keys() - seen]
     if problems:
         raise BadInput(*sorted(problems))
-    model.load_state_dict(tensors, assign=True)
     for p in model.parameters():
         p.requires_grad_(True)

@@ -2,6 +2,7 @@
 
     python train.py                                        the laptop run: config/laptop.py
     python train.py config/NAME.py ... --key=value ...     later wins; --help lists every knob
+    torchrun --nproc_per_node=8 train.py config/NAME.py    one process a GPU, one model over all of them: parallel.py
 
 Repeating a command continues its run where it was. `train` is the one loop of the project: a generator that yields after
 every update, which main() merely drains.
@@ -18,6 +19,7 @@ import subprocess
 import sys
 import time
 from collections import namedtuple
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -29,6 +31,8 @@ import torch
 from tqdm import tqdm
 
 import checkpoint
+if "LOCAL_RANK" in os.environ:          # torchrun began this process
+    import parallel
 import tokenizer as tokenizers
 from configurator import ROOT, BadInput, build, configure, exits_cleanly, print_differences
 from dataset import held_out_loss, make_batches, open_corpus, parse_mixture
@@ -79,6 +83,7 @@ class TrainConfig:
     save_interval: int = 500            # updates between checkpoints; 0: only where a stage ends
     keep_last: int = 2                  # newest checkpoints kept; the end of the stable stage is always kept
     keep_every: int = 0                 # and every checkpoint whose step this divides; 0: no others
+    async_save: bool = False            # True: training goes on while a checkpoint is written (and its copy kept in memory)
     sample_tokens: int = 200            # length of the sample printed at the end; 0: none
     skip_samples: int = 0               # after a stop at a non-finite loss: samples to leave out at that place
     device: str = "auto"                # auto, cpu, cuda, cuda:1, mps
@@ -87,15 +92,20 @@ class TrainConfig:
     flash: bool = True                  # fused attention kernels; False: written-out softmax everywhere
     fused: bool = True                  # fused AdamW
     deterministic: bool | None = None   # bit-exact repeats; unset: on a CPU, where it costs nothing
+    replicate: int = 0                  # torchrun: copies of the model, each over `shard` processes; 0: what is left, else 1
+    shard: int = 0                      # torchrun: processes that one copy is spread over; 0: what is left, so all of them
+    recompute: int = 0                  # n: every n-th block is computed again in the backward pass, not kept; 0: none
+    timeout: float = 10.0               # torchrun: minutes after which a silent process counts as dead
     quiet: bool = False                 # no progress bar and no lines
 
     def problems(self):
         out = [f"--{name}={getattr(self, name)}: must be above 0" for name in
                ("max_steps", "minutes", "batch_size", "block_size", "learning_rate", "half_life", "eval_tokens", "log_interval",
-                "keep_last") if getattr(self, name) is not None and getattr(self, name) <= 0]
+                "keep_last", "timeout") if getattr(self, name) is not None and getattr(self, name) <= 0]
         out += [f"--{name}={getattr(self, name)}: must not be negative" for name in
                 ("micro_batch_size", "min_lr", "warmup_steps", "decay_steps", "rewarm_steps", "weight_decay", "grad_clip",
-                 "eval_interval", "save_interval", "keep_every", "sample_tokens", "skip_samples")
+                 "eval_interval", "save_interval", "keep_every", "sample_tokens", "skip_samples", "replicate",
+                 "shard", "recompute")
                 if getattr(self, name) is not None and getattr(self, name) < 0]
         out += [f"--{name}={getattr(self, name)}: must be at least 0 and below 1" for name in ("beta1", "beta2", "decay_share")
                 if getattr(self, name) is not None and not 0 <= getattr(self, name) < 1]
@@ -181,28 +191,33 @@ def language_loss(model, batch):
 
 # ---- the loop
 
-def train(config, batches, loss, model, state=None, optimizer_tensors=None, validate=None, tokenizer=None, stop=lambda: False):
+def train(config, batches, loss, model, state=None, optimizer_tensors=None, validate=None, tokenizer=None, stop=lambda: False,
+          world=None):
     """Train `model` as config says and yield an Update after every step, gradients still in place.
 
     batches    batches(plan, first, count) -> (dict of (count, ...) tensors, n): see dataset.make_batches
     loss       loss(forward, micro_batch) -> (sum, aux), forward being the model or its compiled form; a step minimises the
                sum over the batch / n, plus aux
-    state      RunState; None: a new run. optimizer_tensors: of the checkpoint it comes from
+    state      RunState; None: a new run. optimizer_tensors: (name, tensor) pairs of the checkpoint it comes from
     validate   validate(model) -> dict for metrics.jsonl, or None
     tokenizer  is saved in every checkpoint; None: no checkpoints and no files at all (labs)
     stop       asked after every update: True saves and ends the generator
+    world      parallel.World where several processes train one model (that parallel.distribute has spread); None: alone
     raises     NonFinite, BadInput, OSError
     """
     say = (lambda text: None) if config.quiet else tqdm.write             # above the progress bar
     state = state or new_state(config)
-    device = pick_device(config.device)
+    rank, ranks = (world.rank, world.size) if world else (0, 1)
+    device = world.device if world else pick_device(config.device)
     dtype = pick_dtype(config.dtype, device)
     deterministic = device.type == "cpu" if config.deterministic is None else config.deterministic
     torch.use_deterministic_algorithms(deterministic)
     model.numerics.dtype, model.numerics.flash = dtype, config.flash
     if device.type == "cpu":
         keep_memory()
-    model.to(device).train()
+    if world is None:
+        model.to(device)
+    model.train()
     optimizer = torch.optim.AdamW(optimizer_groups(model, config.weight_decay), lr=config.learning_rate, fused=config.fused,
                                   betas=(config.beta1, config.beta2))
     if optimizer_tensors:
@@ -210,21 +225,20 @@ def train(config, batches, loss, model, state=None, optimizer_tensors=None, vali
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     if state.scaler:
         scaler.load_state_dict(state.scaler)
-    state.micro = config.micro_batch_size or state.micro or choose_micro_batch(config, model.config, device)
-    if state.compiled is None:
-        why_not = why_not_compile(config, state, device)
-        state.compiled = why_not is None
-        if why_not:
-            say(f"compile: off, {why_not}")
-    forward = torch.compile(model, dynamic=False) if state.compiled else model
+    state.micro = config.micro_batch_size or state.micro or choose_micro_batch(config, model.config, device, ranks, world.mesh.size(1) if world else 1)
+    settle_compile(config, state, device, say)
+    forward = torch.compile(model, dynamic=False) if state.compiled and world is None else model      # else its blocks are
     for group in optimizer.param_groups:
         say(f"{group['role']:>10}: {len(group['params']):4} tensors, {sum(p.numel() for p in group['params']):13,} parameters, "
             f"learning rate x {group['lr_scale']:.4g}, weight decay {group['weight_decay']:g}")
     say(f"{model.config.n_params_non_embedding:,} parameters without the embedding, {model.config.n_params:,} with it; "
-        f"{device}, {str(dtype)[6:]}, {'compiled' if state.compiled else 'eager'}, micro-batch {state.micro}")
+        f"{device}, {str(dtype)[6:]}, {'compiled' if state.compiled else 'eager'}, micro-batch {state.micro}"
+        + (f", {ranks} processes: {world.mesh.size(0)} x {world.mesh.size(1)}" if world else ""))
 
     out_dir = Path(config.out_dir) if tokenizer else None
-    log = open(out_dir / "metrics.jsonl", "a", encoding="utf-8") if out_dir else None
+    log = open(out_dir / "metrics.jsonl", "a", encoding="utf-8") if out_dir and rank == 0 else None
+    writer = ThreadPoolExecutor(1)                                       # of checkpoints, where async_save
+    writing = None
     bar = tqdm(total=state.max_steps, initial=state.step, unit="step", disable=True if config.quiet else None)
     began, steps_here, steady_since = time.monotonic() - state.seconds, 0, None
     timed_tokens, timed_seconds = 0, 0.0
@@ -243,26 +257,41 @@ def train(config, batches, loss, model, state=None, optimizer_tensors=None, vali
             write({"step": state.step, **values})
             say(f"step {state.step}: " + ", ".join(f"{name} {value:.4f}" for name, value in values.items()))
 
+    def finish_saving():
+        nonlocal writing
+        if writing:
+            writing, done = None, writing.result                         # raises what went wrong meanwhile
+            done()
+
     def save(keep=False):
-        nonlocal saved
+        nonlocal saved, writing
         if out_dir and saved == state.step and keep:                     # an interval fell on the end of a stage
-            checkpoint.amend(out_dir, state.step, run=asdict(state), keep=True)
+            finish_saving()
+            if rank == 0:
+                checkpoint.amend(out_dir, state.step, run=asdict(state), keep=True)
         elif out_dir and saved != state.step:
+            clock = time.monotonic()
+            finish_saving()
             state.seconds = time.monotonic() - began
             state.scaler = scaler.state_dict() or None
             meta = {"run": asdict(state), "train": asdict(config), "model": asdict(model.config), "keep": keep,
                     "tokenizer_hash": tokenizer.hash, "provenance": checkpoint.provenance()}
+            meta = json.loads(json.dumps(meta))                          # as it is now, not as it will be when it is written
             tensors = {"model": model.state_dict(), "optimizer": optimizer_tensors_of(optimizer)}
-            checkpoint.save(out_dir, state.step, tensors, meta, tokenizer.save)
+            work = write_checkpoint(config, out_dir, state.step, tensors, meta, tokenizer, world)
+            writing = writer.submit(work) if config.async_save else None
+            if not config.async_save:
+                work()
             saved = state.step
-            checkpoint.prune(out_dir, config.keep_last, config.keep_every)
-            (out_dir / "nonfinite.json").unlink(missing_ok=True)
+            write({"step": state.step, "save_pause_s": round(time.monotonic() - clock, 3)})
 
     try:
         while state.max_steps is None or state.step < state.max_steps:
             # A timed run settles its horizon when the stable share of the time is spent.
             if state.max_steps is None and steps_here > 1:
                 settle_by_clock(config, state, time.monotonic() - began, (time.monotonic() - steady_since) / (steps_here - 1))
+                if world:
+                    state.max_steps, state.decay_steps = parallel.from_rank_0((state.max_steps, state.decay_steps))
                 bar.total = state.max_steps
                 if state.step == state.max_steps:
                     break
@@ -282,35 +311,45 @@ def train(config, batches, loss, model, state=None, optimizer_tensors=None, vali
 
             # Gradients, micro-batch by micro-batch, of the mean over the whole batch.
             clock = time.monotonic()
-            batch, n = batches(state.plan, state.position, batch_size_at(config, state.step))
+            count = batch_size_at(config, state.step)                    # of all ranks; each takes its run of samples
+            batch, n = batches(state.plan, state.position + rank * (count // ranks), count // ranks)
+            if world:
+                n, stops = parallel.total(n, stop())
             parts = [{name: t[i:i + state.micro].to(device, non_blocking=True) for name, t in batch.items()}
                      for i in range(0, len(batch["idx"]), state.micro)]
             total = torch.zeros((), device=device)
-            for part in parts:
+            for i, part in enumerate(parts):
+                if world:
+                    model.set_requires_gradient_sync(i == len(parts) - 1)
                 summed, aux = loss(forward, part)
-                scaler.scale(summed / n + sum(aux.values()) / len(parts)).backward()
+                # Gradients are averaged over the ranks, and the sum of nll is to be their sum.
+                scaler.scale(ranks * summed / n + sum(aux.values()) / len(parts)).backward()
                 total += summed.detach() / n
 
             # Clip, and make the update only if all is finite.
             scaler.unscale_(optimizer)
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
+            if world:
+                norm = norm.full_tensor()
+                torch.distributed.all_reduce(total)
             loss_value, norm_value = torch.stack((total, norm)).tolist()
             finite = math.isfinite(loss_value) and math.isfinite(norm_value)
             state.overflows = 0 if finite else state.overflows + 1
             if not finite and (not scaler.is_enabled() or state.overflows >= OVERFLOWS_IN_A_ROW or not math.isfinite(loss_value)):
-                raise NonFinite(non_finite_message(out_dir, state, len(batch["idx"]), loss_value, norm_value))
+                raise NonFinite(non_finite_message(out_dir, state, count, loss_value, norm_value, rank))
             scaler.step(optimizer)
             scaler.update()
 
             # Count and log.
             state.step += 1
             steps_here += 1
-            state.samples_seen += len(batch["idx"])
-            state.tokens_seen += batch["idx"].numel()
+            state.samples_seen += count
+            tokens = ranks * batch["idx"].numel()
+            state.tokens_seen += tokens
             if steps_here == 1:                                          # the first step compiles: not part of any speed
                 steady_since = time.monotonic()
             else:
-                timed_tokens += batch["idx"].numel()
+                timed_tokens += tokens
                 timed_seconds += time.monotonic() - clock
             metrics = {"step": state.step, "loss": loss_value, "lr": lr, "tokens": state.tokens_seen, "grad_norm": norm_value,
                        "tok_per_s": round(timed_tokens / timed_seconds) if timed_seconds else None}
@@ -332,15 +371,39 @@ def train(config, batches, loss, model, state=None, optimizer_tensors=None, vali
                 evaluate()
             if config.save_interval and state.step % config.save_interval == 0:
                 save(keep=state.step == state.decay_start)
-            if stop():
+            if stops if world else stop():
                 save()
+                finish_saving()
                 return
         save(keep=state.decay_steps == 0)
         evaluate()
+        finish_saving()
     finally:
         bar.close()
+        writer.shutdown()
         if log:
             log.close()
+
+
+def write_checkpoint(config, out_dir, step, tensors, meta, tokenizer, world):
+    """Take hold of what this rank has to write of a checkpoint; returns the function that writes it."""
+    rank, ranks, places, attempt, writes = 0, 1, None, None, True
+    if world:
+        placed = {part: {name: parallel.place(t) for name, t in named.items()} for part, named in tensors.items()}
+        tensors = {part: {name: piece for name, (piece, _, _) in named.items()} for part, named in placed.items()}
+        places = {part: {name: (offset, shape) for name, (_, offset, shape) in named.items()} for part, named in placed.items()}
+        rank, ranks, attempt = world.mesh.get_local_rank("shard"), world.mesh.size(1), world.attempt
+        writes = world.mesh.get_local_rank("replicate") == 0             # the copies are equal: one of them writes
+    if config.async_save and writes:
+        tensors = {part: {name: t.detach().to("cpu", copy=True) for name, t in named.items()} for part, named in tensors.items()}
+
+    def work():
+        if writes:
+            checkpoint.save(out_dir, step, tensors, meta, tokenizer.save, places, rank, ranks, attempt, 60 * config.timeout)
+        if writes and rank == 0:
+            checkpoint.prune(out_dir, config.keep_last, config.keep_every)
+            (out_dir / "nonfinite.json").unlink(missing_ok=True)
+    return work
 
 
 def batch_size_at(config, step):
@@ -392,7 +455,7 @@ def settle_by_clock(config, state, seconds, seconds_per_step):
         state.max_steps = state.step + state.decay_steps
 
 
-def non_finite_message(out_dir, state, batch_size, loss, norm):
+def non_finite_message(out_dir, state, batch_size, loss, norm, rank):
     """What happened and what to do; also left in the run folder, so that a restarting agent does not run into it again."""
     text = (f"step {state.step + 1}: loss {loss}, gradient norm {norm}; the update was not made "
             f"(samples {state.position} to {state.position + batch_size - 1} of the data plan)")
@@ -400,7 +463,8 @@ def non_finite_message(out_dir, state, batch_size, loss, norm):
         good = checkpoint.checkpoints(out_dir)
         text += f"; last good checkpoint: {good[-1] if good else 'none'}; lower --learning_rate in a new run, or repeat the " \
                 f"command with --skip_samples={batch_size} to go round the place"
-        checkpoint.write_json(out_dir / "nonfinite.json", {"samples_seen": state.samples_seen, "message": text})
+        if rank == 0:
+            checkpoint.write_json(out_dir / "nonfinite.json", {"samples_seen": state.samples_seen, "message": text})
     return text
 
 
@@ -413,6 +477,15 @@ def keep_memory():
         libc, trim_threshold, mmap_max = ctypes.CDLL("libc.so.6"), -1, -4            # names of malloc.h
         libc.mallopt(mmap_max, 0)
         libc.mallopt(trim_threshold, 2 ** 31 - 1)
+
+
+def settle_compile(config, state, device, say):
+    """Decide, once in a run, whether it is compiled; say why not."""
+    if state.compiled is None:
+        why_not = why_not_compile(config, state, device)
+        state.compiled = why_not is None
+        if why_not:
+            say(f"compile: off, {why_not}")
 
 
 def why_not_compile(config, state, device):
@@ -433,9 +506,14 @@ def why_not_compile(config, state, device):
     return None
 
 
-def check_memory(model, device):
-    """Bytes free for activations; BadInput where the model, its gradients and AdamW's state do not even fit."""
-    needed = 16 * model.n_params                                        # float32 parameter, gradient and two moments
+def check_memory(model, device, shard=1):
+    """Bytes free for activations; BadInput where the model, its gradients and AdamW's state do not even fit.
+
+    shard: processes that the model is spread over, which on a CPU share the machine's memory (torchrun: LOCAL_WORLD_SIZE)
+    """
+    needed = 16 * model.n_params / shard                                # float32 parameter, gradient and two moments
+    if device.type != "cuda":
+        needed *= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if device.type == "cuda":
         free = torch.cuda.mem_get_info(device)[0]
     elif "SC_PHYS_PAGES" in getattr(os, "sysconf_names", ()):
@@ -448,12 +526,12 @@ def check_memory(model, device):
     return free - needed
 
 
-def choose_micro_batch(config, model, device):
-    """Sequences per forward: the largest divisor of the batch whose activations fit."""
-    batch_size = batch_size_at(config, 0)
+def choose_micro_batch(config, model, device, ranks, shard):
+    """Sequences per forward: the largest divisor of a rank's batch whose activations fit."""
+    batch_size = batch_size_at(config, 0) // ranks
     # Kept for the backward pass in a layer: about 18 values of width C and 3 of width F, most of them in 2 bytes.
     per_token = model.n_layer * (18 * model.n_embd + 3 * model.n_ff) * 2.5
-    tokens = MICRO_TOKENS_CPU if device.type == "cpu" else 0.6 * check_memory(model, device) / per_token
+    tokens = MICRO_TOKENS_CPU if device.type == "cpu" else 0.6 * check_memory(model, device, shard) / per_token
     most = max(1, int(tokens / config.block_size))
     return max(d for d in range(1, min(most, batch_size) + 1) if batch_size % d == 0)
 
@@ -467,14 +545,29 @@ def optimizer_tensors_of(optimizer):
 
 
 def restore_optimizer(optimizer, tensors, fused):
-    """The reverse; BadInput where a name is missing."""
-    for group in optimizer.param_groups:
-        for name, p in zip(group["names"], group["params"]):
-            try:
-                state = {key: tensors[f"{name}/{key}"] for key in ("step", "exp_avg", "exp_avg_sq")}
-            except KeyError as error:
-                raise BadInput(f"the checkpoint's optimizer state lacks {error}; use --init_from to take the weights only") from None
-            optimizer.state[p] = {key: t.to(p.device if key != "step" or fused else "cpu") for key, t in state.items()}
+    """The reverse, from (name, tensor) pairs; BadInput where one is missing."""
+    params = {name: p for group in optimizer.param_groups for name, p in zip(group["names"], group["params"])}
+    for name, tensor in tensors:
+        name, _, key = name.rpartition("/")
+        p = params[name]
+        if key == "step":
+            optimizer.state[p][key] = tensor.to(p.device if fused else "cpu")
+        else:
+            optimizer.state[p][key] = torch.zeros_like(p)
+            put(optimizer.state[p][key], tensor)
+    for name, p in params.items():
+        lacking = {"step", "exp_avg", "exp_avg_sq"} - optimizer.state[p].keys()
+        if lacking:
+            raise BadInput(f"the checkpoint's optimizer state lacks {name}/{sorted(lacking)[0]}; use --init_from to take the weights only")
+
+
+@torch.no_grad()
+def put(tensor, whole):
+    """Copy into a tensor the whole, or of a tensor that is spread over ranks its piece."""
+    if hasattr(tensor, "to_local"):
+        parallel.put(tensor, whole)
+    else:
+        tensor.copy_(whole)
 
 
 # ---- starting, resuming, branching
@@ -638,19 +731,34 @@ def open_data(config, tokenizer):
     return make_batches(open_train, config.seed, config.block_size, bos), validate
 
 
-def build_model(start, seed):
-    """The model of a Start: drawn anew, or with the checkpoint's weights (a head untied just now starts as the embedding)."""
+def build_model(start, config, world=None):
+    """The model of a Start: drawn anew, or with the checkpoint's weights (a head untied just now starts as the embedding).
+
+    With a world it is spread over the ranks while it is still without memory, and each fills its own pieces.
+    """
     with torch.device("meta"):
         model = MiniCPM(start.model_config)
+    device = world.device if world else torch.device("cpu")
+    if world:
+        parallel.distribute(model, config, world.mesh, pick_dtype(config.dtype, device), start.state.compiled)
+    model.to_empty(device=device)
     if start.folder is None:
-        model.to_empty(device="cpu")
-        init_weights(model, seed)
+        init_weights(model, config.seed, put)
         return model
-    tensors = checkpoint.read_weights(start.folder, torch.float32)
-    if not start.model_config.tie_word_embeddings and "lm_head.weight" not in tensors:
-        tensors["lm_head.weight"] = tensors["wte.weight"].clone()
-    load_weights(model, tensors, start.folder)
+    share = (world.rank, world.size) if world else (0, 1)
+    tensors = checkpoint.read_weights(start.folder, torch.float32, share)
+    if not start.model_config.tie_word_embeddings and checkpoint.read_meta(start.folder)["model"]["tie_word_embeddings"]:
+        tensors = untied(tensors)
+    load_weights(model, tensors, start.folder, put)
     return model
+
+
+def untied(tensors):
+    """(name, tensor) pairs with a head that starts as the embedding."""
+    for name, tensor in tensors:
+        yield name, tensor
+        if name == "wte.weight":
+            yield "lm_head.weight", tensor
 
 
 def draw_curves(out_dir):
@@ -683,48 +791,38 @@ def draw_curves(out_dir):
     plt.close(figure)
 
 
-def fly(start, loss=language_loss, make_source=None):
+def fly(start, loss=language_loss, make_source=None, world=None):
     """Drain the loop for a Start, with everything around it: the folder's lock, data, signals, curves, the last sample.
 
     make_source  (config, tokenizer) -> (batches, validate); None: language modelling on config.data
+    world        parallel.World under torchrun. What is done to the run's folder, rank 0 does; what may fail, all do together
     """
+    first = world is None or world.rank == 0
+    together = parallel.all_or_none if world else (lambda work: work())
     config, state, out_dir = start.config, start.state, Path(start.config.out_dir)
+    if not first:
+        config = dataclasses.replace(config, quiet=True)
     say = (lambda *words: None) if config.quiet else print
-    out_dir.mkdir(parents=True, exist_ok=True)
-    lock = checkpoint.lock(out_dir)
+
+    def take_folder():
+        out_dir.mkdir(parents=True, exist_ok=True)
+        return checkpoint.lock(out_dir) if first else None
+    lock = together(take_folder)
     try:
-        tokenizer = tokenizers.load(str(start.folder) if start.kind in ("resume", "branch") else config.tokenizer)
-        if start.kind == "init" and tokenizers.held_by(start.folder):
-            theirs = tokenizers.load(str(start.folder)).hash
-            if theirs != tokenizer.hash:
-                raise BadInput(f"--tokenizer={config.tokenizer}: {start.folder} was trained with another tokenizer "
-                               f"(hash {theirs[:12]}, here {tokenizer.hash[:12]})")
-        if start.model_config.num_experts:
-            raise BadInput("--num_experts: a model with experts can be sampled, evaluated and converted; training one is not there yet")
-        if start.model_config.vocab_size < tokenizer.n_vocab:
-            raise BadInput(f"--vocab_size={start.model_config.vocab_size}: tokenizer {tokenizer.name!r} has {tokenizer.n_vocab} tokens")
-        check_memory(start.model_config, pick_device(config.device))
-        prepare_missing(config, tokenizer)
-        batches, validate = (make_source or open_data)(config, tokenizer)
-        optimizer_tensors = checkpoint.read_tensors(start.folder, "optimizer") if start.kind in ("resume", "branch") else None
-        model = build_model(start, config.seed)
-        if start.kind == "resume":
-            checkpoint.rewind_metrics(out_dir, state.step)
-            say(f"continuing {out_dir} from step {state.step}")
-            before = checkpoint.read_meta(start.folder)["provenance"]
-            for name, why in (("code", "its rules may differ"), ("torch", "its kernels may differ"), ("threads", "sums may round otherwise")):
-                if before[name] != (now := checkpoint.provenance()[name]):
-                    say(f"note: {name} was {before[name]} and is now {now}: {why}, so the run is not the one that was interrupted")
-        else:
-            checkpoint.clear(out_dir)                                    # overwritten, or killed before its first checkpoint
-            if start.folder:
-                say(f"starting {out_dir} from {start.folder}")
-        checkpoint.write_json(out_dir / "config.json", {"asked": start.asked, "train": asdict(config), "model": asdict(start.model_config),
-                                                        "provenance": checkpoint.provenance()})
-        if finished(out_dir, state):
+        tokenizer = together(lambda: open_tokenizer(start, config))
+        together(lambda: prepare_missing(config, tokenizer) if first else None)
+        batches, validate = together(lambda: (make_source or open_data)(config, tokenizer))
+        if world:
+            settle_compile(config, state, world.device, say)
+        model = together(lambda: build_model(start, config, world))
+        optimizer_tensors = checkpoint.read_tensors(start.folder, "optimizer", (world.rank, world.size) if world else (0, 1)) \
+            if start.kind in ("resume", "branch") else None
+        together(lambda: write_down(start, say) if first else None)
+        if together(lambda: finished(out_dir, state)):
             edited = checkpoint.read_meta(start.folder)["provenance"]["code"] != checkpoint.provenance()["code"]
-            print(f"{out_dir} is finished ({state.step} steps)" + (", and the code has changed since" if edited else "")
-                  + ": --overwrite=True starts it again, --out_dir=FOLDER makes another run")
+            if first:
+                print(f"{out_dir} is finished ({state.step} steps)" + (", and the code has changed since" if edited else "")
+                      + ": --overwrite=True starts it again, --out_dir=FOLDER makes another run")
             return
         stopped = []
 
@@ -733,23 +831,58 @@ def fly(start, loss=language_loss, make_source=None):
             signal.signal(number, signal.SIG_DFL)                        # the second one does not wait for the step to end
         handlers = {name: signal.signal(name, on_signal) for name in (signal.SIGINT, signal.SIGTERM)}
         try:
-            for _ in train(config, batches, loss, model, state, optimizer_tensors, validate, tokenizer, lambda: bool(stopped)):
+            for _ in train(config, batches, loss, model, state, optimizer_tensors, validate, tokenizer, lambda: bool(stopped), world):
                 pass
         finally:
             for name, handler in handlers.items():
                 signal.signal(name, handler)
-        draw_curves(out_dir)
-        if stopped and state.step != state.max_steps:
-            print(f"stopped at step {state.step} and saved; the same command continues")
+        if first:
+            draw_curves(out_dir)
+        if state.step != state.max_steps:
+            say(f"stopped at step {state.step} and saved; the same command continues")
             return
-        if config.sample_tokens:
+        if config.sample_tokens and world is None:
             ids = [int(token) for token in model.eval().generate([[tokenizer.bos]], config.sample_tokens, temperature=0.7, top_k=50,
                                                                  seed=config.seed, stop_ids=[tokenizer.eos], never_ids=[tokenizer.bos])]
             say(f"--- a sample, temperature 0.7\n{tokenizer.decode(i for i in ids if i != tokenizer.eos)}\n---")
         say(f"finished: {state.step} steps, {state.tokens_seen / 1e6:.1f}M tokens, {state.seconds:.0f} s; curves in {out_dir / 'loss.png'}; "
             f"python sample.py --ckpt={out_dir} writes more")
     finally:
-        lock.close()
+        if lock:
+            lock.close()
+
+
+def open_tokenizer(start, config):
+    """The run's tokenizer; BadInput where checkpoint, model or machine do not go with it or with each other."""
+    tokenizer = tokenizers.load(str(start.folder) if start.kind in ("resume", "branch") else config.tokenizer)
+    if start.kind == "init" and tokenizers.held_by(start.folder):
+        theirs = tokenizers.load(str(start.folder)).hash
+        if theirs != tokenizer.hash:
+            raise BadInput(f"--tokenizer={config.tokenizer}: {start.folder} was trained with another tokenizer "
+                           f"(hash {theirs[:12]}, here {tokenizer.hash[:12]})")
+    if start.model_config.num_experts:
+        raise BadInput("--num_experts: a model with experts can be sampled, evaluated and converted; training one is not there yet")
+    if start.model_config.vocab_size < tokenizer.n_vocab:
+        raise BadInput(f"--vocab_size={start.model_config.vocab_size}: tokenizer {tokenizer.name!r} has {tokenizer.n_vocab} tokens")
+    return tokenizer
+
+
+def write_down(start, say):
+    """Bring the run's folder to where this run begins: config.json, and nothing in it that it has not yet done."""
+    config, out_dir, now = start.config, Path(start.config.out_dir), checkpoint.provenance()
+    if start.kind == "resume":
+        checkpoint.rewind_metrics(out_dir, start.state.step)
+        say(f"continuing {out_dir} from step {start.state.step}")
+        before = checkpoint.read_meta(start.folder)["provenance"]
+        for name, why in (("code", "its rules may differ"), ("torch", "its kernels may differ"), ("threads", "sums may round otherwise")):
+            if before[name] != now[name]:
+                say(f"note: {name} was {before[name]} and is now {now[name]}: {why}, so the run is not the one that was interrupted")
+    else:
+        checkpoint.clear(out_dir)                                        # overwritten, or killed before its first checkpoint
+        if start.folder:
+            say(f"starting {out_dir} from {start.folder}")
+    checkpoint.write_json(out_dir / "config.json", {"asked": start.asked, "train": asdict(config), "model": asdict(start.model_config),
+                                                    "provenance": now})
 
 
 def finished(out_dir, state):
@@ -759,19 +892,37 @@ def finished(out_dir, state):
     return any(x["step"] == state.step for x in checkpoint.read_metrics(out_dir)[1])
 
 
+def join_world(config, was_asked):
+    """The World of a process that torchrun began; BadInput where the processes were not given the same."""
+    world = parallel.join(config)
+    parallel.check_same({**was_asked, "code": checkpoint.code_hash()}, "configuration")
+    sizes = {batch_size_at(config, int(part.split(":")[0])) for part in (config.batch_schedule or "0:").split(",")}
+    uneven = [size for size in sizes if size % world.size]
+    if uneven:
+        raise BadInput(f"--batch_size={uneven[0]}: is not a multiple of the {world.size} processes")
+    if pick_dtype(config.dtype, world.device) == torch.float16:
+        raise BadInput("--dtype=float16: its loss scaler works in one process; give bfloat16 or float32 under torchrun")
+    return world
+
+
 @exits_cleanly
 def main(argv):
     config, model, given = read_config(argv)
     if "vocab_size" not in given and not (config.init_from or config.branch_from):
         model = dataclasses.replace(model, vocab_size=tokenizers.load(config.tokenizer).n_vocab)
+    world = join_world(config, asked(config, model)) if "LOCAL_RANK" in os.environ else None
     try:
-        start = choose_start(config, model, given)
-        if not config.quiet:
+        start = parallel.all_or_none(lambda: choose_start(config, model, given)) if world else choose_start(config, model, given)
+        check_memory(start.model_config, world.device if world else pick_device(config.device), world.mesh.size(1) if world else 1)
+        if not config.quiet and (world is None or world.rank == 0):
             print_differences(start.config, start.model_config)
-        fly(start)
+        fly(start, world=world)
     except NonFinite as error:
-        print(error, file=sys.stderr)
+        if world is None or world.rank == 0:
+            print(error, file=sys.stderr)
         raise SystemExit(3) from None
+    if world:
+        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -27,10 +27,10 @@ def test_what_is_saved_is_read(tmp_path):
     assert path == tmp_path / "step-00000003" and names(tmp_path) == ["step-00000003"]
     assert (meta := checkpoint.read_meta(path))["step"] == 3 and meta["run"] == {"é": 1} and sorted(meta["files"]) == ["model.safetensors", "optimizer.safetensors", "words.txt"]
     for part, tensors in TENSORS.items():
-        read = checkpoint.read_tensors(path, part)
+        read = dict(checkpoint.read_tensors(path, part))
         assert read.keys() == tensors.keys() and all(torch.equal(read[k], t) and read[k].dtype == t.dtype for k, t in tensors.items())
     view = {"model": {"t": torch.arange(6.).view(2, 3).T, "row": torch.eye(4, requires_grad=True)[1]}}
-    assert checkpoint.read_tensors(checkpoint.save(tmp_path, 4, view, {}), "model")["t"].tolist() == [[0, 3], [1, 4], [2, 5]]
+    assert dict(checkpoint.read_tensors(checkpoint.save(tmp_path, 4, view, {}), "model"))["t"].tolist() == [[0, 3], [1, 4], [2, 5]]
 
 
 def test_a_run_folder_means_its_latest_checkpoint(tmp_path):
@@ -56,7 +56,7 @@ def test_damage_is_one_line_that_names_the_file(tmp_path):
     ]):
         damage(path := save(tmp_path, step))
         with pytest.raises(BadInput) as caught:
-            checkpoint.read_tensors(path, "model")
+            dict(checkpoint.read_tensors(path, "model"))
         assert "\n" not in str(caught.value) and f"{path / name}: {says}" in str(caught.value)
 
 
@@ -78,7 +78,7 @@ def test_a_pickle_is_never_run(tmp_path, capsys):
         (path / "model.safetensors").write_bytes(raw)
         for _ in range(2):
             with pytest.raises(BadInput, match="not a whole safetensors file"):
-                checkpoint.read_tensors(path, "model")
+                dict(checkpoint.read_tensors(path, "model"))
             checkpoint.amend(path.parent, 1, files={"model.safetensors": checkpoint.sha256(path / "model.safetensors")})
     assert names(tmp_path) == ["evil.pt", "run"]
 
@@ -107,7 +107,7 @@ def test_a_failing_write_leaves_the_last_good_one(tmp_path, monkeypatch, error):
         with pytest.raises(OSError, match="No space left"):
             save(tmp_path, step)
         assert checkpoint.resolve(tmp_path) == last and names(tmp_path) == ["step-00000001", "step-00000002"]
-        assert torch.equal(checkpoint.read_tensors(last, "model")["a"], TENSORS["model"]["a"])
+        assert torch.equal(dict(checkpoint.read_tensors(last, "model"))["a"], TENSORS["model"]["a"])
 
 
 def test_prune_keeps_the_last_the_marked_and_every_nth(tmp_path):

@@ -87,7 +87,7 @@ def test_export_runs_elsewhere_and_comes_back(variant, form, tmp_path):
         assert (again(ids(2, length)) - logits).abs().max() < 1e-4
     if form != "llama":
         run(f"--from_hf={tmp_path / 'hf'}", f"--out_dir={tmp_path / 'back'}")
-        back = checkpoint.read_weights(checkpoint.resolve(tmp_path / "back"))
+        back = dict(checkpoint.read_weights(checkpoint.resolve(tmp_path / "back")))
         assert back.keys() == model.state_dict().keys()
         assert all(torch.equal(back[name], p) for name, p in model.state_dict().items())
         assert torch.equal(MiniCPM.from_pretrained(tmp_path / "back")(ids(2, 20)), model(ids(2, 20)))
@@ -290,7 +290,7 @@ def test_training_starts_from_a_released_folder(released, tmp_path):
     train.main([f"--init_from={released}", f"--out_dir={tmp_path / 'tuned'}", "--data=one", f"--data_dir={tmp_path / 'data'}", "--max_steps=1",
                 "--block_size=16", "--batch_size=2", "--learning_rate=1e-9", "--min_lr=1e-10", "--device=cpu", "--sample_tokens=0"])
     folder = checkpoint.resolve(tmp_path / "tuned")
-    tuned, before = checkpoint.read_weights(folder), checkpoint.read_weights(released)
+    tuned, before = dict(checkpoint.read_weights(folder)), dict(checkpoint.read_weights(released))
     assert all(torch.allclose(tuned[name], p, atol=1e-6) for name, p in before.items())
     assert tokenizers.load(str(folder)).hash == tokenizer.hash
 
