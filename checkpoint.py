@@ -55,13 +55,15 @@ def save(out_dir, step, tensors, meta, write_more=None, places=None, rank=0, ran
         pieces = {}
         for part, named in tensors.items():
             file = f"{part}.safetensors" if places is None else f"{part}-{rank + 1:05d}-of-{ranks:05d}.safetensors"
-            here = {name: t.detach().contiguous().cpu() for name, t in named.items() if places is None or t.numel() or t.dim() == 0}
+            here = {name: t.detach().contiguous().cpu() for name, t in named.items()       # a scalar is the same on all ranks
+                    if places is None or (t.numel() and (t.dim() or rank == 0))}
             save_file(here, temporary / file)
             if places:
                 pieces[part] = {name: {"shape": places[part][name][1], "pieces": [[file, places[part][name][0], t.shape]]} for name, t in here.items()}
         if write_more and rank == 0:
             write_more(temporary)
-        own = [path for path in temporary.iterdir() if rank == 0 and "-of-" not in path.name or f"-{rank + 1:05d}-of-" in path.name]
+        own = [path for path in temporary.iterdir() if f"-{rank + 1:05d}-of-" in path.name
+               or rank == 0 and "-of-" not in path.name and not path.name.startswith((".", "rank-"))]
         for path in own:                                                 # on the disk before the rename is: power can fail too
             with open(path, "rb+") as f:
                 os.fsync(f.fileno())

@@ -574,7 +574,8 @@ class MiniCPM(nn.Module):
         hidden = self.hidden(idx, doc_ids, cache)
         if targets is None:
             return F.linear(hidden, self.head_weight.to(hidden.dtype)).float()
-        return self.nll(hidden.flatten(0, 1), self.head_weight, targets.flatten()).view_as(targets), {}
+        nll = self.nll(hidden.flatten(0, 1), self.head_weight, targets.flatten())
+        return nll.view_as(targets).clone(), {}                            # no view: sharding hangs its hooks on what comes out
 
     def hidden(self, idx, doc_ids=None, cache=None):
         """idx (B, T) -> what the head multiplies, (B, T, C) in the compute dtype, already divided by width_mult."""

@@ -7,6 +7,7 @@ replicate x shard: parameters, gradients and optimizer state lie in pieces on th
 `replicate` rows holds all of them. replicate=1 is FSDP, shard=1 is plain data parallelism, anything between is the hybrid
 that keeps the gathering of parameters inside a node.
 """
+import atexit
 import datetime
 import os
 import time
@@ -49,7 +50,9 @@ def join(config):
     if cuda:
         torch.cuda.set_device(device)
     replicate, shard = mesh_shape(config, size)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=datetime.timedelta(minutes=config.timeout))
+    if not dist.is_initialized():                                        # once, however many runs follow in these processes
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=datetime.timedelta(minutes=config.timeout))
+        atexit.register(dist.destroy_process_group)
     mesh = init_device_mesh(device.type, (replicate, shard), mesh_dim_names=("replicate", "shard"))
     return World(rank, size, device, mesh, from_rank_0(f"{os.getpid()}-{time.time_ns()}"))
 
@@ -159,3 +162,9 @@ def check_same(value, what):
         if dist.get_rank() > 0:
             raise SystemExit(2)
         raise BadInput(f"rank {odd[0]}: has another {what} than rank 0" + (f": {', '.join(names)}" if names else ""))
+
+
+def lost_a_peer(error):
+    """Whether an error of a collective says that another process is gone, or silent for too long."""
+    words = ("Connection closed by peer", "Connection reset by peer", "Timed out waiting", "timeout", "NCCL", "Broken pipe")
+    return isinstance(error, dist.DistError) or any(word in str(error) for word in words)

@@ -921,8 +921,11 @@ def main(argv):
         if world is None or world.rank == 0:
             print(error, file=sys.stderr)
         raise SystemExit(3) from None
-    if world:
-        torch.distributed.destroy_process_group()
+    except RuntimeError as error:
+        if world is None or not parallel.lost_a_peer(error):
+            raise
+        print(f"rank {world.rank}: lost contact with the other processes ({str(error).splitlines()[0]})", file=sys.stderr)
+        os._exit(4)                                                      # no clean-up that would wait for them
 
 
 if __name__ == "__main__":

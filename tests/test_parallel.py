@@ -1,0 +1,276 @@
+"""Several processes are one: the same losses as one process, checkpoints that reshard, failures that cost nothing."""
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+import checkpoint
+import tokenizer as tokenizers
+import train
+from configurator import ROOT
+from dataset import write_corpus
+
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="torchrun with gloo is tried on Linux and macOS")
+
+TEXT = (ROOT / "LICENSE").read_text(encoding="utf-8")
+# Runs train.main for each list of options in a file, in the process group that torchrun made.
+RUNS = """
+import json, sys
+sys.path.insert(0, {root!r})
+import torch, train
+torch.set_num_threads(1)
+for argv in json.load(open(sys.argv[1])):
+    train.main(argv)
+"""
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with a corpus of bytes and a tiny config."""
+    folder = tmp_path_factory.mktemp("parallel")
+    write_corpus(folder / "data" / "one" / "bytes", tokenizers.load("bytes"), [("train", TEXT * 4), ("val", TEXT[:700])])
+    (folder / "runs.py").write_text(RUNS.format(root=str(ROOT)))
+    (folder / "tiny.py").write_text(f"""
+data_dir = {str(folder / "data")!r}
+data = "one"
+tokenizer = "bytes"
+n_layer = 3
+n_head = 4
+n_kv_head = 2
+n_embd = 64
+n_ff = 96
+dim_model_base = 32
+block_size = 16
+batch_size = 8
+learning_rate = 0.01
+max_steps = 20
+log_interval = 1
+save_interval = 10
+eval_interval = 10
+eval_tokens = 200
+sample_tokens = 0
+dtype = "float32"
+device = "cpu"
+compile = False
+""")
+    return folder
+
+
+def options(place, name, *more):
+    return [str(place / "tiny.py"), f"--out_dir={place / name}", *more]
+
+
+def alone(place, name, *more):
+    """Losses of a run in this process."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    train.main(options(place, name, "--quiet=True", *more))
+    torch.set_num_threads(threads)
+    return losses(place, name)
+
+
+def launch(processes, script, *argv, restarts=0, **kwargs):
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", f"--max-restarts={restarts}",
+               "--master-port=0", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", str(script), *map(str, argv)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT,
+                            env={**os.environ, "OMP_NUM_THREADS": "1"}, **kwargs)
+
+
+def together(place, processes, *runs):
+    """Run each list of options in one group of processes; what they print."""
+    path = place / f"runs-{time.time_ns()}.json"
+    path.write_text(json.dumps(list(runs)))
+    process = launch(processes, place / "runs.py", path)
+    said = process.communicate(timeout=240)[0]
+    assert process.returncode == 0, said
+    return said
+
+
+def losses(place, name):
+    return [x["loss"] for x in checkpoint.read_metrics(place / name)[0]]
+
+
+def close(a, b, within=1e-5):
+    return len(a) == len(b) and max(abs(x - y) for x, y in zip(a, b)) < within
+
+
+VARIANTS = {"tied": [], "untied": ["--tie_word_embeddings=False"], "control": ["--mup=False", "--learning_rate=0.001"]}
+
+
+def test_two_processes_are_one(place):
+    expected = {name: alone(place, f"1-{name}", *more) for name, more in VARIANTS.items()}
+    runs = {f"2-{name}": (name, more) for name, more in VARIANTS.items()}
+    runs |= {"2-replicate": ("tied", ["--replicate=2"]), "2-accumulate": ("tied", ["--micro_batch_size=1", "--recompute=2"]),
+             "2-async": ("tied", ["--async_save=True"])}
+    together(place, 2, *[options(place, name, *more) for name, (_, more) in runs.items()])
+    for name, (variant, _) in runs.items():
+        assert close(losses(place, name), expected[variant]), name
+    evaluations = [checkpoint.read_metrics(place / name)[1] for name in ("1-tied", "2-tied")]
+    assert [x["step"] for x in evaluations[1]] == [10, 20] and abs(evaluations[0][1]["val_bpb"] - evaluations[1][1]["val_bpb"]) < 1e-5
+    # The checkpoint in pieces holds what the one process has, and every script takes it.
+    one, two = (dict(checkpoint.read_weights(checkpoint.resolve(place / name))) for name in ("1-tied", "2-tied"))
+    assert one.keys() == two.keys() and all(torch.allclose(one[name], two[name], atol=1e-4) for name in one)
+    folder = checkpoint.resolve(place / "2-tied")
+    assert {"model-00001-of-00002.safetensors", "optimizer-00002-of-00002.safetensors", "index.json"} <= set(checkpoint.read_meta(folder)["files"])
+    same = [dict(checkpoint.read_tensors(checkpoint.resolve(place / name), "optimizer")) for name in ("2-tied", "2-async")]
+    assert all(torch.equal(same[0][name], same[1][name]) for name in same[0])
+
+
+def cut_short(place, run, name):
+    """A copy of a run as a kill behind its stable end leaves it, at step 16 of 20, under another name."""
+    shutil.copytree(place / run, place / name)
+    shutil.rmtree(place / name / "step-00000020")
+    config = json.loads((place / name / "config.json").read_text())
+    config["asked"]["out_dir"] = str(place / name)
+    (place / name / "config.json").write_text(json.dumps(config))
+
+
+def test_resume_and_branch_across_sizes(place):
+    straight = alone(place, "straight")
+    cut_short(place, "straight", "1-to-2")
+    cut_short(place, "straight", "1-to-4")
+    together(place, 2, options(place, "1-to-2"), options(place, "whole"))
+    cut_short(place, "whole", "2-to-2")
+    cut_short(place, "whole", "2-to-1")
+    together(place, 2, options(place, "2-to-2"))
+    assert losses(place, "2-to-2") == losses(place, "whole")               # equal sizes: to the bit
+    together(place, 4, options(place, "1-to-4"), options(place, "2x2", "--replicate=2", "--shard=2"))
+    alone(place, "2-to-1")
+    for name in ("1-to-2", "whole", "2-to-1", "1-to-4", "2x2"):
+        assert close(losses(place, name), straight), name
+    train.main([f"--branch_from={place / 'whole' / 'step-00000016'}", f"--out_dir={place / 'branch'}", "--decay_steps=2", "--quiet=True"])
+    assert checkpoint.resolve(place / "branch").name == "step-00000018"
+
+
+# ---- failures
+
+def children(pid):
+    out = subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True).stdout
+    return [int(word) for word in out.split()]
+
+
+def wait_for(process, place, name, step):
+    """Until the run has logged a step."""
+    path = place / name / "metrics.jsonl"
+    until = time.monotonic() + 120
+    while not (path.exists() and any(x["step"] >= step for x in checkpoint.metrics_lines(place / name))):
+        assert process.poll() is None and time.monotonic() < until, process.communicate()[0]
+        time.sleep(0.02)
+
+
+def test_a_killed_worker_is_restarted_and_nothing_is_lost(place):
+    expected = alone(place, "undisturbed", "--max_steps=60")
+    process = launch(2, ROOT / "train.py", *options(place, "killed", "--max_steps=60"), restarts=2)
+    wait_for(process, place, "killed", 15)
+    os.kill(children(process.pid)[1], signal.SIGKILL)
+    said = process.communicate(timeout=120)[0]
+    assert process.returncode == 0, said
+    assert "continuing" in said and close(losses(place, "killed"), expected, 1e-4)
+
+
+def test_a_terminated_group_saves_and_continues(place):
+    expected = losses(place, "undisturbed") if (place / "undisturbed").exists() else alone(place, "undisturbed", "--max_steps=60")
+    process = launch(2, ROOT / "train.py", *options(place, "stopped", "--max_steps=60"))
+    wait_for(process, place, "stopped", 13)
+    process.terminate()
+    said = process.communicate(timeout=120)[0]
+    step = json.loads((checkpoint.resolve(place / "stopped") / "meta.json").read_text())["step"]
+    assert 13 <= step < 60 and f"stopped at step {step} and saved" in said
+    together(place, 2, options(place, "stopped", "--max_steps=60"))
+    assert close(losses(place, "stopped"), expected, 1e-4)
+
+
+def refused(place, processes, name, *more, code=2):
+    """What a group that can't do what is asked prints; all of its processes have ended."""
+    process = launch(processes, ROOT / "train.py", *options(place, name, *more))
+    said = process.communicate(timeout=120)[0]
+    assert process.returncode and f"exitcode  : {code}" in said, said
+    return said.split("torch/distributed/elastic")[0]
+
+
+def test_what_a_group_can_not_do_ends_all_of_it(place):
+    assert "--shard=3: do not multiply to the 2 processes" in refused(place, 2, "x", "--shard=3")
+    assert "--batch_size=7: is not a multiple of the 2 processes" in refused(place, 2, "x", "--batch_size=7")
+    assert "GPU" in refused(place, 2, "x", "--device=cuda")
+    assert "no corpus here" in refused(place, 2, "x", "--data=nothing")
+    assert not (place / "x" / "metrics.jsonl").exists()
+
+
+def test_ranks_with_another_configuration_are_named(place):
+    (place / "uneven.py").write_text("import os, sys\nsys.path.insert(0, %r)\nimport train\n"
+                                     "train.main(sys.argv[1:] + ['--seed=' + os.environ['RANK']])\n" % str(ROOT))
+    process = launch(2, place / "uneven.py", *options(place, "uneven"))
+    said = process.communicate(timeout=120)[0]
+    assert process.returncode and "rank 1: has another configuration than rank 0: seed" in said
+
+
+def test_a_loss_that_is_no_number_stops_all_ranks(place):
+    (place / "poisoned.py").write_text(f"""
+import os, sys
+sys.path.insert(0, {str(ROOT)!r})
+import train
+def poisoned(model, batch, calls=[]):
+    calls.append(1)
+    nll, aux = model(batch["idx"], batch["targets"])
+    return nll.sum() * (float("nan") if len(calls) == 12 and os.environ["RANK"] == "1" else 1.0), aux
+train.fly.__defaults__ = (poisoned, *train.fly.__defaults__[1:])
+train.main(sys.argv[1:])
+""")
+    process = launch(2, place / "poisoned.py", *options(place, "poisoned"))
+    said = process.communicate(timeout=120)[0]
+    assert process.returncode and "exitcode  : 3" in said
+    assert said.count("step 12: loss nan") == 1 and "step-00000010" in said          # rank 0 says it, and the last good checkpoint
+    assert "step 12" in refused(place, 2, "poisoned", code=3)                      # a restart does not run into it again
+
+
+def test_a_silent_peer_ends_in_an_error(place):
+    (place / "silent.py").write_text(f"""
+import os, sys, time
+sys.path.insert(0, {str(ROOT)!r})
+import train
+def silent(model, batch, calls=[]):
+    calls.append(1)
+    if len(calls) == 5 and os.environ["RANK"] == "1":
+        time.sleep(600)
+    nll, aux = model(batch["idx"], batch["targets"])
+    return nll.sum(), aux
+train.fly.__defaults__ = (silent, *train.fly.__defaults__[1:])
+train.main(sys.argv[1:])
+""")
+    began = time.monotonic()
+    process = launch(2, place / "silent.py", *options(place, "silent", "--timeout=0.05"))
+    said = process.communicate(timeout=120)[0]
+    assert process.returncode and "rank 0: lost contact with the other processes" in said
+    assert time.monotonic() - began < 60
+
+
+@pytest.mark.slow
+def test_twenty_random_kills_lose_nothing(place):
+    """A worker killed, the agent terminated, at random moments, saving included: the losses are those of an undisturbed run."""
+    import random
+    rng, steps = random.Random(0), 400
+    arguments = ["--max_steps=400", "--save_interval=5", "--async_save=True"]
+    together(place, 2, options(place, "calm", *arguments))
+    for attempt in range(21):
+        process = launch(2, ROOT / "train.py", *options(place, "stormy", *arguments), restarts=0)
+        if attempt < 20:
+            done = len(losses(place, "stormy")) if (place / "stormy" / "metrics.jsonl").exists() else 0
+            wait_for(process, place, "stormy", min(steps - 1, done + rng.randrange(1, 15)))
+            time.sleep(rng.random() * 0.05)
+            how = rng.choice(["worker", "worker", "agent", "all"])
+            workers = children(process.pid)
+            if how == "agent":
+                process.terminate()
+            for pid in {"worker": workers[:1], "agent": [], "all": [process.pid, *workers]}[how]:
+                os.kill(pid, signal.SIGKILL)
+        process.communicate(timeout=240)
+        for pid in [*children(process.pid)]:
+            os.kill(pid, signal.SIGKILL)
+    assert process.returncode == 0
+    assert losses(place, "stormy") == losses(place, "calm")
