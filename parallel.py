@@ -51,7 +51,11 @@ def join(config):
         torch.cuda.set_device(device)
     replicate, shard = mesh_shape(config, size)
     if not dist.is_initialized():                                        # once, however many runs follow in these processes
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=datetime.timedelta(minutes=config.timeout))
+        # torchrun keeps its store over a restart, and in it the addresses of the processes that are gone: look elsewhere.
+        store, _, _ = next(dist.rendezvous("env://"))
+        store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=store, rank=rank, world_size=size,
+                                timeout=datetime.timedelta(minutes=config.timeout))
         atexit.register(dist.destroy_process_group)
     mesh = init_device_mesh(device.type, (replicate, shard), mesh_dim_names=("replicate", "shard"))
     return World(rank, size, device, mesh, from_rank_0(f"{os.getpid()}-{time.time_ns()}"))

@@ -229,6 +229,7 @@ train.main(sys.argv[1:])
     assert "step 12" in refused(place, 2, "poisoned", code=3)                      # a restart does not run into it again
 
 
+@pytest.mark.slow
 def test_a_silent_peer_ends_in_an_error(place):
     (place / "silent.py").write_text(f"""
 import os, sys, time
