@@ -9,6 +9,7 @@ that keeps the gathering of parameters inside a node.
 """
 import atexit
 import datetime
+import functools
 import os
 import time
 from dataclasses import dataclass
@@ -77,9 +78,8 @@ def distribute(model, config, mesh, dtype, compiled):
     stay float32: their gradients are sums over many tokens, and model.py rounds where it multiplies with them, so that one
     process and many compute by the same rule.
     """
-    for i, block in enumerate(model.blocks):
-        if config.recompute and i % config.recompute == 0:
-            block.forward = recomputed(block.forward)
+    if config.recompute:
+        recompute(model, config.recompute)
     if compiled:
         for block in model.blocks:
             block.compile(dynamic=False)
@@ -89,9 +89,10 @@ def distribute(model, config, mesh, dtype, compiled):
     fully_shard(model, mesh=mesh, mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False))
 
 
-def recomputed(forward):
-    """A forward that keeps only its inputs, and is run again in the backward pass."""
-    return lambda *args: checkpoint(forward, *args, use_reentrant=False)
+def recompute(model, every):
+    """Activation checkpointing: every n-th block, from the first on, keeps only its inputs and runs again in the backward pass."""
+    for block in model.blocks[::every]:
+        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
 
 
 def shard_dimension(p):

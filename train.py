@@ -9,10 +9,12 @@ every update, which main() merely drains.
 """
 import ctypes
 import dataclasses
+import hashlib
 import json
 import math
 import os
 import platform
+import re
 import shutil
 import signal
 import subprocess
@@ -31,8 +33,6 @@ import torch
 from tqdm import tqdm
 
 import checkpoint
-if "LOCAL_RANK" in os.environ:          # torchrun began this process
-    import parallel
 import tokenizer as tokenizers
 from configurator import ROOT, BadInput, build, configure, exits_cleanly, print_differences
 from dataset import held_out_loss, make_batches, open_corpus, parse_mixture
@@ -40,8 +40,15 @@ from model import (MiniCPM, MiniCPMConfig, init_weights, load_weights, model_con
                    pick_dtype)
 from wsd import lr_at
 
+UNDER_TORCHRUN = "LOCAL_RANK" in os.environ
+if UNDER_TORCHRUN:
+    import parallel
+
 WARMUP_SHARE, WARMUP_TIMED = 0.025, 100     # default warm-up: share of max_steps; updates of a run that is given minutes
 COMPILE_REPAYS = 300                        # updates that a run on a CPU must have ahead for compiling to pay
+# bf16 FLOP/s of a GPU by a word of its name: dense tensor-core peaks of the makers' data sheets (T4: float16).
+PEAK_FLOPS = {"T4": 65e12, "A100": 312e12, "A10": 125e12, "L40S": 362e12, "4090": 165e12, "H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12,
+              "B200": 2250e12}
 OVERFLOWS_IN_A_ROW = 20                     # float16: the scaler skips single overflows; this many mean divergence
 MICRO_TOKENS_CPU = 8192                     # tokens per forward at most; larger is not faster on a CPU
 
@@ -94,8 +101,10 @@ class TrainConfig:
     deterministic: bool | None = None   # bit-exact repeats; unset: on a CPU, where it costs nothing
     replicate: int = 0                  # torchrun: copies of the model, each over `shard` processes; 0: what is left, else 1
     shard: int = 0                      # torchrun: processes that one copy is spread over; 0: what is left, so all of them
-    recompute: int = 0                  # n: every n-th block is computed again in the backward pass, not kept; 0: none
+    recompute: int = 0                  # activation checkpointing: every n-th block runs again in the backward pass; 0: none
     timeout: float = 10.0               # torchrun: minutes after which a silent process counts as dead
+    tensorboard: bool = False           # True: also out_dir/tensorboard; needs pip install tensorboard
+    wandb: str | None = None            # also to this project of Weights & Biases; needs pip install wandb
     quiet: bool = False                 # no progress bar and no lines
 
     def problems(self):
@@ -237,6 +246,8 @@ def train(config, batches, loss, model, state=None, optimizer_tensors=None, vali
 
     out_dir = Path(config.out_dir) if tokenizer else None
     log = open(out_dir / "metrics.jsonl", "a", encoding="utf-8") if out_dir and rank == 0 else None
+    boards = open_boards(config, out_dir) if log else []
+    peak = peak_flops(device, say)
     writer = ThreadPoolExecutor(1)                                       # of checkpoints, where async_save
     writing = None
     bar = tqdm(total=state.max_steps, initial=state.step, unit="step", disable=True if config.quiet else None)
@@ -248,6 +259,8 @@ def train(config, batches, loss, model, state=None, optimizer_tensors=None, vali
         if log:
             log.write(json.dumps(line) + "\n")
             log.flush()
+        for board in boards:
+            board(line)
 
     def evaluate():
         if validate:
@@ -353,6 +366,8 @@ def train(config, batches, loss, model, state=None, optimizer_tensors=None, vali
                 timed_seconds += time.monotonic() - clock
             metrics = {"step": state.step, "loss": loss_value, "lr": lr, "tokens": state.tokens_seen, "grad_norm": norm_value,
                        "tok_per_s": round(timed_tokens / timed_seconds) if timed_seconds else None}
+            if peak and metrics["tok_per_s"]:                            # model FLOPs utilisation (PaLM, appendix B)
+                metrics["mfu"] = round(model.config.flops_per_token(config.block_size) * metrics["tok_per_s"] / (ranks * peak), 4)
             last = state.step == state.max_steps
             if state.step % config.log_interval == 0 or last:
                 write(metrics)
@@ -383,6 +398,38 @@ def train(config, batches, loss, model, state=None, optimizer_tensors=None, vali
         writer.shutdown()
         if log:
             log.close()
+
+
+def open_boards(config, out_dir):
+    """[log(line), ...] of TensorBoard and Weights & Biases, as asked; BadInput where the package is missing."""
+    boards = []
+    if config.tensorboard:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            raise BadInput("--tensorboard: pip install tensorboard") from None
+        events = SummaryWriter(out_dir / "tensorboard")
+        boards.append(lambda line: [events.add_scalar(name, value, line["step"]) for name, value in line.items() if value is not None])
+    if config.wandb:
+        try:
+            import wandb
+        except ImportError:
+            raise BadInput("--wandb: pip install wandb") from None
+        run = wandb.init(project=config.wandb, name=out_dir.name, id=hashlib.sha256(str(out_dir.resolve()).encode()).hexdigest()[:16],
+                         resume="allow", config=checkpoint.read_json(out_dir / "config.json") if (out_dir / "config.json").exists() else None)
+        boards.append(lambda line: run.log(line, step=line["step"]))
+    return boards
+
+
+def peak_flops(device, say):
+    """FLOP/s that a GPU can do at best, for the utilisation in metrics.jsonl; None where its name is not known, which is said."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    peak = next((flops for word, flops in PEAK_FLOPS.items() if re.search(rf"\b{word}\b", name.replace("-", " "))), None)
+    if peak is None:
+        say(f"mfu: not reported, no peak is known here for {name!r}")
+    return peak
 
 
 def write_checkpoint(config, out_dir, step, tensors, meta, tokenizer, world):
@@ -574,7 +621,8 @@ def put(tensor, whole):
 
 Start = namedtuple("Start", "config model_config state folder kind asked")       # kind: scratch, resume, branch, init
 MAY_CHANGE = ("max_steps", "minutes", "eval_interval", "eval_tokens", "log_interval", "save_interval", "keep_last", "keep_every",
-              "sample_tokens", "skip_samples", "overwrite", "quiet")
+              "sample_tokens", "skip_samples", "overwrite", "quiet", "tensorboard", "wandb", "async_save", "timeout", "replicate", "shard",
+              "recompute")
 MAY_DIFFER = ("max_position", "original_max_position", "tie_word_embeddings", "mup_lr")  # and rope_...: from the checkpoint's model
 
 
@@ -741,6 +789,9 @@ def build_model(start, config, world=None):
     device = world.device if world else torch.device("cpu")
     if world:
         parallel.distribute(model, config, world.mesh, pick_dtype(config.dtype, device), start.state.compiled)
+    elif config.recompute:
+        from parallel import recompute
+        recompute(model, config.recompute)
     model.to_empty(device=device)
     if start.folder is None:
         init_weights(model, config.seed, put)
@@ -881,7 +932,7 @@ def write_down(start, say):
         checkpoint.clear(out_dir)                                        # overwritten, or killed before its first checkpoint
         if start.folder:
             say(f"starting {out_dir} from {start.folder}")
-    checkpoint.write_json(out_dir / "config.json", {"asked": start.asked, "train": asdict(config), "model": asdict(start.model_config),
+    checkpoint.write_json(out_dir / "config.json", {"asked": start.asked, "command": sys.argv, "train": asdict(config), "model": asdict(start.model_config),
                                                     "provenance": now})
 
 
@@ -910,7 +961,7 @@ def main(argv):
     config, model, given = read_config(argv)
     if "vocab_size" not in given and not (config.init_from or config.branch_from):
         model = dataclasses.replace(model, vocab_size=tokenizers.load(config.tokenizer).n_vocab)
-    world = join_world(config, asked(config, model)) if "LOCAL_RANK" in os.environ else None
+    world = join_world(config, asked(config, model)) if UNDER_TORCHRUN else None
     try:
         start = parallel.all_or_none(lambda: choose_start(config, model, given)) if world else choose_start(config, model, given)
         check_memory(start.model_config, world.device if world else pick_device(config.device), world.mesh.size(1) if world else 1)
