@@ -52,9 +52,11 @@ def join(config):
         torch.cuda.set_device(device)
     replicate, shard = mesh_shape(config, size)
     if not dist.is_initialized():                                        # once, however many runs follow in these processes
-        # torchrun keeps its store over a restart, and in it the addresses of the processes that are gone: look elsewhere.
+        # torchrun's store outlives a restart, and in it the addresses of the processes that are gone: look elsewhere in it.
+        # Between nodes restarts are counted apart; there TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 gives each round its own store.
+        one_node = os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]
         store, _, _ = next(dist.rendezvous("env://"))
-        store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0) if one_node else 0}", store)
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=store, rank=rank, world_size=size,
                                 timeout=datetime.timedelta(minutes=config.timeout))
         atexit.register(dist.destroy_process_group)

@@ -24,3 +24,4 @@ eval_interval = 1000
 eval_tokens = 10_000_000
 save_interval = 500
 keep_every = 10_000
+async_save = True               # 16 GB a checkpoint

@@ -22,3 +22,4 @@ eval_interval = 1000
 eval_tokens = 10_000_000
 save_interval = 500
 keep_every = 10_000
+async_save = True               # 33 GB a checkpoint

@@ -259,6 +259,32 @@ train.main(sys.argv[1:])
 
 
 @pytest.mark.slow
+def test_a_killed_node_is_replaced_and_nothing_is_lost(place):
+    """Two agents, as on two nodes; one is killed with its worker and another takes its place."""
+    import socket
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+
+    def node():
+        command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", "--max-restarts=5", "--rdzv-backend=c10d",
+                   f"--rdzv-endpoint=localhost:{port}", "--rdzv-id=1", str(ROOT / "train.py"), *options(place, "nodes", "--max_steps=300")]
+        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT,
+                                env={**os.environ, "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"})
+    head = node()
+    time.sleep(2)                                                          # the first one keeps the meeting point
+    lost = node()
+    wait_for(head, place, "nodes", 35)
+    for pid in [lost.pid, *children(lost.pid)]:
+        os.kill(pid, signal.SIGKILL)
+    lost.communicate()
+    other = node()
+    said = head.communicate(timeout=240)[0] + other.communicate(timeout=60)[0]
+    assert head.returncode == 0 and other.returncode == 0, said
+    assert "continuing" in said and close(losses(place, "nodes"), alone(place, "no-nodes", "--max_steps=300"), 1e-2)
+
+
+@pytest.mark.slow
 def test_twenty_random_kills_lose_nothing(place):
     """A worker killed, the agent terminated, at random moments, saving included: the losses are those of an undisturbed run."""
     import random

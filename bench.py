@@ -1,0 +1,319 @@
+"""What a training step costs on this machine, and how it grows.
+
+    python bench.py [config/NAME.py ...] [--key=value ...]    an update of train.py's loop, taken apart; default config/laptop.py
+    python bench.py --nanogpt=PATH                            beside nanoGPT's model.py (a checkout of it), each in turn
+    python bench.py --task=sizes                              over tokens and over parameters: out/bench/sizes.jsonl, sizes.png
+    python bench.py --task=decode                             tokens/s of generating, one sequence at a time
+
+Tokens are random: no corpus is needed. Files go to out/bench unless --out_dir says otherwise. Sizes and programs get a
+process each, because what one leaves behind in malloc's heap slows the next.
+"""
+import contextlib
+import importlib.util
+import io
+import json
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Literal
+
+import numpy as np
+import torch
+
+import checkpoint
+import tokenizer as tokenizers
+from configurator import ROOT, BadInput, configure, exits_cleanly, print_differences
+from dataset import make_batches
+from model import MiniCPM, MiniCPMConfig, init_weights, pick_device, pick_dtype
+from train import TrainConfig, check_memory, choose_micro_batch, language_loss, new_state, train
+
+PHASES = {"data": "data", "forward": "forward", "backward": "backward", "update": "clip, optimizer and the rest of the loop"}
+WARM_UP = 3                             # updates before the timed ones; the first compiles
+PROMPT = 16                             # tokens before the generated ones
+SEQUENCES = (2, 4, 8, 16, 32)           # sizes: batch_size of the series over tokens; block_size is the config's
+PARAMETERS = (1_000_000, 3_000_000, 10_000_000, 30_000_000, 100_000_000)       # about, without the embedding
+NO_SETTINGS = ("out_dir", "overwrite", "json", "quiet")                        # decide nothing about a measurement
+
+
+@dataclass
+class BenchConfig:
+    task: Literal['step', 'sizes', 'decode'] = 'step'   # what to measure
+    updates: int = 10                   # timed updates, of which medians are taken; at least 2
+    peak_flops: float | None = None     # FLOP/s that the chip can do in its compute dtype, for MFU; unset: no MFU
+    nanogpt: str | None = None          # folder of a nanoGPT checkout to compare with (task step)
+    program: Literal['all', 'ours', 'nanogpt-float32', 'nanogpt-bfloat16'] = 'all'  # with nanogpt: all three in turn, or one
+    rounds: int = 3                     # turns of each program, or of generating
+    new_tokens: int = 512               # decode: tokens to generate
+    json: bool = False                  # True: one JSON line instead of text (not for sizes, nor for programs in turn)
+
+    def problems(self):
+        out = [f"--{name}={getattr(self, name)}: must be above {least}" for name, least in
+               (("updates", 1), ("peak_flops", 0), ("rounds", 0), ("new_tokens", 0))
+               if getattr(self, name) is not None and getattr(self, name) <= least]
+        if self.program != "all" and self.nanogpt is None:
+            out.append(f"--program={self.program}: only with --nanogpt=PATH")
+        if self.nanogpt is not None and self.task != "step":
+            out.append("--nanogpt: only with --task=step")
+        if self.nanogpt is not None and not Path(self.nanogpt, "model.py").is_file():
+            out.append(f"--nanogpt={self.nanogpt}: not a nanoGPT checkout, it has no model.py")
+        return out
+
+
+def read_options(argv):
+    """(BenchConfig, TrainConfig, MiniCPMConfig, given, settings): the last is all that decides a measurement, for JSON."""
+    if not any(word.endswith(".py") and not word.startswith("--") for word in argv):
+        argv = ["config/laptop.py", *argv]
+    last = max(i for i, word in enumerate(argv) if word.endswith(".py") and not word.startswith("--"))
+    argv = [*argv[:last + 1], "--out_dir=out/bench", *argv[last + 1:]]             # a config's own out_dir is a run's
+    (bench, config, shape), given = configure(argv, BenchConfig, TrainConfig, MiniCPMConfig, usage=__doc__)
+    if config.init_from or config.branch_from:
+        raise BadInput("--init_from, --branch_from: a shape is measured, not a checkpoint; give the config it was trained with")
+    if bench.nanogpt and (shape.num_experts or shape.n_head * shape.head_size != shape.n_embd):
+        raise BadInput("--nanogpt: has neither experts nor heads of another size than n_embd / n_head; give another shape")
+    if "vocab_size" not in given:
+        shape = replace(shape, vocab_size=tokenizers.load(config.tokenizer).n_vocab)
+    check_memory(shape, pick_device(config.device))
+    flat = {**asdict(bench), **asdict(config), **asdict(shape)}
+    return bench, config, shape, given, json.loads(json.dumps({k: v for k, v in flat.items() if k not in NO_SETTINGS}))
+
+
+def random_batches(config, vocab_size):
+    """train.py's batch source, over random tokens in memory."""
+    tokens = np.random.default_rng(config.seed).integers(0, vocab_size, max(2 ** 22, 2 * config.block_size + 2), np.uint32)
+    source = SimpleNamespace(n_tokens=len(tokens), read=lambda offset, length: tokens[offset:offset + length])
+    return make_batches(lambda name: source, config.seed, config.block_size, bos=0 if config.doc_mask else None)
+
+
+def wait_for(device):
+    if device.type != "cpu":
+        getattr(torch, device.type).synchronize()
+
+
+def step(bench, config, shape):
+    """{phase: seconds} of updates of train.py's loop as in a long run, by a clock in what it calls; and how it computes.
+
+    To know when a phase has ended one must wait for the GPU, which costs: there every other update, which make the total, goes
+    without.
+    """
+    config = replace(config, max_steps=10 ** 9, minutes=None, quiet=True)          # never the end: no decay, and compiling repays
+    device, state = pick_device(config.device), new_state(config)
+    model, batches = MiniCPM(shape), random_batches(config, shape.vocab_size)
+    init_weights(model, config.seed)
+    model.to(device)
+    rows, clock = [dict.fromkeys(PHASES, 0.0)], time.perf_counter()
+
+    def ended(phase, wait=False):
+        nonlocal clock
+        if wait or len(rows) % 2:
+            wait_for(device)
+        now = time.perf_counter()
+        rows[-1][phase] += now - clock
+        clock = now
+
+    def timed_batches(*where):
+        ended("update")                                                  # the gradients of the update before are freed
+        return batches(*where)
+
+    def timed_loss(forward, part):
+        ended("data")                                                    # and its way to the device
+        out = language_loss(forward, part)
+        ended("forward")
+        return out
+
+    model.wte.weight.register_post_accumulate_grad_hook(lambda p: ended("backward"))      # where every backward pass ends
+    updates = train(config, timed_batches, timed_loss, model, state)
+    for _ in range(WARM_UP + bench.updates):
+        next(updates)
+        ended("update", wait=True)
+        rows.append(dict.fromkeys(PHASES, 0.0))
+    updates.close()
+    kept = list(enumerate(rows[:-1]))[WARM_UP:]
+    times = [sum(row.values()) for i, row in kept if device.type == "cpu" or i % 2]
+    phases = {phase: statistics.median(row[phase] for i, row in kept if device.type == "cpu" or i % 2 == 0) for phase in PHASES}
+    return times, {"phases": phases, "device": str(device), "dtype": str(model.numerics.dtype)[6:], "compiled": state.compiled,
+                   "n_params": shape.n_params, "n_params_non_embedding": shape.n_params_non_embedding}
+
+
+def step_of_nanogpt(bench, config, shape, dtype):
+    """The same of nanoGPT in this shape: float32 eager, or bfloat16 by autocast and compiled. Its feed-forward stays its own."""
+    device, batches, compiled = pick_device(config.device), random_batches(config, shape.vocab_size), dtype == torch.bfloat16
+    spec = importlib.util.spec_from_file_location("nanogpt_model", Path(bench.nanogpt, "model.py"))
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)        # its dataclass looks itself up there
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True  # as its train.py
+    with contextlib.redirect_stdout(io.StringIO()):                                # it reports on itself
+        spec.loader.exec_module(module)
+        model = module.GPT(module.GPTConfig(block_size=config.block_size, vocab_size=shape.vocab_size, n_layer=shape.n_layer,
+                                            n_head=shape.n_head, n_embd=shape.n_embd, dropout=0.0, bias=False)).to(device)
+        # Not our learning rate, which is muP's: every rate is as fast, as long as the weights stay numbers.
+        optimizer = model.configure_optimizers(config.weight_decay, 1e-3, (config.beta1, config.beta2), device.type)
+    forward, times = torch.compile(model) if compiled else model, []
+    micro = config.micro_batch_size or choose_micro_batch(config, shape, device, 1, 1)
+    for i in range(WARM_UP + bench.updates):
+        clock = time.perf_counter()
+        batch, _ = batches([[0, "random"]], i * config.batch_size, config.batch_size)
+        for j in range(0, config.batch_size, micro):
+            idx, targets = (batch[name][j:j + micro].to(device) for name in ("idx", "targets"))
+            with torch.amp.autocast(device.type, dtype, enabled=compiled):
+                _, loss = forward(idx, targets)
+            (loss * len(idx) / config.batch_size).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        wait_for(device)
+        times.append(time.perf_counter() - clock)
+    return times[WARM_UP:], {"device": str(device), "dtype": str(dtype)[6:], "compiled": compiled,
+                             "n_params": sum(p.numel() for p in model.parameters())}
+
+
+def decode(bench, config, shape):
+    """Seconds of MiniCPM.generate for new_tokens at batch 1, weights in the compute dtype as from_pretrained gives them."""
+    device = pick_device(config.device)
+    model, dtype = MiniCPM(shape), pick_dtype(config.dtype, device)
+    init_weights(model, config.seed)
+    model.to(device=device, dtype=dtype).eval()
+    model.numerics.dtype, model.numerics.flash = dtype, config.flash
+    prompt, times = np.random.default_rng(config.seed).integers(0, shape.vocab_size, PROMPT).tolist(), []
+    for n in (8, *[bench.new_tokens] * bench.rounds):                    # the first warms up
+        clock = time.perf_counter()
+        list(model.generate([prompt], n, top_k=50))
+        times.append(time.perf_counter() - clock)
+    return times[1:], {"device": str(device), "dtype": str(dtype)[6:], "compiled": False, "n_params": shape.n_params}
+
+
+def measure(bench, config, shape, settings):
+    """Run what the options name, here and now; returns a dict for JSON."""
+    name, tokens = "ours" if bench.program == "all" else bench.program, config.batch_size * config.block_size
+    if bench.task == "decode":
+        (times, how), tokens = decode(bench, config, shape), bench.new_tokens
+    else:
+        times, how = step(bench, config, shape) if name == "ours" else \
+            step_of_nanogpt(bench, config, shape, getattr(torch, name.partition("-")[2]))
+    found = {"program": name, "tokens": tokens, "seconds": statistics.median(times), "fastest": min(times), "slowest": max(times), **how}
+    found["tokens_per_s"] = tokens / found["seconds"]
+    if "phases" in found:
+        found["flops_per_s"] = shape.flops_per_token(config.block_size) * found["tokens_per_s"]
+        found["mfu"] = found["flops_per_s"] / bench.peak_flops if bench.peak_flops else None
+    return {**found, "settings": settings, "provenance": checkpoint.provenance()}
+
+
+def show(found):
+    """What measure found, to read."""
+    print(f"{found['program']}: {found['n_params']:,} parameters; {found['device']}, {found['dtype']}, "
+          f"{'compiled' if found['compiled'] else 'eager'}; {found['tokens']:,} tokens in {1000 * found['seconds']:,.2f} ms "
+          f"(median; {1000 * found['fastest']:,.2f} to {1000 * found['slowest']:,.2f}): {found['tokens_per_s']:,.0f} tokens/s")
+    for phase, seconds in found.get("phases", {}).items():
+        print(f"{1000 * seconds:10.2f} ms  {100 * seconds / sum(found['phases'].values()):5.1f} %  {PHASES[phase]}")
+    if "phases" in found:
+        mfu = f"{100 * found['mfu']:.1f} %" if found["mfu"] else "n/a, give --peak_flops"
+        print(f"{found['flops_per_s'] / 1e9:10,.1f} GFLOP/s, MFU {mfu}")
+
+
+# ---- many, each in its own process
+
+def measure_apart(argv):
+    """measure of these options in a process of its own, whose errors go to the terminal and whose exit status is ours."""
+    result = subprocess.run([sys.executable, str(ROOT / "bench.py"), *argv, "--json=True"], stdout=subprocess.PIPE, encoding="utf-8")
+    if result.returncode:
+        raise SystemExit(result.returncode)
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+def compare(bench, argv):
+    """The three programs in turn; medians over the rounds of tokens/s, and of their ratios."""
+    names, rows = ("nanogpt-float32", "nanogpt-bfloat16", "ours"), []
+    for i in range(bench.rounds):
+        rows.append([measure_apart([*argv, f"--program={name}"]) for name in names])
+        print(f"round {i + 1}: " + ", ".join(f"{x['program']} {x['tokens_per_s']:,.0f}" for x in rows[-1]) + " tokens/s", flush=True)
+    for column in zip(*rows):
+        speed = statistics.median(x["tokens_per_s"] for x in column)
+        ratio = statistics.median(row[2]["tokens_per_s"] / x["tokens_per_s"] for row, x in zip(rows, column))
+        print(f"{column[0]['program']:>16}: {speed:9,.0f} tokens/s, {column[0]['dtype']}, {'compiled' if column[0]['compiled'] else 'eager'}, "
+              f"{column[0]['n_params']:,} parameters; ours x {ratio:.2f}")
+
+
+def shape_options(n_params):
+    """A model of about so many parameters beside the embedding: heads of 64, and at least as many layers as heads."""
+    layers = {heads: round(n_params / (11.5 * (64 * heads) ** 2)) for heads in range(1, 100)}     # attention 4, SwiGLU 7.5 C^2
+    heads = max(heads for heads in layers if heads == 1 or layers[heads] >= heads)
+    return [f"--n_layer={max(1, layers[heads])}", f"--n_head={heads}", f"--n_embd={64 * heads}", f"--n_ff={160 * heads}",
+            "--n_kv_head=None", "--head_dim=None", "--num_experts=0"]
+
+
+def sizes(config, given, argv):
+    """Measure what sizes.jsonl lacks of the two series, a line each, and draw it."""
+    out_dir, argv = Path(config.out_dir), [*argv, "--task=step", f"--compile={config.compile and 'compile' in given}"]
+    plan = [("tokens", [*argv, f"--batch_size={n}"]) for n in SEQUENCES] + [("parameters", [*argv, *shape_options(n)]) for n in PARAMETERS]
+    wanted, file = [read_options(options)[4] for _, options in plan], out_dir / "sizes.jsonl"     # all is checked before any is run
+    out_dir.mkdir(parents=True, exist_ok=True)
+    lines = file.read_text(encoding="utf-8").splitlines() if file.exists() and not config.overwrite else []
+    try:
+        lines = [json.loads(line) for line in lines]
+        odd = {name for want, line in zip(wanted, lines) for name in want if want[name] != line["settings"].get(name)}
+    except (ValueError, KeyError, TypeError):
+        raise BadInput(f"{file}: cannot be read; --overwrite=True measures again") from None
+    if odd:
+        raise BadInput(f"{file}: measured with other settings ({', '.join(sorted(odd))}); give --overwrite=True or another --out_dir")
+    if lines:
+        print(f"{len(lines)} of {len(plan)} measurements are in {file} already; --overwrite=True measures again"
+              + ("" if lines[0]["provenance"]["code"] == checkpoint.code_hash() else ". The code has changed since"))
+    if len(lines) < len(plan) and not wanted[0]["compile"]:
+        print("eager: compiling every size would take longer than measuring it; --compile=True does it all the same")
+    with open(file, "a" if lines else "w", encoding="utf-8") as f:
+        for series, options in plan[len(lines):]:
+            lines.append({"series": series, **measure_apart(options)})
+            f.write(json.dumps(lines[-1]) + "\n")
+            f.flush()
+            show(lines[-1])
+    draw_sizes(lines, out_dir / "sizes.png")
+
+
+def slope(xs, ys):
+    """(a, b) of the line a log x + b that fits log y best: a is 1 where y is proportional to x."""
+    return tuple(map(float, np.polyfit(np.log(xs), np.log(ys), 1)))
+
+
+def draw_sizes(lines, path):
+    """Seconds over tokens and over parameters, log-log, with the slopes that fit them."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    figure, panels = plt.subplots(1, 2, figsize=(10, 4))
+    keys = (("tokens", "tokens an update"), ("n_params_non_embedding", "parameters without the embedding"))
+    for axes, series, (x, label), (fixed, of) in zip(panels, ("tokens", "parameters"), keys, keys[::-1]):
+        points = [line for line in lines if line["series"] == series]
+        xs, ys = (np.array([line[key] for line in points]) for key in (x, "seconds"))
+        a, b = slope(xs, ys)
+        axes.loglog(xs, ys, "ko", label="measured")
+        axes.loglog(xs, np.exp(b) * xs ** a, color="tab:blue", label=f"slope {a:.2f} (linear: 1)")
+        axes.set_title(f"{points[0][fixed]:,} {of}; {points[0]['device']}, {points[0]['dtype']}", fontsize=9)
+        axes.set(xlabel=label, ylabel="seconds an update")
+        axes.grid(alpha=0.3)
+        axes.legend()
+        print(f"log time over log {series}: slope {a:.2f} (linear: 1)")
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+    print(f"drew {path}")
+
+
+@exits_cleanly
+def main(argv):
+    bench, config, shape, given, settings = read_options(argv)
+    if bench.task == "sizes":
+        return sizes(config, given, argv)
+    if bench.nanogpt and bench.program == "all":
+        return compare(bench, argv)
+    found = measure(bench, config, shape, settings)
+    if bench.json:
+        print(json.dumps(found))
+    else:
+        print_differences(bench, config, shape)
+        show(found)
+
+
+if __name__ == "__main__":
+    main()
