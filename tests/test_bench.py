@@ -1,0 +1,225 @@
+"""bench.py: the measured update is the loop's, sizes are measured once and drawn, nanoGPT takes its turn, bad input is one line."""
+import json
+import subprocess
+
+import pytest
+import torch
+
+import bench
+from model import MiniCPM, MiniCPMConfig, init_weights
+from train import language_loss, train
+
+TINY = ["--n_layer=1", "--n_head=1", "--n_embd=16", "--n_ff=32", "--block_size=8", "--batch_size=4", "--vocab_size=64", "--updates=2",
+        "--compile=False", "--device=cpu"]
+NANOGPT = """
+from dataclasses import dataclass
+import torch
+
+@dataclass
+class GPTConfig:
+    block_size: int = 1
+    vocab_size: int = 1
+    n_layer: int = 1
+    n_head: int = 1
+    n_embd: int = 1
+    dropout: float = 0.5
+    bias: bool = True
+
+class GPT(torch.nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        print("number of parameters: some")
+        assert config.dropout == 0 and not config.bias
+        self.wte, self.head = torch.nn.Embedding(config.vocab_size, config.n_embd), torch.nn.Linear(config.n_embd, config.vocab_size)
+
+    def forward(self, idx, targets):
+        logits = self.head(self.wte(idx))
+        assert (logits.dtype == torch.bfloat16) == torch.is_autocast_enabled("cpu")
+        return logits, torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
+
+    def configure_optimizers(self, weight_decay, learning_rate, betas, device_type):
+        return torch.optim.AdamW(self.parameters(), lr=learning_rate, betas=betas, weight_decay=weight_decay)
+"""
+
+
+def json_of(capsys, *argv):
+    capsys.readouterr()
+    bench.main([*TINY, *argv, "--json=True"])
+    return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+
+@pytest.fixture
+def in_process(monkeypatch, capsys):
+    """measure_apart without a process of its own; the list of what it was asked for."""
+    asked = []
+
+    def measure_apart(argv):
+        asked.append(argv)
+        return bench.measure(*bench.read_options([*argv, "--json=True"]))
+    monkeypatch.setattr(bench, "measure_apart", measure_apart)
+    return asked
+
+
+def test_numbers_of_a_step_agree_with_each_other(capsys):
+    found = json_of(capsys, "--peak_flops=1e9", "--micro_batch_size=2", "--updates=5")
+    shape = MiniCPMConfig(vocab_size=64, n_layer=1, n_head=1, n_embd=16, n_ff=32)
+    assert found["tokens"] == 32 and found["micro"] == 2 and not found["compiled"] and found["n_params"] == shape.n_params
+    assert found["tokens_per_s"] == pytest.approx(32 / found["seconds"])
+    assert found["flops_per_s"] == pytest.approx(shape.flops_per_token(8) * found["tokens_per_s"])
+    assert found["mfu"] == pytest.approx(found["flops_per_s"] / 1e9)
+    assert list(found["phases"]) == list(bench.PHASES) and min(found["phases"].values()) > 0
+    assert sum(found["phases"].values()) <= found["slowest"] and found["fastest"] <= found["seconds"] <= found["slowest"]
+    assert found["settings"]["n_embd"] == 16 and found["settings"]["seed"] == 1337 and found["provenance"]["torch"] == torch.__version__
+
+
+def test_a_phase_is_billed_for_what_it_does(monkeypatch):
+    """Sleep in the loss: forward. In the gradient of what it returns: backward. In the batch source: data."""
+    clock = [0.0]
+    monkeypatch.setattr(bench, "time", type("Time", (), {"perf_counter": staticmethod(lambda: clock[0])}))
+
+    class Slow(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            clock[0] += 4
+            return grad
+
+    def loss(forward, part):
+        clock[0] += 2
+        summed, aux = language_loss(forward, part)
+        return Slow.apply(summed), aux
+
+    def batches(config, vocab_size, real=bench.random_batches):
+        source = real(config, vocab_size)
+
+        def slow(*where):
+            clock[0] += 1
+            return source(*where)
+        return slow
+
+    real_clip = torch.nn.utils.clip_grad_norm_
+
+    def clip(*args):
+        clock[0] += 8
+        return real_clip(*args)
+    monkeypatch.setattr(bench, "language_loss", loss)
+    monkeypatch.setattr(bench, "random_batches", batches)
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clip)
+    options, config, shape, _ = bench.read_options([*TINY, "--micro_batch_size=2"])
+    times, how = bench.step(options, config, shape)
+    assert times == [1 + 2 * 2 + 2 * 4 + 8] * 2 and how["phases"] == {"data": 1, "forward": 4, "backward": 8, "update": 8}
+
+
+def test_looking_at_the_loop_does_not_change_it(monkeypatch):
+    """The weights after a measurement are those of train() left alone."""
+    options, config, shape, _ = bench.read_options([*TINY, "--schedule=constant", "--warmup_steps=0"])
+    models = []
+    monkeypatch.setattr(bench, "MiniCPM", lambda shape: models.append(MiniCPM(shape)) or models[-1])
+    bench.step(options, config, shape)
+    alone = MiniCPM(shape)
+    init_weights(alone, config.seed)
+    config.quiet, config.minutes, config.max_steps = True, None, bench.WARM_UP + options.updates
+    for _ in train(config, bench.random_batches(config, 64), language_loss, alone):
+        pass
+    assert all(torch.equal(a, b) for a, b in zip(models[0].parameters(), alone.parameters()))
+
+
+@pytest.mark.parametrize("wanted, measured", list(zip(bench.PARAMETERS, (0.94e6, 3.0e6, 10.2e6, 30.1e6, 103e6))))
+def test_shapes_have_about_the_parameters_asked_for(wanted, measured):
+    _, _, shape, _ = bench.read_options(bench.shape_options(wanted))
+    assert 0.9 < shape.n_params_non_embedding / wanted < 1.1 and shape.head_size == 64 and shape.n_layer >= shape.n_head
+    assert shape.n_params_non_embedding == pytest.approx(measured, rel=0.05)
+
+
+def test_sizes_are_measured_once_and_drawn(in_process, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(bench, "SEQUENCES", (2, 4))
+    monkeypatch.setattr(bench, "PARAMETERS", (4e4, 2e5))
+    argv = [*(word for word in TINY if "compile" not in word), "--task=sizes", f"--out_dir={tmp_path}"]
+    bench.main(argv)
+    said, file = capsys.readouterr().out, tmp_path / "sizes.jsonl"
+    assert "eager" in said and "log tokens: slope" in said and "log parameters: slope" in said
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [(line["series"], line["tokens"]) for line in lines] == [("tokens", 16), ("tokens", 32), ("parameters", 32), ("parameters", 32)]
+    assert not any(line["compiled"] for line in lines) and lines[2]["settings"]["n_embd"] == 64
+    assert (tmp_path / "sizes.png").stat().st_size > 5000
+    (tmp_path / "sizes.png").unlink()
+    bench.main(argv)                                                     # only draws
+    assert len(in_process) == 4 and "4 of 4" in capsys.readouterr().out and (tmp_path / "sizes.png").exists()
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines[:3]))
+    bench.main(argv)                                                     # was killed before the last
+    assert len(in_process) == 5 and len(file.read_text().splitlines()) == 4
+    with pytest.raises(SystemExit) as stop:
+        bench.main([*argv, "--updates=3"])
+    assert stop.value.code == 2 and "updates" in capsys.readouterr().err and len(in_process) == 5
+    bench.main([*argv, "--updates=3", "--overwrite=True"])
+    assert len(in_process) == 9 and len(file.read_text().splitlines()) == 4
+
+
+def test_slopes_are_those_of_the_points(tmp_path, capsys):
+    lines = [{"series": series, "tokens": n, "n_params_non_embedding": n, "seconds": 3 * n ** power, "device": "cpu", "dtype": "float32"}
+             for series, power in (("tokens", 1), ("parameters", 0.5)) for n in (10, 100, 1000)]
+    bench.draw_sizes(lines, tmp_path / "sizes.png")
+    said = capsys.readouterr().out
+    assert "log tokens: slope 1.00" in said and "log parameters: slope 0.50" in said
+
+
+def test_decoding(capsys):
+    found = json_of(capsys, "--task=decode", "--new_tokens=5", "--rounds=2", "--dtype=float32")
+    assert found["tokens_per_s"] == pytest.approx(5 / found["seconds"]) and found["dtype"] == "float32"
+    bench.main([*TINY, "--task=decode", "--new_tokens=5"])
+    assert "5 tokens in" in capsys.readouterr().out
+
+
+def test_nanogpt_takes_its_turn(in_process, monkeypatch, tmp_path, capsys):
+    (tmp_path / "model.py").write_text(NANOGPT)
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda model, **_: compiled.append(model) or model)
+    bench.main([*TINY, f"--nanogpt={tmp_path}", "--rounds=2", "--micro_batch_size=2"])
+    said = capsys.readouterr().out
+    assert len(in_process) == 6 and len(compiled) == 2 and said.count("round 2: nanogpt-bfloat16") == 1 and "number of" not in said
+    assert "nanoGPT float32: " in said and said.rstrip().endswith("ours x 1.00")
+
+
+@pytest.mark.parametrize("argv, words", [
+    (["--updates=1"], "--updates=1: must be above 1"),
+    (["--task=speed"], "step, sizes, decode"),
+    (["--update=3"], "did you mean --updates?"),
+    (["--nanogpt=nowhere"], "no"),
+    (["--program=nanogpt-float32"], "only with --nanogpt"),
+    (["--n_head=7"], "does not divide"),
+    (["--init_from=out/laptop"], "not a checkpoint"),
+    (["--n_embd=2304000", "--n_head=36"], "GiB"),
+])
+def test_bad_input_is_one_line(argv, words, capsys):
+    with pytest.raises(SystemExit) as stop:
+        bench.main(argv)
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and len(said.splitlines()) == 1 and words in said, said
+
+
+def test_a_file_of_another_kind_is_refused(tmp_path, capsys):
+    (tmp_path / "sizes.jsonl").write_text("not JSON\n")
+    with pytest.raises(SystemExit) as stop:
+        bench.main(["--task=sizes", f"--out_dir={tmp_path}"])
+    assert stop.value.code == 2 and len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_a_process_of_its_own_from_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert bench.measure_apart(TINY)["tokens"] == 32 and not list(tmp_path.iterdir())
+
+
+def test_a_process_that_fails_hands_on_its_status(monkeypatch):
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: subprocess.CompletedProcess([], 2, ""))
+    with pytest.raises(SystemExit) as stop:
+        bench.measure_apart(TINY)
+    assert stop.value.code == 2
+
+
+def test_a_step_in_words(capsys):
+    bench.main(TINY)
+    said = capsys.readouterr().out
+    assert "MFU n/a" in said and "eager: 32 tokens in" in said and all(words in said for words in bench.PHASES.values())
