@@ -29,7 +29,8 @@ for argv in json.load(open(sys.argv[1])):
     try:
         train.main(argv)
     except SystemExit as end:
-        print("ended with", end.code, flush=True)
+        sys.stdout.write(f"ended with {{end.code}}\\n")                  # in one piece, whatever the others print
+        sys.stdout.flush()
 """
 
 

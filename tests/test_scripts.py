@@ -90,7 +90,8 @@ def test_readme_command_runs(laptop, command, tmp_path):
         shutil.copy(ROOT / "evaluate.py", root)
         words += ["--questions=8", "--eval_tokens=4096"]
     if words[0] in ("convert.py", "bench.py", "plan.py"):
-        shutil.copy(ROOT / words[0], root)
+        for file in (words[0], "parallel.py"):                           # plan.py needs it
+            shutil.copy(ROOT / file, root)
     if words[0] == "bench.py":
         words += ["--updates=2", "--compile=False"]
     if words[0] == "convert.py":
