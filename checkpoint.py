@@ -59,7 +59,8 @@ def save(out_dir, step, tensors, meta, write_more=None, places=None, rank=0, ran
                     if places is None or (t.numel() and (t.dim() or rank == 0))}
             save_file(here, temporary / file)
             if places:
-                pieces[part] = {name: {"shape": places[part][name][1], "pieces": [[file, places[part][name][0], t.shape]]} for name, t in here.items()}
+                where = {name: places[part][name] for name in here}
+                pieces[part] = {name: {"shape": shape, "pieces": [[file, offset]]} for name, (offset, shape) in where.items()}
         if write_more and rank == 0:
             write_more(temporary)
         own = [path for path in temporary.iterdir() if f"-{rank + 1:05d}-of-" in path.name
@@ -171,7 +172,7 @@ def read_tensors(folder, part, share=(0, 1)):
     if sharded:
         check(folder / "index.json", meta, remedy)
         index = read_json(folder / "index.json").get(part, {})
-        names = sorted({file for entry in index.values() for file, _, _ in entry["pieces"]})
+        names = sorted({file for entry in index.values() for file, _ in entry["pieces"]})
     for i, name in enumerate(names):
         check(folder / name, meta, remedy, i % share[1] == share[0])
     with contextlib.ExitStack() as stack:
@@ -183,7 +184,7 @@ def read_tensors(folder, part, share=(0, 1)):
             if len(entry["pieces"]) == 1:
                 yield name, opened[entry["pieces"][0][0]].get_tensor(name)
                 continue
-            pieces = [(opened[file].get_tensor(name), offset) for file, offset, _ in entry["pieces"]]
+            pieces = [(opened[file].get_tensor(name), offset) for file, offset in entry["pieces"]]
             whole = torch.empty(entry["shape"], dtype=pieces[0][0].dtype)
             for piece, offset in pieces:
                 whole[tuple(slice(first, first + n) for first, n in zip(offset, piece.shape))] = piece

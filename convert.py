@@ -236,10 +236,12 @@ def model_card(config, meta, form, dtype, folder):
     if form == "llama":
         lines += ["The scalings of MiniCPM are multiplied into the weights (in float32, then rounded to the stored dtype).", ""]
     if run:
-        facts = {"updates": run["step"] if "step" in run else None, "tokens": run.get("tokens_seen"), "data": trained.get("data"),
-                 "decay data": trained.get("decay_data"), "sequence length": trained.get("block_size"), "sequences per update": trained.get("batch_size"),
-                 "peak learning rate": trained.get("learning_rate"), "schedule": trained.get("schedule"), "decay updates": run.get("decay_steps"),
-                 "seed": trained.get("seed"), "held-out bits per byte": held_out and round(held_out, 4), "torch": made.get("torch"), "code": made.get("git") or made.get("code")}
+        facts = {"updates": run.get("step"), "tokens": run.get("tokens_seen"), "data": trained.get("data"),
+                 "decay data": trained.get("decay_data"), "sequence length": trained.get("block_size"),
+                 "sequences per update": trained.get("batch_size"), "peak learning rate": trained.get("learning_rate"),
+                 "schedule": trained.get("schedule"), "decay updates": run.get("decay_steps"), "seed": trained.get("seed"),
+                 "held-out bits per byte": held_out and round(held_out, 4), "torch": made.get("torch"),
+                 "code": made.get("git") or made.get("code")}
         lines += ["| | |", "|---|---|", *[f"| {name} | {value} |" for name, value in facts.items() if value is not None], ""]
     return "\n".join(lines)
 

@@ -169,7 +169,8 @@ def mup_table(config):
     }
 
 
-ROLE_OF = {"wte": "embedding", "lm_head": "head", "router": "router", "experts": "experts", "wqkv": "matrix", "wo": "matrix", "w_in": "matrix", "w_out": "matrix",
+ROLE_OF = {"wte": "embedding", "lm_head": "head", "wqkv": "matrix", "wo": "matrix", "w_in": "matrix", "w_out": "matrix",
+           "experts": "experts", "router": "router",
            "attn_norm": "norm", "mlp_norm": "norm", "norm": "norm"}
 
 

@@ -23,22 +23,22 @@ import tokenizer as tokenizers
 import train
 from configurator import BadInput, configure, exits_cleanly
 from model import LOGITS_AT_ONCE, MiniCPM, MiniCPMConfig, mup_table, optimizer_groups
-from train import TrainConfig, batch_size_at
+from train import PEAK_FLOPS, TrainConfig, batch_size_at
 
 # Name: (memory in GiB, dense FLOP/s in bfloat16 with float32 sums, bytes/s a GPU sends to another of its node, bytes/s all of
-# a node's GPUs together send out of it). From NVIDIA's data sheets: A100, H100 SXM, H200 SXM, HGX B200, L40S, T4 and the Ada
+# a node's GPUs together send out of it). NVIDIA's data sheets, from memory: A100, H100 SXM, H200 SXM, HGX B200, L40S, T4 and the Ada
 # whitepaper (RTX 4090). Sheets quote FLOP/s with sparsity (twice these) and links in both directions (twice these). Out of a
 # node: the network cards of DGX A100 (8 x 200 Gb/s) and DGX H100 to B200 (8 x 400 Gb/s); for the PCIe cards no sheet says it:
 # one of 200 Gb/s is assumed. T4: float16, it has no bfloat16.
 GPUS = {
-    "a100-40": (40, 312e12, 300e9, 200e9),
-    "a100-80": (80, 312e12, 300e9, 200e9),
-    "h100": (80, 989e12, 450e9, 400e9),
-    "h200": (141, 989e12, 450e9, 400e9),
-    "b200": (180, 2250e12, 900e9, 400e9),
-    "l40s": (48, 362e12, 32e9, 25e9),
-    "rtx4090": (24, 165e12, 32e9, 25e9),
-    "t4": (16, 65e12, 16e9, 25e9),
+    "a100-40": (40, PEAK_FLOPS["A100"], 300e9, 200e9),
+    "a100-80": (80, PEAK_FLOPS["A100"], 300e9, 200e9),
+    "h100": (80, PEAK_FLOPS["H100"], 450e9, 400e9),
+    "h200": (141, PEAK_FLOPS["H200"], 450e9, 400e9),
+    "b200": (180, PEAK_FLOPS["B200"], 900e9, 400e9),
+    "l40s": (48, PEAK_FLOPS["L40S"], 32e9, 25e9),
+    "rtx4090": (24, PEAK_FLOPS["4090"], 32e9, 25e9),
+    "t4": (16, PEAK_FLOPS["T4"], 16e9, 25e9),
 }
 GPUS_A_NODE = 8
 USABLE = 0.9                            # of a GPU's memory: the rest is the CUDA context, NCCL's buffers and fragmentation

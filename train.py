@@ -46,7 +46,7 @@ if UNDER_TORCHRUN:
 
 WARMUP_SHARE, WARMUP_TIMED = 0.025, 100     # default warm-up: share of max_steps; updates of a run that is given minutes
 COMPILE_REPAYS = 300                        # updates that a run on a CPU must have ahead for compiling to pay
-# bf16 FLOP/s of a GPU by a word of its name: dense tensor-core peaks of the makers' data sheets (T4: float16).
+# bf16 FLOP/s of a GPU by a word of its name: dense tensor-core peaks of NVIDIA's data sheets, from memory (T4: float16).
 PEAK_FLOPS = {"T4": 65e12, "A100": 312e12, "A10": 125e12, "L40S": 362e12, "4090": 165e12, "H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12,
               "B200": 2250e12}
 OVERFLOWS_IN_A_ROW = 20                     # float16: the scaler skips single overflows; this many mean divergence
@@ -234,7 +234,8 @@ def train(config, batches, loss, model, state=None, optimizer_tensors=None, vali
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     if state.scaler:
         scaler.load_state_dict(state.scaler)
-    state.micro = config.micro_batch_size or state.micro or choose_micro_batch(config, model.config, device, ranks, world.mesh.size(1) if world else 1)
+    shard = world.mesh.size(1) if world else 1
+    state.micro = config.micro_batch_size or state.micro or choose_micro_batch(config, model.config, device, ranks, shard)
     settle_compile(config, state, device, say)
     forward = torch.compile(model, dynamic=False) if state.compiled and world is None else model      # else its blocks are
     for group in optimizer.param_groups:
@@ -395,7 +396,7 @@ def train(config, batches, loss, model, state=None, optimizer_tensors=None, vali
         finish_saving()
     finally:
         bar.close()
-        writer.shutdown()
+        writer.shutdown(wait=False)                                      # a peer that died would be waited for in vain
         if log:
             log.close()
 
@@ -932,8 +933,8 @@ def write_down(start, say):
         checkpoint.clear(out_dir)                                        # overwritten, or killed before its first checkpoint
         if start.folder:
             say(f"starting {out_dir} from {start.folder}")
-    checkpoint.write_json(out_dir / "config.json", {"asked": start.asked, "command": sys.argv, "train": asdict(config), "model": asdict(start.model_config),
-                                                    "provenance": now})
+    checkpoint.write_json(out_dir / "config.json", {"asked": start.asked, "command": sys.argv, "train": asdict(config),
+                                                    "model": asdict(start.model_config), "provenance": now})
 
 
 def finished(out_dir, state):
