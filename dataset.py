@@ -33,19 +33,51 @@ PATTERN = 1000                                   # samples after which a mixture
 
 # ---- writing a corpus (data/NAME/prepare.py)
 
-def write_corpus(folder, tokenizer, documents, shard_tokens=100_000_000):
-    """Tokenise documents into shards, beside the final folder first, and rename: a reader sees all of it or nothing.
-
-    folder     data/NAME/TOKENIZER; where another process finished first, its result stays
-    documents  iterable of (split, text), split "train" or "val"
-    returns    the meta.json as a dict
-    """
+@contextlib.contextmanager
+def complete_or_nothing(folder):
+    """A folder to write in, renamed to `folder` when the block ends well: a reader sees all of it or nothing. Where another
+    process finished first, its result stays."""
     folder = Path(folder)
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     made = [parent for parent in folder.parents if not parent.exists()]  # nearest first
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    dtype = np.dtype("<u2" if tokenizer.n_vocab <= 2 ** 16 else "<u4")
+    try:
+        yield temporary
+        if not folder.exists():
+            try:
+                os.rename(temporary, folder)
+            except OSError:
+                if not folder.exists():
+                    raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        with contextlib.suppress(OSError):                               # not empty: the corpus is there
+            for parent in made:
+                parent.rmdir()
+
+
+def token_dtype(vocab_size):
+    """Of the tokens in a shard."""
+    return np.dtype("<u2" if vocab_size <= 2 ** 16 else "<u4")
+
+
+def write_shard(path, tokens, vocab_size):
+    """Write tokens (n,) with the header."""
+    dtype = token_dtype(vocab_size)
+    with open(path, "wb") as f:
+        f.write(HEADER.pack(MAGIC, VERSION, dtype.itemsize, vocab_size, len(tokens)))
+        f.write(np.asarray(tokens, dtype).tobytes())
+
+
+def write_corpus(folder, tokenizer, documents, shard_tokens=100_000_000):
+    """Tokenise documents into shards and meta.json, all or nothing.
+
+    folder     data/NAME/TOKENIZER
+    documents  iterable of (split, text), split "train" or "val"
+    returns    the meta.json as a dict
+    """
+    dtype = token_dtype(tokenizer.n_vocab)
     sha = hashlib.sha256()
     splits = {split: {"documents": 0, "bytes": 0, "tokens": 0, "shards": []} for split in ("train", "val")}
     waiting = {split: [] for split in splits}                            # token arrays of the shard being filled
@@ -56,15 +88,13 @@ def write_corpus(folder, tokenizer, documents, shard_tokens=100_000_000):
             waiting[split].append(np.array([tokenizer.bos, *ids, tokenizer.eos], dtype))
         texts[split].clear()
 
-    def write_shard(split, tokens):
+    def add_shard(split, tokens):
         name = f"{split}_{len(splits[split]['shards']):06d}.bin"
-        with open(temporary / name, "wb") as f:
-            f.write(HEADER.pack(MAGIC, VERSION, dtype.itemsize, tokenizer.n_vocab, len(tokens)))
-            f.write(tokens.tobytes())
+        write_shard(temporary / name, tokens, tokenizer.n_vocab)
         splits[split]["shards"].append(name)
         splits[split]["tokens"] += len(tokens)
 
-    try:
+    with complete_or_nothing(folder) as temporary:
         for split, text in documents:
             raw = text.encode("utf-8")
             sha.update(f"{split} {len(raw)}\n".encode() + raw)
@@ -75,30 +105,19 @@ def write_corpus(folder, tokenizer, documents, shard_tokens=100_000_000):
                 tokenise(split)
                 while sum(map(len, waiting[split])) >= shard_tokens:
                     tokens = np.concatenate(waiting[split])
-                    write_shard(split, tokens[:shard_tokens])
+                    add_shard(split, tokens[:shard_tokens])
                     waiting[split] = [tokens[shard_tokens:]]
         for split in splits:
             tokenise(split)
             tokens = np.concatenate(waiting[split] or [np.zeros(0, dtype)])
             for at in range(0, len(tokens), shard_tokens):
-                write_shard(split, tokens[at:at + shard_tokens])
+                add_shard(split, tokens[at:at + shard_tokens])
             if not splits[split]["tokens"]:
                 raise BadInput(f"{folder}: no {split} documents; a corpus needs both train and val")
         meta = {"tokenizer": tokenizer.name, "tokenizer_hash": tokenizer.hash, "vocab_size": tokenizer.n_vocab,
                 "corpus_sha256": sha.hexdigest(), "splits": splits}
         (temporary / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
-        if not folder.exists():
-            try:
-                os.rename(temporary, folder)
-            except OSError:
-                if not folder.exists():
-                    raise
-        return meta
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-        with contextlib.suppress(OSError):                               # not empty: the corpus is there
-            for parent in made:
-                parent.rmdir()
+    return meta
 
 
 # ---- reading it
