@@ -28,8 +28,11 @@ import checkpoint
 import tokenizer as tokenizers
 from configurator import ROOT, BadInput, configure, exits_cleanly, print_differences
 from dataset import make_batches
-from model import MiniCPM, MiniCPMConfig, init_weights, pick_device, pick_dtype
-from train import TrainConfig, check_memory, choose_micro_batch, language_loss, new_state, train
+from device import pick_device, pick_dtype
+from memory import check_memory, choose_micro_batch
+from model import MiniCPM, MiniCPMConfig, init_weights
+from start import new_state
+from train import TrainConfig, language_loss, train
 
 PHASES = {"data": "data", "forward": "forward", "backward": "backward", "update": "clip, optimizer, and the rest of the loop"}
 WARM_UP = 3                             # updates before the timed ones; the first compiles
@@ -137,7 +140,7 @@ def step_of_nanogpt(bench, config, shape):
     """The same of nanoGPT in this shape: float32 eager, or bfloat16 autocast and compiled. Its feed-forward stays its own."""
     device, dtype, times = pick_device(config.device), getattr(torch, bench.program.partition("-")[2]), []
     compiled, batches = dtype == torch.bfloat16, random_batches(config, shape.vocab_size)
-    micro = config.micro_batch_size or choose_micro_batch(config, shape, device, 1, 1)
+    micro = config.micro_batch_size or choose_micro_batch(shape, config, config.batch_size, device)
     spec = importlib.util.spec_from_file_location("nanogpt_model", Path(bench.nanogpt, "model.py"))
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)        # its dataclass looks itself up there
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True  # as its train.py

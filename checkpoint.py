@@ -270,29 +270,3 @@ def clear(out_dir):
         (Path(out_dir) / name).unlink(missing_ok=True)
 
 
-def rewind_metrics(out_dir, step):
-    """Drop the lines of metrics.jsonl that a killed run wrote after the checkpoint it resumes from."""
-    path = Path(out_dir) / "metrics.jsonl"
-    kept = [line for line in metrics_lines(out_dir) if line["step"] <= step]
-    path.with_suffix(".tmp").write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-    os.replace(path.with_suffix(".tmp"), path)
-
-
-def metrics_lines(out_dir):
-    """Lines of metrics.jsonl as dicts; the last one may be the half line in which a run was killed, and is left out then."""
-    path = Path(out_dir) / "metrics.jsonl"
-    raw = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    lines = []
-    for number, line in enumerate(raw, 1):
-        try:
-            lines.append(json.loads(line))
-        except ValueError:
-            if number < len(raw):
-                raise BadInput(f"{path}:{number}: not JSON; mend or delete the line") from None
-    return lines
-
-
-def read_metrics(out_dir):
-    """metrics.jsonl of a run as (training lines, evaluation lines)."""
-    lines = metrics_lines(out_dir)
-    return [x for x in lines if "loss" in x], [x for x in lines if "val_loss" in x]

@@ -28,6 +28,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 import checkpoint
+import metrics
 import tokenizer as tokenizers
 from configurator import BadInput, configure, exits_cleanly
 from model import MiniCPM, model_config
@@ -226,7 +227,7 @@ def tokenizer_of(folder, options, config):
 def model_card(config, meta, form, dtype, folder):
     """README.md: what the model is and how it came to be, from the checkpoint's own record."""
     run, trained, made = meta.get("run", {}), meta.get("train", {}), meta.get("provenance", {})
-    evaluations = checkpoint.read_metrics(folder.parent)[1] if run else []
+    evaluations = metrics.read(folder.parent)[1] if run else []
     held_out = next((x["val_bpb"] for x in evaluations if x["step"] == meta["step"]), None)
     lines = ["---", "library_name: transformers", "tags: [minicpm, nanocpm]", "---", "", f"# {folder.parent.name if run else folder.name}", "",
              f"A MiniCPM (arXiv 2404.06395) of {config.n_params:,} parameters ({config.n_params_non_embedding:,} without the embedding): "

@@ -19,7 +19,8 @@ import checkpoint
 import tokenizer as tokenizers
 from configurator import BadInput, configure, exits_cleanly
 from dataset import held_out_loss, open_corpus
-from model import MiniCPM, pick_device
+from device import pick_device
+from model import MiniCPM
 
 
 @dataclass

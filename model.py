@@ -377,30 +377,6 @@ class Numerics:
     flash: bool = True                  # fused attention kernels where they are the faster ones
 
 
-def pick_device(name):
-    """torch.device of --device; BadInput where it is not there."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    device = torch.device(name)
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise BadInput(f"--device={name}: this machine has {torch.cuda.device_count()} CUDA devices")
-    if device.type == "mps" and not torch.backends.mps.is_available():
-        raise BadInput("--device=mps: not available on this machine")
-    return device
-
-
-def pick_dtype(name, device):
-    """Compute dtype: what was asked for, or bfloat16 where the chip multiplies it, float16 where only that is fast."""
-    if name != "auto":
-        return getattr(torch, name)
-    if device.type == "cuda":
-        major = torch.cuda.get_device_capability(device)[0]
-        return torch.bfloat16 if major >= 8 else torch.float16 if major == 7 else torch.float32
-    if device.type == "cpu" and any(getattr(torch.cpu, f"_is_{unit}_supported", bool)() for unit in ("avx512_bf16", "amx_tile")):
-        return torch.bfloat16
-    return torch.float32
-
-
 def project(x, weight):
     """x (..., C), weight (N, C) -> (..., N): the matrix in x's dtype."""
     if x.device.type == "cpu" and x.dtype == torch.float32 and x.numel() == x.shape[-1] and not torch.is_grad_enabled():

@@ -22,8 +22,11 @@ import parallel
 import tokenizer as tokenizers
 import train
 from configurator import BadInput, configure, exits_cleanly
-from model import LOGITS_AT_ONCE, MiniCPM, MiniCPMConfig, mup_table, optimizer_groups
-from train import PEAK_FLOPS, TrainConfig, batch_size_at
+from device import PEAK_FLOPS
+from memory import USABLE, activations, block_size_in_parameters, divisors, peak_of
+from model import MiniCPM, MiniCPMConfig, mup_table, optimizer_groups
+from start import choose_start
+from train import TrainConfig, batch_size_at
 
 # Name: (memory in GiB, dense FLOP/s in bfloat16 with float32 sums, bytes/s a GPU sends to another of its node, bytes/s all of
 # a node's GPUs together send out of it). NVIDIA's data sheets, from memory: A100, H100 SXM, H200 SXM, HGX B200, L40S, T4 and the Ada
@@ -41,7 +44,6 @@ GPUS = {
     "t4": (16, PEAK_FLOPS["T4"], 16e9, 25e9),
 }
 GPUS_A_NODE = 8
-USABLE = 0.9                            # of a GPU's memory: the rest is the CUDA context, NCCL's buffers and fragmentation
 AGREES = 0.15                           # estimate and simulation may differ by this share
 GIB = 2 ** 30
 
@@ -70,114 +72,7 @@ def batch_law(loss):
     return 1.21e9 / loss ** 6.24
 
 
-# ---- memory
-
-def activations(model, width, cpu):
-    """{item: bytes a token} that autograd keeps of one block until its backward pass, read off model.py line by line.
-
-    width  bytes of the compute type
-    cpu    as fake tensors on a CPU compute it: RMSNorm is not one kernel there, and keeps the normalised stream too
-    """
-    C, H, K, D, F = model.n_embd, model.n_head, model.kv_heads, model.head_size, model.n_ff
-    k = model.num_experts_per_tok if model.num_experts else 1
-    kept = {
-        "residual stream": 2 * 4 * C,                                      # into both norms, float32
-        "norms": 2 * 4 + 2 * 4 * C * cpu,                                  # 1 / root mean square, float32
-        "inputs of matrices": width * C * (1 if model.num_experts else 2),
-        "qkv": width * (H + 2 * K) * D,                                    # v is a view of it, and keeps all of it
-        "rotated q and k": width * (H + K) * D,
-        "attention's output": width * H * D + 4 * H,                       # and its log-sum-exp, float32
-        "SwiGLU": width * 4 * F * k,                                       # gate, up, silu(gate) and the product
-    }
-    if model.num_experts:                                                  # rows in float32 for the router; every choice's row in,
-        kept["experts' rows"] = 4 * C + (width + 8) * C * k                # and out in float32, before and after its weight
-        kept["routing"] = 8 * model.num_experts + 40 * k
-    return kept
-
-
-def block_size_in_parameters(model):
-    """(attention, feed-forward) parameters of a block, a norm in each."""
-    attention = 2 * model.n_embd * model.head_size * (model.n_head + model.kv_heads) + model.n_embd
-    return attention, (model.n_params_non_embedding - model.n_embd) // model.n_layer - attention
-
-
-def head_memory(model, N, width):
-    """(kept until the backward pass, held besides during it) in bytes by the loss over N tokens, its weight gradient apart."""
-    C, V = model.n_embd, model.vocab_size
-    if N * V <= LOGITS_AT_ONCE:                                            # plain_nll: log-probabilities, the rounded weight; two gradients
-        cast = width * V * C if width < 4 else 0
-        return 4 * N * V + cast, 8 * N * V
-    slice_ = max(1, LOGITS_AT_ONCE // N)
-    # ChunkedNLL.backward: d_hidden; a slice's logits twice, softmax and the last slice's; rows of the weight, or the product.
-    return 0, 4 * N * C + max(N * slice_ * (2 * width + 4) + width * slice_ * C, N * (C + 2 * slice_) * width)
-
-
-def moments(model, config, micro, micro_steps, shard, cpu=False):
-    """[(moment, {item: bytes})] of a step on one rank: where memory peaks, in the order of FSDP2's backward pass.
-
-    micro        sequences per forward. micro_steps: how many of them there are in a step
-    Blocks are gathered in the compute type, one ahead; the root group (embedding, head, last norm) stays gathered in float32
-    from its forward to its backward; a block's gradient is reduced in float32. Over several micro-steps FSDP keeps the whole
-    gradient, unsharded, in float32, until the last one reduces it (train.py's set_requires_gradient_sync).
-    """
-    N, width = micro * config.block_size, 4 if config.dtype == "float32" else 2
-    C, H, K, D = model.n_embd, model.n_head, model.kv_heads, model.head_size
-    F = model.n_ff * (model.num_experts_per_tok if model.num_experts else 1)
-    rows = C * model.num_experts_per_tok if model.num_experts else 0
-    attention, feed_forward = block_size_in_parameters(model)
-    block, table = attention + feed_forward, 4 * model.vocab_size * C
-    root = 4 * (model.n_params - model.n_layer * block)
-    kept = sum(activations(model, width, cpu).values()) * N
-    # Held besides, of a block in its backward pass: the gradients of the product, gate and up; those around RoPE in float32;
-    # with experts, those of the rows in float32. Measured on the simulation's trace, op by op.
-    w_out = width * feed_forward // 3
-    extra = max(w_out + 2 * width * F * N - 8 * rows * N, 8 * rows * N, (4 + width) * C * N,
-                width * (block + (rows and feed_forward // 3)) + (12 * (H + K) * D - width * (4 * H + 5 * K) * D) * N
-                - (width * 4 * F + 4 * C + width * C + (8 + width) * rows) * N)
-    # And in its forward pass, which comes again where it is recomputed: RoPE's float32, before the SwiGLU is there; measured too.
-    forward = (4 * C * (1 + cpu) + width * (2 * C + (H + 2 * K) * D) + 16 * (H + K) * D) * N
-    copies = width * feed_forward if model.num_experts else 0              # cut along dimension 1, experts are gathered, then put together
-    again = [bool(config.recompute) and i % config.recompute == 0 for i in range(model.n_layer)]
-    acts = [4 * C * N if a else kept for a in again]
-    last_norm = (4 + 4 * cpu + width) * C * N
-    loss_kept, loss_held = head_memory(model, N, width)
-    always = {"parameters": 4 * model.n_params // shard, "AdamW moments": 8 * model.n_params // shard}
-    whole = 4 * block * model.n_layer if micro_steps > 1 else 0
-    whole_root = root if micro_steps > 2 else 0                            # by the time of the second of three
-    held = {**always, "gathered root": root, "unsharded gradients": whole + (root if micro_steps > 1 else 0)}
-    out = [("loss", {**held, "activations": sum(acts) + last_norm + loss_kept, "root's gradient": table,
-                     "gathered blocks": width * block, "logits": loss_held})]
-    for i in reversed(range(model.n_layer)):
-        below, above = sum(acts[:i]), model.n_layer - 1 - i
-        now = {**held, "sharded gradients": 4 * block * above // shard if micro_steps == 1 else 0, "root's gradient": table}
-        ahead, reducing = width * block * (i > 0), 4 * block * (above > 0)
-        peak = max(kept + extra, forward) if again[i] else kept + extra
-        out.append((f"gathering of block {i}", {**now, "activations": acts[i] + below + 4 * C * N, "reduction": reducing,
-                                                "gathered blocks": 2 * width * block + copies}))
-        out.append((f"backward pass of block {i}", {**now, "activations": below + peak + 4 * C * N,
-                    "gathered blocks": width * block + ahead, "reduction": reducing}))
-        out.append((f"reduction of block {i}", {**now, "activations": below + 4 * C * N, "gathered blocks": ahead,
-                    "reduction": (4 + width) * block}))
-    heads = 2 * table + (table if model.tie_word_embeddings and cpu else 0)      # fake tensors are added out of place, real ones in it
-    blocks_done = {"sharded gradients": 4 * block * model.n_layer // shard, "reduction": 4 * block}
-    out.append(("backward pass of the embedding", {**always, **blocks_done, "gathered root": root, "root's gradient": heads,
-                                                   "unsharded gradients": root if micro_steps > 1 else 0}))
-    if micro_steps > 1:                                                    # of an earlier micro-step, nothing being reduced yet
-        out.append(("backward pass of the embedding, not the last", {**always, "gathered root": root, "root's gradient": heads,
-                                                                     "unsharded gradients": whole + whole_root}))
-    out.append(("update", {**always, "sharded gradients": 4 * model.n_params // shard}))
-    return out
-
-
-def peak_of(model, config, micro, batch, shard, cpu=False):
-    """(bytes, moment, {item: bytes}) at the peak of a step; batch: sequences of a rank's step."""
-    moment, items = max(moments(model, config, micro, math.ceil(batch / micro), shard, cpu), key=lambda m: sum(m[1].values()))
-    return sum(items.values()), moment, items
-
-
-def divisors(n):
-    return [d for d in range(1, n + 1) if n % d == 0]
-
+# ---- what would make it fit
 
 def remedies(model, config, micro, batches, gpus, shard, usable):
     """[{option: value, "peak": bytes}] of what would make it fit: the fewest knobs; other or more GPUs only where those do not do."""
@@ -187,13 +82,14 @@ def remedies(model, config, micro, batches, gpus, shard, usable):
     for g in (g for g in divisors(math.gcd(*batches)) if g >= gpus):
         batch = max(batches) // g
         shards = [s for s in divisors(g) if s >= shard] if g == gpus else [g]
-        for recompute, m, s in itertools.product({config.recompute, 1}, reversed(divisors(batch)), shards):
+        for recompute, sync, m, s in itertools.product({config.recompute, 1}, {config.sync_micro_steps, True}, reversed(divisors(batch)), shards):
             knobs = {"gpus": g} if g != gpus else {}
             knobs |= {"recompute": recompute} if recompute != config.recompute else {}
+            knobs |= {"sync_micro_steps": sync} if sync != config.sync_micro_steps else {}
             knobs |= {"micro_batch_size": m} if m != min(micro, batch) else {}
             knobs |= {"shard": s} if s != shard and (g == gpus or config.shard) else {}
             knobs |= {"replicate": g // s} if s != shard and config.replicate else {}
-            peak = peak_of(model, dataclasses.replace(config, recompute=recompute), m, batch, s)[0]
+            peak = peak_of(model, dataclasses.replace(config, recompute=recompute, sync_micro_steps=sync), m, batch, s)[0]
             if peak <= usable:
                 found.setdefault(tuple(knobs), {**knobs, "peak": peak})    # the largest micro-batch, the fewest shards
         if found:
@@ -244,7 +140,7 @@ def simulate(model_config, config, micro, batch, gpus):
                 for i in range(micro_steps):
                     if i:
                         tracker.reset_mod_stats()
-                    model.set_requires_gradient_sync(i == micro_steps - 1)
+                    model.set_requires_gradient_sync(i == micro_steps - 1 or config.sync_micro_steps)
                     summed, aux = train.language_loss(model, {"idx": idx, "targets": idx})
                     (summed + sum(aux.values())).backward()
                     del summed, aux
@@ -272,12 +168,13 @@ def tokens_between(config, first, last):
 
 def communicate(model, config, micro_steps, replicate, shard, gpus, link, network):
     """({collective: bytes that a GPU receives in a step}, seconds): a block's parameters are gathered before its forward and
-    before its backward pass, the root group's once a micro-step; gradients travel once a step."""
+    before its backward pass, the root group's once a micro-step; gradients travel once a step, or with every micro-step."""
     block = model.n_layer * sum(block_size_in_parameters(model))
     width = 4 if config.dtype == "float32" else 2
     gathered = micro_steps * (2 * width * block + 4 * (model.n_params - block)) * (shard - 1) / shard
-    reduced = 4 * model.n_params * (shard - 1) / shard
-    between = 2 * 4 * model.n_params / shard * (replicate - 1) / replicate
+    syncs = micro_steps if config.sync_micro_steps else 1
+    reduced = syncs * 4 * model.n_params * (shard - 1) / shard
+    between = syncs * 2 * 4 * model.n_params / shard * (replicate - 1) / replicate
     # What leaves a node leaves it once for all its GPUs, but the copies' pieces are each GPU's own.
     seconds = (gathered + reduced) / (link if shard <= GPUS_A_NODE else min(link, network))
     seconds += between / (link if gpus <= GPUS_A_NODE else min(link, network / min(shard, GPUS_A_NODE)))
@@ -323,7 +220,7 @@ def make_plan(options, start):
     plan = {
         "gpus": gpus, "gpu": options.gpu, "replicate": replicate, "shard": shard, "micro_batch_size": micro, "micro_steps": micro_steps,
         "micro_chosen": not config.micro_batch_size and peak <= usable,
-        "block_size": config.block_size, "recompute": config.recompute, "flops_per_token": per_token, "checkpoint": 12 * model.n_params,
+        "block_size": config.block_size, "recompute": config.recompute, "sync_micro_steps": config.sync_micro_steps, "flops_per_token": per_token, "checkpoint": 12 * model.n_params,
         "parameters": {"total": model.n_params, "non_embedding": model.n_params_non_embedding, "active": model.n_params_active},
         "memory": {"gpu": memory * GIB, "usable": usable, "peak": peak, "moment": moment, "items": items,
                    "activations_per_token_and_block": activations(model, 4 if config.dtype == "float32" else 2, False),
@@ -355,10 +252,10 @@ def text(plan):
     yield (f"{p['total']:,} parameters, {p['non_embedding']:,} without embedding and head, {p['active']:,} of these active; "
            f"{plan['flops_per_token'] / 1e9:.3g} GFLOPs a token (forward and backward)")
     yield (f"{plan['gpus']} x {plan['gpu']}, mesh {plan['replicate']} x {plan['shard']}; micro-batch {plan['micro_batch_size']} x "
-           f"{plan['block_size']} tokens, {plan['micro_steps']} a step; recompute {plan['recompute']}; fused attention, eager blocks")
+           f"{plan['block_size']} tokens, {plan['micro_steps']} a step"
+           + (", gradients reduced with each" if plan["sync_micro_steps"] else "") + f"; recompute {plan['recompute']}; fused attention, eager blocks")
     if plan["micro_chosen"]:
-        yield (f"the largest micro-batch that fits was taken: give train.py --micro_batch_size={plan['micro_batch_size']}, "
-               "its own choice is coarser")
+        yield "the micro-batch is the largest that fits, as train.py chooses it by the memory that it finds"
     yield f"\nmemory per GPU at its peak ({m['moment']}):"
     yield from (f"  {name:22}{size(n):>12}" for name, n in [*m["items"].items(), ("peak", m["peak"])] if n)
     yield f"  sharded gradients, once complete: {size(m['gradients_sharded'])}"
@@ -404,7 +301,7 @@ def main(argv):
     if "vocab_size" not in given and not (config.init_from or config.branch_from):
         model = dataclasses.replace(model, vocab_size=tokenizers.load(config.tokenizer).n_vocab)
     # Of a run that is there already under out_dir the whole is planned, not the rest.
-    plan = make_plan(options, train.choose_start(dataclasses.replace(config, overwrite=True), model, given))
+    plan = make_plan(options, choose_start(dataclasses.replace(config, overwrite=True), model, given))
     print(json.dumps(plan) if options.json else "\n".join(text(plan)))
 
 

@@ -15,7 +15,8 @@ import torch
 import checkpoint
 import tokenizer as tokenizers
 from configurator import BadInput, configure, exits_cleanly
-from model import MiniCPM, pick_device
+from device import pick_device
+from model import MiniCPM
 
 
 @dataclass

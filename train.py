@@ -7,22 +7,17 @@
 Repeating a command continues its run where it was. `train` is the one loop of the project: a generator that yields after
 every update, which main() merely drains.
 """
-import ctypes
 import dataclasses
-import hashlib
 import json
 import math
 import os
-import platform
-import re
-import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -33,24 +28,21 @@ import torch
 from tqdm import tqdm
 
 import checkpoint
+import metrics
 import tokenizer as tokenizers
-from configurator import ROOT, BadInput, build, configure, exits_cleanly, print_differences
+from configurator import ROOT, BadInput, configure, exits_cleanly, print_differences
 from dataset import held_out_loss, make_batches, open_corpus, parse_mixture
-from model import (MiniCPM, MiniCPMConfig, init_weights, load_weights, model_config, optimizer_groups, pick_device,
-                   pick_dtype)
+from device import keep_memory, peak_flops, pick_device, pick_dtype, settle_compile
+from memory import MICRO_TOKENS_CPU, check_memory, choose_micro_batch
+from model import MiniCPM, MiniCPMConfig, init_weights, load_weights, optimizer_groups
+from start import NonFinite, asked, choose_start, finished, new_state, non_finite_message, settle_by_clock, write_down
 from wsd import lr_at
 
 UNDER_TORCHRUN = "LOCAL_RANK" in os.environ
 if UNDER_TORCHRUN:
     import parallel
 
-WARMUP_SHARE, WARMUP_TIMED = 0.025, 100     # default warm-up: share of max_steps; updates of a run that is given minutes
-COMPILE_REPAYS = 300                        # updates that a run on a CPU must have ahead for compiling to pay
-# bf16 FLOP/s of a GPU by a word of its name: dense tensor-core peaks of NVIDIA's data sheets, from memory (T4: float16).
-PEAK_FLOPS = {"T4": 65e12, "A100": 312e12, "A10": 125e12, "L40S": 362e12, "4090": 165e12, "H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12,
-              "B200": 2250e12}
 OVERFLOWS_IN_A_ROW = 20                     # float16: the scaler skips single overflows; this many mean divergence
-MICRO_TOKENS_CPU = 8192                     # tokens per forward at most; larger is not faster on a CPU
 
 
 @dataclass
@@ -101,6 +93,7 @@ class TrainConfig:
     deterministic: bool | None = None   # bit-exact repeats; unset: on a CPU, where it costs nothing
     replicate: int = 0                  # torchrun: copies of the model, each over `shard` processes; 0: what is left, else 1
     shard: int = 0                      # torchrun: processes that one copy is spread over; 0: what is left, so all of them
+    sync_micro_steps: bool = False      # torchrun: True: reduce gradients at every micro-step, so that none is held unsharded
     recompute: int = 0                  # activation checkpointing: every n-th block runs again in the backward pass; 0: none
     timeout: float = 10.0               # torchrun: minutes after which a silent process counts as dead
     tensorboard: bool = False           # True: also out_dir/tensorboard; needs pip install tensorboard
@@ -158,42 +151,11 @@ class TrainConfig:
         return 0.2 if self.decay_share is None else self.decay_share
 
 
-@dataclass
-class RunState:
-    """Where a run is: all that changes, beside weights and optimizer. Kept in a checkpoint's meta.json."""
-    step: int = 0                       # updates done
-    samples_seen: int = 0               # sequences, so also the position in the data (but for skips)
-    tokens_seen: int = 0
-    seconds: float = 0.0                # of the run so far, all its processes together
-    max_steps: int | None = None        # None until a timed run settles it
-    decay_steps: int = 0                # last updates spent decaying, meaningful once max_steps is
-    warmup: int = 0
-    start: int = 0                      # step from which warmup counts
-    plan: list = field(default_factory=list)     # data plan: [[first sample, mixture], ...]
-    skips: list = field(default_factory=list)    # [[from this many samples seen, samples left out], ...]
-    compiled: bool | None = None        # None: not yet decided; a resume must compute as before
-    micro: int = 0                      # sequences per forward; 0: not yet decided
-    scaler: dict | None = None          # of float16
-    overflows: int = 0                  # of float16, in a row
-
-    @property
-    def decay_start(self):
-        return math.inf if self.max_steps is None else self.max_steps - self.decay_steps
-
-    @property
-    def position(self):                 # index of the next sample of the plan
-        return self.samples_seen + sum(n for first, n in self.skips if self.samples_seen >= first)
-
-
-class NonFinite(RuntimeError):
-    """The loss or the gradient is no number; the update was not made."""
-
-
 Update = namedtuple("Update", "step model optimizer metrics")
 
 
 def language_loss(model, batch):
-    """Sum of the next-token nll (nats) of a micro-batch, and the further losses that the model reports."""
+    """Sum of the next-token nll (nats) of a micro-batch, and what else the model reports: see MiniCPM.forward."""
     nll, aux = model(batch["idx"], batch["targets"], doc_ids=batch.get("doc_ids"))
     return nll.sum(), aux
 
@@ -205,8 +167,9 @@ def train(config, batches, loss, model, state=None, optimizer_tensors=None, vali
     """Train `model` as config says and yield an Update after every step, gradients still in place.
 
     batches    batches(plan, first, count) -> (dict of (count, ...) tensors, n): see dataset.make_batches
-    loss       loss(forward, micro_batch) -> (sum, aux), forward being the model or its compiled form; a step minimises the
-               sum over the batch / n, plus aux
+    loss       loss(forward, micro_batch) -> (sum, aux), forward being the model or its compiled form. A step minimises the
+               sum over the batch / n, plus those of aux whose name ends in _loss; all of aux goes to the metrics. What is in
+               aux is averaged over micro-batches and ranks, which are equal in size
     state      RunState; None: a new run. optimizer_tensors: (name, tensor) pairs of the checkpoint it comes from
     validate   validate(model) -> dict for metrics.jsonl, or None
     tokenizer  is saved in every checkpoint; None: no checkpoints and no files at all (labs)
@@ -234,8 +197,8 @@ def train(config, batches, loss, model, state=None, optimizer_tensors=None, vali
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     if state.scaler:
         scaler.load_state_dict(state.scaler)
-    shard = world.mesh.size(1) if world else 1
-    state.micro = config.micro_batch_size or state.micro or choose_micro_batch(config, model.config, device, ranks, shard)
+    state.micro = config.micro_batch_size or state.micro or \
+        choose_micro_batch(model.config, config, batch_size_at(config, 0) // ranks, device, world)
     settle_compile(config, state, device, say)
     forward = torch.compile(model, dynamic=False) if state.compiled and world is None else model      # else its blocks are
     for group in optimizer.param_groups:
@@ -247,13 +210,13 @@ def train(config, batches, loss, model, state=None, optimizer_tensors=None, vali
 
     out_dir = Path(config.out_dir) if tokenizer else None
     log = open(out_dir / "metrics.jsonl", "a", encoding="utf-8") if out_dir and rank == 0 else None
-    boards = open_boards(config, out_dir) if log else []
+    boards = metrics.open_boards(config, out_dir) if log else []
     peak = peak_flops(device, say)
     writer = ThreadPoolExecutor(1)                                       # of checkpoints, where async_save
     writing = None
     bar = tqdm(total=state.max_steps, initial=state.step, unit="step", disable=True if config.quiet else None)
     began, steps_here, steady_since = time.monotonic() - state.seconds, 0, None
-    timed_tokens, timed_seconds = 0, 0.0
+    timed_tokens, timed_seconds, highest = 0, 0.0, -math.inf
     saved = state.step if out_dir and (out_dir / f"step-{state.step:08d}").exists() else None
 
     def write(line):
@@ -317,6 +280,7 @@ def train(config, batches, loss, model, state=None, optimizer_tensors=None, vali
                     state.plan.append([state.position, config.decay_data])
                 say(f"step {state.step}: the decay begins, {state.decay_steps} steps to go"
                     + (f", data from now on {config.decay_data}" if config.decay_data else ""))
+                write({"step": state.step, "decay_steps": state.decay_steps, "data": state.plan[-1][1]})
 
             # Learning rate.
             lr = rate(config, state)
@@ -331,21 +295,25 @@ def train(config, batches, loss, model, state=None, optimizer_tensors=None, vali
                 n, stops = parallel.total(n, stop())
             parts = [{name: t[i:i + state.micro].to(device, non_blocking=True) for name, t in batch.items()}
                      for i in range(0, len(batch["idx"]), state.micro)]
-            total = torch.zeros((), device=device)
+            total, reported = torch.zeros((), device=device), {}
             for i, part in enumerate(parts):
                 if world:
-                    model.set_requires_gradient_sync(i == len(parts) - 1)
+                    model.set_requires_gradient_sync(i == len(parts) - 1 or config.sync_micro_steps)
                 summed, aux = loss(forward, part)
                 # Gradients are averaged over the ranks, and the sum of nll is to be their sum.
-                scaler.scale(ranks * summed / n + sum(aux.values()) / len(parts)).backward()
+                further = sum(value for name, value in aux.items() if name.endswith("_loss"))
+                scaler.scale(ranks * summed / n + further / len(parts)).backward()
                 total += summed.detach() / n
+                for name, value in aux.items():
+                    reported[name] = reported.get(name, 0) + value.detach() / (len(parts) * ranks)
 
             # Clip, and make the update only if all is finite.
             scaler.unscale_(optimizer)
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
             if world:
                 norm = norm.full_tensor()
-                torch.distributed.all_reduce(total)
+                for value in (total, *reported.values()):
+                    torch.distributed.all_reduce(value)
             loss_value, norm_value = torch.stack((total, norm)).tolist()
             finite = math.isfinite(loss_value) and math.isfinite(norm_value)
             state.overflows = 0 if finite else state.overflows + 1
@@ -357,6 +325,7 @@ def train(config, batches, loss, model, state=None, optimizer_tensors=None, vali
             # Count and log.
             state.step += 1
             steps_here += 1
+            highest = max(highest, loss_value)                           # since the last line: no spike falls between two
             state.samples_seen += count
             tokens = ranks * batch["idx"].numel()
             state.tokens_seen += tokens
@@ -365,19 +334,20 @@ def train(config, batches, loss, model, state=None, optimizer_tensors=None, vali
             else:
                 timed_tokens += tokens
                 timed_seconds += time.monotonic() - clock
-            metrics = {"step": state.step, "loss": loss_value, "lr": lr, "tokens": state.tokens_seen, "grad_norm": norm_value,
-                       "tok_per_s": round(timed_tokens / timed_seconds) if timed_seconds else None}
-            if peak and metrics["tok_per_s"]:                            # model FLOPs utilisation (PaLM, appendix B)
-                metrics["mfu"] = round(model.config.flops_per_token(config.block_size) * metrics["tok_per_s"] / (ranks * peak), 4)
+            line = {"step": state.step, "loss": loss_value, "loss_max": highest, "lr": lr, "tokens": state.tokens_seen,
+                    "grad_norm": norm_value, "tok_per_s": round(timed_tokens / timed_seconds) if timed_seconds else None,
+                    **{name: value.tolist() for name, value in reported.items()}}
+            if peak and line["tok_per_s"]:                            # model FLOPs utilisation (PaLM, appendix B)
+                line["mfu"] = round(model.config.flops_per_token(config.block_size) * line["tok_per_s"] / (ranks * peak), 4)
             last = state.step == state.max_steps
             if state.step % config.log_interval == 0 or last:
-                write(metrics)
+                write(line)
                 left = "" if config.minutes is None or state.max_steps else \
                     f" {max(0, config.minutes * 60 - (time.monotonic() - began)):.0f}s left"
-                bar.set_postfix_str(f"loss {loss_value:.3f} lr {lr:.2g} {metrics['tok_per_s'] or 0:,} tok/s{left}", refresh=False)
-                timed_tokens, timed_seconds = 0, 0.0
+                bar.set_postfix_str(f"loss {loss_value:.3f} lr {lr:.2g} {line['tok_per_s'] or 0:,} tok/s{left}", refresh=False)
+                timed_tokens, timed_seconds, highest = 0, 0.0, -math.inf
             bar.update()
-            yield Update(state.step, model, optimizer, metrics)
+            yield Update(state.step, model, optimizer, line)
             optimizer.zero_grad()
 
             # Evaluate and save; the end of the run is saved first, since it is the dearest.
@@ -399,38 +369,6 @@ def train(config, batches, loss, model, state=None, optimizer_tensors=None, vali
         writer.shutdown(wait=False)                                      # a peer that died would be waited for in vain
         if log:
             log.close()
-
-
-def open_boards(config, out_dir):
-    """[log(line), ...] of TensorBoard and Weights & Biases, as asked; BadInput where the package is missing."""
-    boards = []
-    if config.tensorboard:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            raise BadInput("--tensorboard: pip install tensorboard") from None
-        events = SummaryWriter(out_dir / "tensorboard")
-        boards.append(lambda line: [events.add_scalar(name, value, line["step"]) for name, value in line.items() if value is not None])
-    if config.wandb:
-        try:
-            import wandb
-        except ImportError:
-            raise BadInput("--wandb: pip install wandb") from None
-        run = wandb.init(project=config.wandb, name=out_dir.name, id=hashlib.sha256(str(out_dir.resolve()).encode()).hexdigest()[:16],
-                         resume="allow", config=checkpoint.read_json(out_dir / "config.json") if (out_dir / "config.json").exists() else None)
-        boards.append(lambda line: run.log(line, step=line["step"]))
-    return boards
-
-
-def peak_flops(device, say):
-    """FLOP/s that a GPU can do at best, for the utilisation in metrics.jsonl; None where its name is not known, which is said."""
-    if device.type != "cuda":
-        return None
-    name = torch.cuda.get_device_name(device)
-    peak = next((flops for word, flops in PEAK_FLOPS.items() if re.search(rf"\b{word}\b", name.replace("-", " "))), None)
-    if peak is None:
-        say(f"mfu: not reported, no peak is known here for {name!r}")
-    return peak
 
 
 def write_checkpoint(config, out_dir, step, tensors, meta, tokenizer, world):
@@ -471,119 +409,6 @@ def rate(config, state):
                  schedule=config.schedule, decay=config.decay, half_life=config.half_life)
 
 
-def new_state(config):
-    """RunState at step 0, with the horizon where it is known."""
-    state = RunState(plan=[[0, config.data]], warmup=config.warmup_steps if config.warmup_steps is not None else WARMUP_TIMED)
-    if config.max_steps is not None:
-        set_horizon(config, state, config.max_steps)
-        if config.warmup_steps is None:
-            state.warmup = int(WARMUP_SHARE * config.max_steps)
-    return state
-
-
-def set_horizon(config, state, max_steps):
-    """Fix where the run ends and where its decay begins."""
-    state.max_steps = max_steps
-    state.decay_steps = 0 if config.schedule != "wsd" else \
-        config.decay_steps if config.decay_steps is not None else round(config.share * max_steps)
-    state.decay_steps = min(state.decay_steps, max_steps - state.step)
-
-
-def settle_by_clock(config, state, seconds, seconds_per_step):
-    """Fix the horizon of a timed run once its stable share is spent: the decay gets the updates that the rest is worth."""
-    budget = config.minutes * 60
-    if config.schedule != "wsd" or config.decay_steps == 0 or config.share == 0:
-        if seconds >= budget:
-            state.max_steps = state.step
-    elif config.decay_steps is not None:
-        if seconds + config.decay_steps * seconds_per_step >= budget:
-            state.max_steps, state.decay_steps = state.step + config.decay_steps, config.decay_steps
-    elif seconds >= (1 - config.share) * budget:
-        state.decay_steps = max(1, round((budget - seconds) / seconds_per_step))
-        state.max_steps = state.step + state.decay_steps
-
-
-def non_finite_message(out_dir, state, batch_size, loss, norm, rank):
-    """What happened and what to do; also left in the run folder, so that a restarting agent does not run into it again."""
-    text = (f"step {state.step + 1}: loss {loss}, gradient norm {norm}; the update was not made "
-            f"(samples {state.position} to {state.position + batch_size - 1} of the data plan)")
-    if out_dir:
-        good = checkpoint.checkpoints(out_dir)
-        text += f"; last good checkpoint: {good[-1] if good else 'none'}; lower --learning_rate in a new run, or repeat the " \
-                f"command with --skip_samples={batch_size} to go round the place"
-        if rank == 0:
-            checkpoint.write_json(out_dir / "nonfinite.json", {"samples_seen": state.samples_seen, "message": text})
-    return text
-
-
-# ---- devices
-
-def keep_memory():
-    """Have glibc keep freed memory for the next step. By default it gives large buffers back to the system every time, and
-    the page faults of getting them again cost a quarter of a CPU step (LOG.md)."""
-    if platform.libc_ver()[0] == "glibc":
-        libc, trim_threshold, mmap_max = ctypes.CDLL("libc.so.6"), -1, -4            # names of malloc.h
-        libc.mallopt(mmap_max, 0)
-        libc.mallopt(trim_threshold, 2 ** 31 - 1)
-
-
-def settle_compile(config, state, device, say):
-    """Decide, once in a run, whether it is compiled; say why not."""
-    if state.compiled is None:
-        why_not = why_not_compile(config, state, device)
-        state.compiled = why_not is None
-        if why_not:
-            say(f"compile: off, {why_not}")
-
-
-def why_not_compile(config, state, device):
-    """None where torch.compile will do good, else the reason against it."""
-    if not config.compile:
-        return "as asked"
-    if device.type == "mps":
-        return "not used on mps"
-    if device.type == "cuda":
-        return None if torch.cuda.get_device_capability(device)[0] >= 7 else "this GPU is too old for Triton"
-    ahead = None if state.max_steps is None else state.max_steps - state.step
-    if ahead is not None and ahead < COMPILE_REPAYS:
-        return f"{ahead} steps are too few to repay it"
-    if ahead is None and config.minutes < 1:
-        return f"{config.minutes} minutes are too few to repay it"
-    if not any(map(shutil.which, [os.environ.get("CXX", "g++"), "g++", "clang++", "cl"])):
-        return "no C++ compiler here"
-    return None
-
-
-def check_memory(model, device, shard=1):
-    """Bytes free for activations; BadInput where the model, its gradients and AdamW's state do not even fit.
-
-    shard: processes that the model is spread over, which on a CPU share the machine's memory (torchrun: LOCAL_WORLD_SIZE)
-    """
-    needed = 16 * model.n_params / shard                                # float32 parameter, gradient and two moments
-    if device.type != "cuda":
-        needed *= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    if device.type == "cuda":
-        free = torch.cuda.mem_get_info(device)[0]
-    elif "SC_PHYS_PAGES" in getattr(os, "sysconf_names", ()):
-        free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    else:
-        free = math.inf                                                 # Windows does not say
-    if needed > free:
-        raise BadInput(f"{model.n_params:,} parameters need {needed / 2**30:,.0f} GiB with their gradients and AdamW's state; "
-                       f"{device} has {free / 2**30:,.0f} GiB: take a smaller model or a larger machine")
-    return free - needed
-
-
-def choose_micro_batch(config, model, device, ranks, shard):
-    """Sequences per forward: the largest divisor of a rank's batch whose activations fit."""
-    batch_size = batch_size_at(config, 0) // ranks
-    # Kept for the backward pass in a layer: about 18 values of width C and 3 of width F, most of them in 2 bytes.
-    per_token = model.n_layer * (18 * model.n_embd + 3 * model.n_ff) * 2.5
-    tokens = MICRO_TOKENS_CPU if device.type == "cpu" else 0.6 * check_memory(model, device, shard) / per_token
-    most = max(1, int(tokens / config.block_size))
-    return max(d for d in range(1, min(most, batch_size) + 1) if batch_size % d == 0)
-
-
 # ---- what a checkpoint holds
 
 def optimizer_tensors_of(optimizer):
@@ -618,14 +443,7 @@ def put(tensor, whole):
         tensor.copy_(whole)
 
 
-# ---- starting, resuming, branching
-
-Start = namedtuple("Start", "config model_config state folder kind asked")       # kind: scratch, resume, branch, init
-MAY_CHANGE = ("max_steps", "minutes", "eval_interval", "eval_tokens", "log_interval", "save_interval", "keep_last", "keep_every",
-              "sample_tokens", "skip_samples", "overwrite", "quiet", "tensorboard", "wandb", "async_save", "timeout", "replicate", "shard",
-              "recompute")
-MAY_DIFFER = ("max_position", "original_max_position", "tie_word_embeddings", "mup_lr")  # and rope_...: from the checkpoint's model
-
+# ---- a run, from the command to its last sample
 
 def read_config(argv):
     """(TrainConfig, MiniCPMConfig, given); config/laptop.py where neither a config nor a checkpoint to start from is named."""
@@ -633,118 +451,6 @@ def read_config(argv):
         argv = ["config/laptop.py", *argv]
     (config, model), given = configure(argv, TrainConfig, MiniCPMConfig, usage=__doc__)
     return config, model, given
-
-
-def choose_start(config, model, given):
-    """Decide what this command does, from what is in out_dir and what it names. Returns a Start; BadInput where it cannot."""
-    done = [] if config.overwrite else checkpoint.checkpoints(config.out_dir)
-    if done:
-        return resume(config, model, done[-1])
-    if config.branch_from:
-        return branch(config, given, asked(config, model))
-    if checkpoint.is_released(config.out_dir):
-        raise BadInput(f"--out_dir={config.out_dir}: holds a released model, which a run would overwrite; give another one")
-    if config.init_from:
-        folder = checkpoint.resolve(config.init_from)
-        theirs = model_config(checkpoint.read_meta(folder), folder)
-        was_asked = asked(config, model)
-        if "tokenizer" not in given:
-            config = dataclasses.replace(config, tokenizer=str(folder))
-        return Start(config, compare_model(theirs, given, folder), new_state(config), folder, "init", was_asked)
-    return Start(config, model, new_state(config), None, "scratch", asked(config, model))
-
-
-def asked(config, model):
-    """The knobs as the command set them, flat, as JSON gives them back."""
-    return json.loads(json.dumps({**asdict(config), **asdict(model)}))
-
-
-def resume(config, model, folder):
-    """Continue the run in out_dir: the command must be the one that began it, but for MAY_CHANGE."""
-    meta, now = checkpoint.read_meta(folder), asked(config, model)
-    before = checkpoint.read_json(Path(config.out_dir) / "config.json")["asked"]
-    changed = [name for name in now if now[name] != before.get(name)]
-    refused = [name for name in changed if name not in MAY_CHANGE]
-    if refused:
-        raise BadInput(*[f"--{name}={now[name]}: the run in {config.out_dir} was begun with {before.get(name)}; repeat its command, "
-                         f"or give --overwrite=True or another --out_dir" for name in refused])
-    state = RunState(**meta["run"])
-    saved = TrainConfig(**meta["train"])
-    config = dataclasses.replace(saved, **{name: getattr(config, name) for name in MAY_CHANGE if name in changed})
-    if "max_steps" in changed:
-        if state.max_steps is not None and state.decay_steps and state.step > state.decay_start:
-            raise BadInput(f"--max_steps={config.max_steps}: the run in {config.out_dir} is in its decay; "
-                           f"branch from its stable checkpoint instead (--branch_from={config.out_dir})")
-        if config.max_steps is not None and config.max_steps < state.step:
-            raise BadInput(f"--max_steps={config.max_steps}: the run in {config.out_dir} has {state.step} steps already")
-        if config.max_steps is not None:
-            set_horizon(config, state, config.max_steps)
-    marker = Path(config.out_dir) / "nonfinite.json"
-    if marker.exists():
-        note = checkpoint.read_json(marker)
-        if not config.skip_samples:
-            raise NonFinite(note["message"])
-        state.skips.append([note["samples_seen"], config.skip_samples])
-    return Start(config, model_config(meta, folder), state, folder, "resume", now)
-
-
-def branch(config, given, was_asked):
-    """Go on from a stable checkpoint in a folder of its own: the trunk's settings, but for what this command says."""
-    folder = checkpoint.resolve(config.branch_from)
-    in_decay = lambda meta: meta["run"]["step"] > RunState(**meta["run"]).decay_start       # noqa: E731
-    if folder != Path(config.branch_from) and not config.rewarm_steps:   # a run folder: its latest stable checkpoint
-        stable = [f for f in checkpoint.checkpoints(config.branch_from) if not in_decay(checkpoint.read_meta(f))]
-        folder = stable[-1] if stable else folder
-    meta = checkpoint.read_meta(folder)
-    if "run" not in meta:
-        raise BadInput(f"{folder}: weights alone, no optimizer or place in the data to go on from; use --init_from")
-    state = RunState(**meta["run"])
-    if in_decay(meta) and not config.rewarm_steps:
-        raise BadInput(f"{folder}: is in its decay (stable until step {state.decay_start}); branch from a stable checkpoint, "
-                       f"or give --rewarm_steps")
-    if "out_dir" not in given or Path(config.out_dir).resolve() == folder.parent.resolve():
-        raise BadInput("--out_dir: a branch needs a folder of its own")
-    own = ("max_steps", "minutes", "decay_steps", "decay_share", "overwrite", "skip_samples", "init_from", "branch_from", "out_dir")
-    names = {f.name for f in dataclasses.fields(TrainConfig)}
-    values = {**meta["train"], **{name: getattr(config, name) for name in own},
-              **{name: value for name, value in given.items() if name in names}}
-    if config.decay_share is None and config.decay_steps is None:
-        values["decay_share"] = meta["train"]["decay_share"]
-    (config,) = build([TrainConfig], values)
-    end = config.max_steps
-    if config.decay_steps is None and end is None:
-        state.decay_steps = max(1, round(state.step * config.share / (1 - config.share)))
-    elif config.decay_steps is None:
-        state.decay_steps = min(end - state.step, round(config.share * end))
-    else:
-        state.decay_steps = config.decay_steps
-    state.max_steps = state.step + state.decay_steps if end is None else end
-    if config.schedule != "wsd":
-        state.decay_steps = 0
-    if state.max_steps <= state.step or state.decay_start < state.step:
-        raise BadInput(f"--max_steps={state.max_steps}, --decay_steps={state.decay_steps}: the checkpoint is at step {state.step} already")
-    if config.rewarm_steps:
-        state.start, state.warmup = state.step, config.rewarm_steps
-    if config.data != state.plan[-1][1]:
-        state.plan.append([state.position, config.data])
-    state.seconds, state.compiled, state.micro = 0.0, None, 0
-    model = compare_model(model_config(meta, folder), given, folder)
-    if model.tie_word_embeddings != meta["model"]["tie_word_embeddings"]:
-        raise BadInput("--tie_word_embeddings: untying changes the optimizer's state; use --init_from")
-    return Start(config, model, state, folder, "branch", was_asked)
-
-
-def compare_model(model, given, folder):
-    """The checkpoint's model config, with what may differ taken from the command; BadInput lists what may not."""
-    fields = {f.name for f in dataclasses.fields(MiniCPMConfig)} & given.keys()
-    changed = {name for name in fields if given[name] != getattr(model, name)}
-    refused = sorted(name for name in changed if name not in MAY_DIFFER and not name.startswith("rope_"))
-    if not model.tie_word_embeddings and "tie_word_embeddings" in changed:
-        refused.append("tie_word_embeddings")
-    if refused:
-        raise BadInput(*[f"--{name}={given[name]}: {folder} has {getattr(model, name)}" for name in refused])
-    (model,) = build([MiniCPMConfig], {**asdict(model), **{name: given[name] for name in changed}})
-    return model
 
 
 def prepare_missing(config, tokenizer):
@@ -813,36 +519,6 @@ def untied(tensors):
             yield "lm_head.weight", tensor
 
 
-def draw_curves(out_dir):
-    """loss.png from metrics.jsonl: training and held-out loss, and the learning rate, over tokens."""
-    training, held_out = checkpoint.read_metrics(out_dir)
-    if not training:
-        return
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    tokens = [x["tokens"] / 1e6 for x in training]
-    at = dict(zip((x["step"] for x in training), tokens))
-    window = max(1, len(training) // 100)
-    smooth = [sum(x["loss"] for x in training[max(0, i - window):i + 1]) / (min(i, window) + 1) for i in range(len(training))]
-    figure, left = plt.subplots(figsize=(8, 4.5))
-    left.plot(tokens, [x["loss"] for x in training], color="0.8", linewidth=0.7)
-    left.plot(tokens, smooth, color="tab:blue", label="training loss (smoothed)")
-    points = [(at[x["step"]], x["val_loss"]) for x in held_out if x["step"] in at]
-    left.plot(*zip(*points), "ko", markersize=4, label="held-out loss") if points else None
-    left.set(xlabel="tokens (millions)", ylabel="loss (nats per token)")
-    left.grid(alpha=0.3)
-    right = left.twinx()
-    right.plot(tokens, [x["lr"] for x in training], color="tab:red", linestyle="--", linewidth=1, label="learning rate")
-    right.set_ylabel("learning rate")
-    right.set_ylim(0, 1.35 * max(x["lr"] for x in training))             # room for the legend
-    handles = [sum(pair, []) for pair in zip(left.get_legend_handles_labels(), right.get_legend_handles_labels())]
-    left.legend(*handles, loc="upper center")
-    figure.tight_layout()
-    figure.savefig(out_dir / "loss.png", dpi=120)
-    plt.close(figure)
-
-
 def fly(start, loss=language_loss, make_source=None, world=None):
     """Drain the loop for a Start, with everything around it: the folder's lock, data, signals, curves, the last sample.
 
@@ -889,7 +565,7 @@ def fly(start, loss=language_loss, make_source=None, world=None):
             for name, handler in handlers.items():
                 signal.signal(name, handler)
         if first:
-            draw_curves(out_dir)
+            metrics.draw(out_dir)
         if state.step != state.max_steps:
             say(f"stopped at step {state.step} and saved; the same command continues")
             return
@@ -917,31 +593,6 @@ def open_tokenizer(start, config):
     if start.model_config.vocab_size < tokenizer.n_vocab:
         raise BadInput(f"--vocab_size={start.model_config.vocab_size}: tokenizer {tokenizer.name!r} has {tokenizer.n_vocab} tokens")
     return tokenizer
-
-
-def write_down(start, say):
-    """Bring the run's folder to where this run begins: config.json, and nothing in it that it has not yet done."""
-    config, out_dir, now = start.config, Path(start.config.out_dir), checkpoint.provenance()
-    if start.kind == "resume":
-        checkpoint.rewind_metrics(out_dir, start.state.step)
-        say(f"continuing {out_dir} from step {start.state.step}")
-        before = checkpoint.read_meta(start.folder)["provenance"]
-        for name, why in (("code", "its rules may differ"), ("torch", "its kernels may differ"), ("threads", "sums may round otherwise")):
-            if before[name] != now[name]:
-                say(f"note: {name} was {before[name]} and is now {now[name]}: {why}, so the run is not the one that was interrupted")
-    else:
-        checkpoint.clear(out_dir)                                        # overwritten, or killed before its first checkpoint
-        if start.folder:
-            say(f"starting {out_dir} from {start.folder}")
-    checkpoint.write_json(out_dir / "config.json", {"asked": start.asked, "command": sys.argv, "train": asdict(config),
-                                                    "model": asdict(start.model_config), "provenance": now})
-
-
-def finished(out_dir, state):
-    """Whether a run has done all its updates, and measured what it got."""
-    if state.step != state.max_steps:
-        return False
-    return any(x["step"] == state.step for x in checkpoint.read_metrics(out_dir)[1])
 
 
 def join_world(config, was_asked):

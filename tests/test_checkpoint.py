@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import checkpoint
+import metrics
 import sample
 from configurator import ROOT, BadInput
 
@@ -141,9 +142,9 @@ def test_json_is_written_whole_or_not_at_all(tmp_path):
 def test_metrics_after_the_checkpoint_are_dropped_and_half_a_line_too(tmp_path):
     lines = [{"step": 1, "loss": 3.5}, {"step": 2, "loss": 3.0}, {"step": 2, "val_loss": 3.1}, {"step": 3, "loss": 2.5}]
     (tmp_path / "metrics.jsonl").write_text((whole := "".join(json.dumps(line) + "\n" for line in lines)) + '{"step": 4, "lo')
-    assert checkpoint.read_metrics(tmp_path) == ([lines[0], lines[1], lines[3]], [lines[2]])
-    checkpoint.rewind_metrics(tmp_path, 2)
+    assert metrics.read(tmp_path) == ([lines[0], lines[1], lines[3]], [lines[2]])
+    metrics.rewind(tmp_path, 2)
     assert [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == lines[:3] and names(tmp_path) == ["metrics.jsonl"]
     (tmp_path / "metrics.jsonl").write_text('{"step": 1\n' + whole)
     with pytest.raises(BadInput, match="metrics.jsonl:1: not JSON"):
-        checkpoint.read_metrics(tmp_path)
+        metrics.read(tmp_path)

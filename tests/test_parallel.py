@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import checkpoint
+import metrics
 import tokenizer as tokenizers
 import train
 from configurator import ROOT
@@ -97,7 +98,7 @@ def together(place, processes, *runs, ends=0):
 
 
 def losses(place, name):
-    return [x["loss"] for x in checkpoint.read_metrics(place / name)[0]]
+    return [x["loss"] for x in metrics.read(place / name)[0]]
 
 
 def close(a, b, within=1e-5):
@@ -115,7 +116,7 @@ def test_two_processes_are_one(place):
     together(place, 2, options(place, "2-bfloat16", "--dtype=bfloat16"), *[options(place, name, *more) for name, (_, more) in runs.items()])
     for name, (variant, _) in runs.items():
         assert close(losses(place, name), expected[variant]), name
-    evaluations = [checkpoint.read_metrics(place / name)[1] for name in ("1-tied", "2-tied")]
+    evaluations = [metrics.read(place / name)[1] for name in ("1-tied", "2-tied")]
     assert [x["step"] for x in evaluations[1]] == [10, 20] and abs(evaluations[0][1]["val_bpb"] - evaluations[1][1]["val_bpb"]) < 1e-5
     # bfloat16: the same rule of rounding, so the same curve but for the order of sums.
     apart = [abs(a - b) for a, b in zip(losses(place, "2-bfloat16"), alone(place, "1-bfloat16", "--dtype=bfloat16"))]
@@ -166,7 +167,7 @@ def wait_for(process, place, name, step):
     """Until the run has logged a step."""
     path = place / name / "metrics.jsonl"
     until = time.monotonic() + 120
-    while not (path.exists() and any(x["step"] >= step for x in checkpoint.metrics_lines(place / name))):
+    while not (path.exists() and any(x["step"] >= step for x in metrics.lines_of(place / name))):
         assert process.poll() is None and time.monotonic() < until, process.communicate()[0]
         time.sleep(0.02)
 

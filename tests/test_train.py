@@ -14,12 +14,14 @@ import pytest
 import torch
 
 import checkpoint
+import metrics
 import tokenizer as tokenizers
 import train as train_module
 from configurator import ROOT, build
 from dataset import write_corpus
 from model import MiniCPM, MiniCPMConfig, init_weights
-from train import RunState, TrainConfig, main, train
+from start import RunState
+from train import TrainConfig, main, train
 
 TEXT = (ROOT / "LICENSE").read_text(encoding="utf-8")
 
@@ -69,7 +71,7 @@ device = "cpu"
 
 def curve(out):
     """Every training line without its speed, and every evaluation line: what must repeat to the last digit."""
-    training, held_out = checkpoint.read_metrics(out)
+    training, held_out = metrics.read(out)
     return [{k: v for k, v in x.items() if k != "tok_per_s"} for x in training], held_out
 
 
@@ -205,8 +207,8 @@ def spawn(fly, out, *options):
 def wait_for_step(out, step):
     until = time.monotonic() + 60
     while time.monotonic() < until:
-        metrics = out / "metrics.jsonl"
-        if metrics.exists() and len(metrics.read_text().splitlines()) >= step:
+        log = out / "metrics.jsonl"
+        if log.exists() and len(log.read_text().splitlines()) >= step:
             return
         time.sleep(0.005)
     raise AssertionError("the run did not get there")
