@@ -112,7 +112,7 @@ def test_two_processes_are_one(place):
     expected = {name: alone(place, f"1-{name}", *more) for name, more in VARIANTS.items()}
     runs = {f"2-{name}": (name, more) for name, more in VARIANTS.items()}
     runs |= {"2-replicate": ("tied", ["--replicate=2"]), "2-accumulate": ("tied", ["--micro_batch_size=1", "--recompute=2"]),
-             "2-async": ("tied", ["--async_save=True"])}
+             "2-sync": ("tied", ["--micro_batch_size=1", "--sync_micro_steps=True"]), "2-async": ("tied", ["--async_save=True"])}
     together(place, 2, options(place, "2-bfloat16", "--dtype=bfloat16"), *[options(place, name, *more) for name, (_, more) in runs.items()])
     for name, (variant, _) in runs.items():
         assert close(losses(place, name), expected[variant]), name
