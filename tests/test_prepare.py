@@ -3,6 +3,9 @@ import hashlib
 import importlib.util
 import io
 import json
+import os
+import random
+import signal
 import subprocess
 import sys
 import time
@@ -285,6 +288,7 @@ def documents(unit):
         while i == 20 and gate and not Path(gate).exists():
             Path(gate + ".alive").write_text("")
             time.sleep(0.01)
+        time.sleep({pace})
         yield "val" if i % 10 == 3 else "train", f"document {{i}} of unit {{number}} " * (number + 3)
 
 @dataclass
@@ -305,8 +309,13 @@ if __name__ == "__main__":
 @pytest.fixture
 def units(tmp_path):
     """A prepare.py of eight units, as a module and as a file; the third unit waits for the file tmp_path/gate."""
+    return units_script(tmp_path)
+
+
+def units_script(tmp_path, pace=0):
+    """The same; pace: seconds that a document takes."""
     path = tmp_path / "prepare_units.py"
-    path.write_text(UNITS.format(root=str(ROOT), data=str(ROOT / "data"), gate=str(tmp_path / "gate")), encoding="utf-8")
+    path.write_text(UNITS.format(root=str(ROOT), data=str(ROOT / "data"), gate=str(tmp_path / "gate"), pace=pace), encoding="utf-8")
     spec = importlib.util.spec_from_file_location("prepare_units", path)
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -361,6 +370,31 @@ def test_a_killed_command_goes_on_and_another_one_meanwhile_is_told(units, tmp_p
     train, tok = open_corpus(tmp_path / "data", "units", tokenizer.load("bytes"), "train"), tokenizer.load("bytes")
     documents = tok.decode(train.read(0, train.n_tokens)).replace("<s>", "").split("</s>")[:-1]
     assert documents == [text for n in range(4) for split, text in units.documents([n, ""]) if split == "train"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="finds the workers with pgrep")
+def test_random_kills_of_the_command_or_a_worker_change_nothing(tmp_path):
+    units, arguments = units_script(tmp_path, 0.02), [f"--data_dir={tmp_path / 'data'}", "--tokenizer=bytes", "--tokens=1000000"]
+    (tmp_path / "gate").touch()
+    units.main([f"--data_dir={tmp_path / 'calm'}", *arguments[1:]])
+    corpus, rng, killed = tmp_path / "data" / "units" / ".bytes.part" / "corpus", random.Random(0), 0
+    for attempt in range(30):
+        before = len(list(corpus.glob("unit_*")))
+        process = subprocess.Popen([sys.executable, units.__file__, *arguments, "--processes=2"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                                   text=True)
+        while process.poll() is None and len(list(corpus.glob("unit_*"))) == before:
+            time.sleep(0.02)
+        time.sleep(rng.random() * 0.3)
+        workers = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+        if process.poll() is None:
+            os.kill(int(rng.choice([process.pid, *workers])), signal.SIGKILL)
+            killed += 1
+        said = process.communicate()[0]
+        if process.returncode == 0:
+            break
+        assert process.returncode == -9 or "a process was killed" in said and "Traceback" not in said, said
+    assert killed >= 3 and contents(tmp_path / "data") == contents(tmp_path / "calm")
 
 
 def test_a_unit_that_fails_costs_only_itself(units, tmp_path, monkeypatch, capsys):
