@@ -1,7 +1,7 @@
 """Token shards to batches: stateless, mixed, exact on resume.
 
-A corpus is a folder data/NAME/TOKENIZER/ with shards {train,val}_000000.bin and a meta.json. A batch is a pure function
-of (seed, data plan, index of its first sample): nothing is consumed, so a resume needs one number, evaluation cannot
+A corpus is a folder data/NAME/TOKENIZER/ with shards {train,val}_*.bin and a meta.json that lists them. A batch is a pure
+function of (seed, data plan, index of its first sample): nothing is consumed, so a resume needs one number, evaluation cannot
 disturb training, and the number of processes may change.
 
 A data plan is a list of segments [first sample, mixture], as in [[0, "pytorch"], [8192, "pytorch:0.7,speeches:0.3"]]: from

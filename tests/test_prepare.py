@@ -337,7 +337,8 @@ def undisturbed(units, tmp_path):
 def test_a_killed_command_goes_on_and_another_one_meanwhile_is_told(units, tmp_path, capsys):
     """Two processes run ahead of a unit that hangs; the command is killed there, and one process ends what they began."""
     arguments, part = [f"--data_dir={tmp_path / 'data'}", "--tokenizer=bytes"], tmp_path / "data" / "units" / ".bytes.part"
-    process = subprocess.Popen([sys.executable, units.__file__, *arguments, "--processes=2"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = subprocess.Popen([sys.executable, units.__file__, *arguments, "--processes=2"], stdout=subprocess.PIPE,
+                               stderr=subprocess.STDOUT, text=True)
     while not (part / "corpus" / "unit_000004.json").exists():
         assert process.poll() is None, process.communicate()[0]
         time.sleep(0.02)
