@@ -1,7 +1,7 @@
 """Token shards to batches: stateless, mixed, exact on resume.
 
-A corpus is a folder data/NAME/TOKENIZER/ with shards {train,val}_000000.bin and a meta.json. A batch is a pure function
-of (seed, data plan, index of its first sample): nothing is consumed, so a resume needs one number, evaluation cannot
+A corpus is a folder data/NAME/TOKENIZER/ with shards {train,val}_*.bin and a meta.json that lists them. A batch is a pure
+function of (seed, data plan, index of its first sample): nothing is consumed, so a resume needs one number, evaluation cannot
 disturb training, and the number of processes may change.
 
 A data plan is a list of segments [first sample, mixture], as in [[0, "pytorch"], [8192, "pytorch:0.7,speeches:0.3"]]: from
@@ -34,9 +34,9 @@ PATTERN = 1000                                   # samples after which a mixture
 # ---- writing a corpus (data/NAME/prepare.py)
 
 @contextlib.contextmanager
-def complete_or_nothing(folder):
-    """A folder to write in, renamed to `folder` when the block ends well: a reader sees all of it or nothing. Where another
-    process finished first, its result stays."""
+def complete_or_nothing(folder, overwrite=False):
+    """A folder to write in, renamed to `folder` when the block ends well: a reader sees all of it or nothing. What is there
+    already, or another process finished first, stays unless it is to be overwritten; then it stays until that moment."""
     folder = Path(folder)
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     made = [parent for parent in folder.parents if not parent.exists()]  # nearest first
@@ -44,6 +44,8 @@ def complete_or_nothing(folder):
     temporary.mkdir(parents=True)
     try:
         yield temporary
+        if overwrite:
+            shutil.rmtree(folder, ignore_errors=True)
         if not folder.exists():
             try:
                 os.rename(temporary, folder)
@@ -63,70 +65,100 @@ def token_dtype(vocab_size):
 
 
 def write_shard(path, tokens, vocab_size):
-    """Write tokens (n,) with the header."""
-    dtype = token_dtype(vocab_size)
-    with open(path, "wb") as f:
+    """Write tokens (n,) with the header. The file is whole from the moment that it has its name."""
+    dtype, temporary = token_dtype(vocab_size), path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with open(temporary, "wb") as f:
         f.write(HEADER.pack(MAGIC, VERSION, dtype.itemsize, vocab_size, len(tokens)))
-        f.write(np.asarray(tokens, dtype).tobytes())
+        f.write(np.ascontiguousarray(tokens, dtype))
+    os.replace(temporary, path)
 
 
-def write_corpus(folder, tokenizer, documents, shard_tokens=100_000_000):
+def write_shards(folder, tokenizer, documents, shard_tokens=100_000_000, label=""):
+    """Tokenise documents into shards {train,val}_LABEL000000.bin in a folder. One shard a split is in memory at a time.
+
+    documents  iterable of (split, text), split "train" or "val"
+    returns    (sha256 of the documents, {split: {"documents", "bytes", "tokens", "shards": names, "counts": tokens in each}})
+    """
+    sha = hashlib.sha256()
+    splits = {split: {"documents": 0, "bytes": 0, "tokens": 0, "shards": [], "counts": []} for split in ("train", "val")}
+    shard = {split: np.empty(shard_tokens, token_dtype(tokenizer.n_vocab)) for split in splits}       # the one being filled
+    filled = dict.fromkeys(splits, 0)
+    texts = {split: [] for split in splits}                              # documents not yet tokenised
+
+    def tokenise(split):
+        for ids in tokenizer.encode_batch(texts[split]):
+            tokens = np.array([tokenizer.bos, *ids, tokenizer.eos], shard[split].dtype)
+            while len(tokens):
+                taken, tokens = np.split(tokens, [shard_tokens - filled[split]])
+                shard[split][filled[split]:filled[split] + len(taken)] = taken
+                filled[split] += len(taken)
+                if filled[split] == shard_tokens:
+                    finish_shard(split)
+        texts[split].clear()
+
+    def finish_shard(split):
+        about, n = splits[split], filled[split]
+        name = f"{split}_{label}{len(about['shards']):06d}.bin"
+        write_shard(folder / name, shard[split][:n], tokenizer.n_vocab)
+        about["shards"].append(name)
+        about["counts"].append(n)
+        about["tokens"] += n
+        filled[split] = 0
+
+    for split, text in documents:
+        raw = text.encode("utf-8")
+        sha.update(f"{split} {len(raw)}\n".encode() + raw)
+        splits[split]["documents"] += 1
+        splits[split]["bytes"] += len(raw)
+        texts[split].append(text)
+        if sum(map(len, texts[split])) > 4_000_000 or len(texts[split]) >= 256:
+            tokenise(split)
+    for split in splits:
+        tokenise(split)
+        if filled[split]:
+            finish_shard(split)
+    return sha.hexdigest(), splits
+
+
+def write_meta(folder, tokenizer, sha, splits):
+    """Write a corpus's meta.json, which its shards have to be there for, and return it as a dict."""
+    meta = {"tokenizer": tokenizer.name, "tokenizer_hash": tokenizer.hash, "vocab_size": tokenizer.n_vocab, "corpus_sha256": sha, "splits": splits}
+    (folder / "meta.tmp").write_text(json.dumps(meta, indent=1), encoding="utf-8")
+    os.replace(folder / "meta.tmp", folder / "meta.json")
+    return meta
+
+
+def need_both(folder, splits):
+    """BadInput where a split of a new corpus is empty."""
+    for split in splits:
+        if not splits[split]["tokens"]:
+            raise BadInput(f"{folder}: no {split} documents; a corpus needs both train and val")
+
+
+def write_corpus(folder, tokenizer, documents, shard_tokens=100_000_000, overwrite=False):
     """Tokenise documents into shards and meta.json, all or nothing.
 
     folder     data/NAME/TOKENIZER
     documents  iterable of (split, text), split "train" or "val"
     returns    the meta.json as a dict
     """
-    dtype = token_dtype(tokenizer.n_vocab)
-    sha = hashlib.sha256()
-    splits = {split: {"documents": 0, "bytes": 0, "tokens": 0, "shards": []} for split in ("train", "val")}
-    waiting = {split: [] for split in splits}                            # token arrays of the shard being filled
-    texts = {split: [] for split in splits}                              # documents not yet tokenised
-
-    def tokenise(split):
-        for ids in tokenizer.encode_batch(texts[split]):
-            waiting[split].append(np.array([tokenizer.bos, *ids, tokenizer.eos], dtype))
-        texts[split].clear()
-
-    def add_shard(split, tokens):
-        name = f"{split}_{len(splits[split]['shards']):06d}.bin"
-        write_shard(temporary / name, tokens, tokenizer.n_vocab)
-        splits[split]["shards"].append(name)
-        splits[split]["tokens"] += len(tokens)
-
-    with complete_or_nothing(folder) as temporary:
-        for split, text in documents:
-            raw = text.encode("utf-8")
-            sha.update(f"{split} {len(raw)}\n".encode() + raw)
-            splits[split]["documents"] += 1
-            splits[split]["bytes"] += len(raw)
-            texts[split].append(text)
-            if sum(map(len, texts[split][-256:])) > 4_000_000 or len(texts[split]) >= 256:
-                tokenise(split)
-                while sum(map(len, waiting[split])) >= shard_tokens:
-                    tokens = np.concatenate(waiting[split])
-                    add_shard(split, tokens[:shard_tokens])
-                    waiting[split] = [tokens[shard_tokens:]]
-        for split in splits:
-            tokenise(split)
-            tokens = np.concatenate(waiting[split] or [np.zeros(0, dtype)])
-            for at in range(0, len(tokens), shard_tokens):
-                add_shard(split, tokens[at:at + shard_tokens])
-            if not splits[split]["tokens"]:
-                raise BadInput(f"{folder}: no {split} documents; a corpus needs both train and val")
-        meta = {"tokenizer": tokenizer.name, "tokenizer_hash": tokenizer.hash, "vocab_size": tokenizer.n_vocab,
-                "corpus_sha256": sha.hexdigest(), "splits": splits}
-        (temporary / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
-    return meta
+    with complete_or_nothing(folder, overwrite) as temporary:
+        sha, splits = write_shards(temporary, tokenizer, documents, shard_tokens)
+        need_both(folder, splits)
+        return write_meta(temporary, tokenizer, sha, splits)
 
 
 # ---- reading it
 
 class Split:
-    """The tokens of one split of one corpus, as if its shards were one array. Shards are opened when first read."""
+    """The tokens of one split of one corpus, as if its shards were one array.
+
+    Shards are opened, and checked, when they are first read: thousands of them on shared storage cost a start nothing but
+    one listing of the folder. That listing is there so that a shard missing on one node ends all ranks before they begin.
+    """
 
     def __init__(self, folder, split):
-        """folder: data/NAME/TOKENIZER; raises BadInput where the folder or its meta.json cannot be used."""
+        """folder: data/NAME/TOKENIZER; raises BadInput where the folder or its meta.json cannot be used, or a shard is missing."""
         self.folder = Path(folder)
         try:
             self.meta = json.loads((self.folder / "meta.json").read_text(encoding="utf-8"))
@@ -135,6 +167,9 @@ class Split:
             self.vocab_size = int(self.meta["vocab_size"])
             if not all(isinstance(text, str) for text in (self.tokenizer_hash, *self.shards)):
                 raise TypeError("tokenizer_hash or shards")
+            counts = entry.get("counts")                                 # tokens in each shard
+            if counts is not None and (len(counts) != len(self.shards) or not all(isinstance(n, int) for n in counts)):
+                raise TypeError("counts")
         except FileNotFoundError:
             name = self.folder.parent.name
             script = f"{name}/prepare.py" if (ROOT / "data" / name / "prepare.py").is_file() else f"text/prepare.py --input=PATH --name={name}"
@@ -143,14 +178,18 @@ class Split:
                            + (" --overwrite=True" if self.folder.exists() else "")) from None
         except (ValueError, KeyError, TypeError) as error:
             raise BadInput(f"{self.folder}/meta.json: damaged ({error!r}); delete the folder and prepare it again") from None
-        # Where each shard starts, in tokens: known from the headers, which are 32 bytes each.
-        self.starts = np.cumsum([0] + [self.header(name) for name in self.shards])
+        there = set(os.listdir(self.folder))
+        for name in self.shards:
+            if name not in there:
+                raise BadInput(f"{self.folder / name}: shard is missing; delete the folder and prepare it again")
+        # Where each shard starts, in tokens. A meta.json written before counts were in it leaves them to the headers.
+        self.starts = np.cumsum([0, *([self.header(name)[0] for name in self.shards] if counts is None else counts)])
         if self.starts[-1] != self.n_tokens:
             raise BadInput(f"{self.folder}: shards hold {self.starts[-1]} tokens, meta.json says {self.n_tokens}; prepare it again")
         self.open_shard = functools.lru_cache(maxsize=64)(self.map_shard)
 
     def header(self, name):
-        """Number of tokens in a shard, after checking its header and its size."""
+        """(number of tokens, bytes per token) of a shard, after checking its header and its size."""
         path, remedy = self.folder / name, "delete the folder and prepare it again"
         try:
             with open(path, "rb") as f:
@@ -167,12 +206,14 @@ class Split:
             raise BadInput(f"{path}: vocabulary of {vocab_size}, meta.json says {self.vocab_size}; {remedy}")
         if size != HEADER.size + count * itemsize:
             raise BadInput(f"{path}: {size} bytes where {HEADER.size + count * itemsize} are due (truncated?); {remedy}")
-        return count
+        return count, itemsize
 
     def map_shard(self, i):
-        with open(self.folder / self.shards[i], "rb") as f:
-            itemsize = HEADER.unpack(f.read(HEADER.size))[2]
-        return np.memmap(self.folder / self.shards[i], f"<u{itemsize}", "r", offset=HEADER.size)
+        """The tokens of shard i: an array (n,) that the system reads from the disk as it is indexed."""
+        path, due, (count, itemsize) = self.folder / self.shards[i], self.starts[i + 1] - self.starts[i], self.header(self.shards[i])
+        if count != due:
+            raise BadInput(f"{path}: holds {count} tokens, meta.json says {due}; delete the folder and prepare it again")
+        return np.memmap(path, f"<u{itemsize}", "r", offset=HEADER.size)
 
     def read(self, offset, length):
         """Tokens [offset, offset + length) as int64 (length,), across shards where need be."""
