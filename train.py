@@ -624,6 +624,10 @@ def main(argv):
         if world is None or world.rank == 0:
             print(error, file=sys.stderr)
         raise SystemExit(3) from None
+    except BadInput as error:
+        if world is None or world.rank == 0:
+            raise
+        raise BadInput(*[f"rank {world.rank}: {line}" for line in error.args]) from None
     except RuntimeError as error:
         if world is None or not parallel.lost_a_peer(error):
             raise

@@ -79,7 +79,7 @@ def write_units(folder, tokenizer_name, units, documents, tokens=math.inf, proce
     units, tokenizer, part = list(units), load_once(tokenizer_name), folder.with_name(f".{folder.name}.part")
     corpus, plan = part / "corpus", part / "plan"
     part.mkdir(parents=True, exist_ok=True)
-    lock = locked(part)
+    lock = checkpoint.lock(part)
     try:
         if overwrite or not folder.exists():                             # else another process did it since we looked
             asked = hashlib.sha256(json.dumps([tokenizer.hash, tokens, units]).encode()).hexdigest()
@@ -105,14 +105,6 @@ def write_units(folder, tokenizer_name, units, documents, tokens=math.inf, proce
         lock.close()
     shutil.rmtree(part, ignore_errors=True)
     return json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-
-
-def locked(part):
-    """The lock of an unfinished corpus, held until it is closed or we end; BadInput where another process has it."""
-    try:
-        return checkpoint.lock(part)
-    except BadInput as error:
-        raise BadInput(str(error).replace("--out_dir", "--data_dir")) from None
 
 
 def finished_units(corpus, tokenizer_name, units, documents, tokens, processes):

@@ -223,6 +223,23 @@ def test_ranks_with_another_configuration_are_named(place):
     assert process.returncode and "rank 1: has another configuration than rank 0: seed" in said
 
 
+@pytest.mark.parametrize("when", ["start", "middle"])
+def test_a_shard_that_one_node_lacks_ends_all_ranks(place, when):
+    """Missing at the start, or only found damaged when it is first read, by one of the ranks alone."""
+    hide = 'os.listdir = lambda folder: []' if when == "start" else 'dataset.Split.map_shard = lambda self, i: self.header("gone.bin")'
+    (place / "lacking.py").write_text(f"""
+import os, sys
+sys.path.insert(0, {str(ROOT)!r})
+import dataset, train
+if os.environ["RANK"] == "1":
+    {hide}
+train.main(sys.argv[1:])
+""")
+    process = launch(2, place / "lacking.py", *options(place, f"lacking-{when}"))
+    said = process.communicate(timeout=120)[0].split("torch/distributed/elastic")[0]
+    assert process.returncode and "rank 1: " in said and "shard is missing" in said and "Traceback" not in said
+
+
 def test_a_loss_that_is_no_number_stops_all_ranks(place):
     (place / "poisoned.py").write_text(f"""
 import os, sys

@@ -342,7 +342,7 @@ def test_a_killed_command_goes_on_and_another_one_meanwhile_is_told(units, tmp_p
     while not (part / "corpus" / "unit_000004.json").exists():
         assert process.poll() is None, process.communicate()[0]
         time.sleep(0.02)
-    assert error_of(units, arguments, capsys) == f"{part}: in use by another process; wait for it, or give another --data_dir"
+    assert error_of(units, arguments, capsys) == f"{part}: in use by another process; wait for it, or give another folder"
     process.kill()
     said = process.communicate(timeout=30)[0]                            # its workers share this pipe: they have ended too
     assert "2 of at most 8 units" in said and "tokens/s" in said
