@@ -35,7 +35,7 @@ from tqdm import tqdm
 import checkpoint
 import tokenizer as tokenizers
 from configurator import ROOT, BadInput, build, configure, exits_cleanly, print_differences
-from dataset import held_out_loss, make_batches, open_corpus, parse_mixture
+from dataset import check_block_size, held_out_loss, make_batches, open_corpus, parse_mixture
 from model import (MiniCPM, MiniCPMConfig, init_weights, load_weights, model_config, optimizer_groups, pick_device,
                    pick_dtype)
 from wsd import lr_at
@@ -762,9 +762,7 @@ def open_data(config, tokenizer):
     shares = parse_mixture(config.data)
     for name in {**shares, **parse_mixture(config.decay_data or config.data)}:
         for split in ("train", "val"):
-            n_tokens = open_corpus(config.data_dir, name, tokenizer, split).n_tokens
-            if n_tokens <= config.block_size:
-                raise BadInput(f"--block_size={config.block_size}: the {split} split of {name} has only {n_tokens} tokens")
+            check_block_size(open_corpus(config.data_dir, name, tokenizer, split), config.block_size)
     bos = tokenizer.bos if config.doc_mask else None
     held_out = {name: open_corpus(config.data_dir, name, tokenizer, "val") for name in shares}
     token_bytes = tokenizer.token_bytes()
