@@ -155,6 +155,8 @@ def fit(tokenizer, messages, row):
     for left_out, end in enumerate(reversed(ends)):
         ids, answer = tokenizers.chat_ids(tokenizer, messages[:end])
         if len(ids) <= row:
+            if ids.count(tokenizer.bos) > 1:
+                raise BadInput(f"tokenizer {tokenizer.name!r} uses its mark of a beginning inside conversations too, so they could not be told apart")
             classes = [PADDING, *(ANSWER if learn else TEXT for learn in answer[1:])]
             return list(zip(ids, classes)), left_out
     return [], len(ends)
@@ -171,7 +173,7 @@ def place(rows, pairs, row):
     return rows.pop(max(range(len(rows)), key=lambda i: len(rows[i]))) if len(rows) > OPEN_ROWS else None
 
 
-def write_conversations(folder, tokenizer, conversations, block_size, shard_rows=100_000):
+def write_conversations(folder, tokenizer, conversations, block_size, shard_tokens=20_000_000):
     """Pack conversations into shards of rows, all or nothing.
 
     conversations  iterable of (split, messages), split "train" or "val"
@@ -185,14 +187,18 @@ def write_conversations(folder, tokenizer, conversations, block_size, shard_rows
     open_rows, closed = {split: [] for split in splits}, {split: [] for split in splits}
     sizes = tokenizer.token_bytes()
 
-    def add_shard(split, rows):
-        padded = np.array([pairs + [(tokenizer.eos, PADDING)] * (row - len(pairs)) for pairs in rows])     # (rows, row, 2)
-        for name, entry, values in ((split, splits[split], padded[..., 0]), (f"{split}_mask", masks[f"{split}_mask"], padded[..., 1])):
+    def close(split, pairs):
+        closed[split].append(np.array(pairs + [(tokenizer.eos, PADDING)] * (row - len(pairs)), np.int32))
+
+    def add_shard(split):
+        both = np.stack(closed[split])                                   # (rows, row, 2)
+        for name, entry, values in ((split, splits[split], both[..., 0]), (f"{split}_mask", masks[f"{split}_mask"], both[..., 1])):
             file = f"{name}_{len(entry['shards']):06d}.bin"
             write_shard(temporary / file, values.ravel(), tokenizer.n_vocab)
             entry["shards"].append(file)
             entry["tokens"] += values.size
-        splits[split]["rows"] += len(rows)
+        splits[split]["rows"] += len(both)
+        closed[split].clear()
 
     with complete_or_nothing(folder) as temporary:
         for n, (split, messages) in enumerate(conversations, 1):
@@ -211,14 +217,14 @@ def write_conversations(folder, tokenizer, conversations, block_size, shard_rows
             entry["bytes"] += int(sum(sizes[i] for i, kind in pairs if kind == ANSWER))
             full = place(open_rows[split], pairs, row)
             if full:
-                closed[split].append(full)
-            if len(closed[split]) == shard_rows:
-                add_shard(split, closed[split])
-                closed[split] = []
+                close(split, full)
+                if len(closed[split]) * row >= shard_tokens:
+                    add_shard(split)
         for split in splits:
-            last = closed[split] + open_rows[split]
-            for at in range(0, len(last), shard_rows):
-                add_shard(split, last[at:at + shard_rows])
+            for pairs in open_rows[split]:
+                close(split, pairs)
+            if closed[split]:
+                add_shard(split)
             if not splits[split]["rows"]:
                 raise BadInput(f"{folder}: no {split} conversations of at most {row} tokens; a corpus needs both train and val")
         meta = {"kind": "conversations", "row": row, "tokenizer": tokenizer.name, "tokenizer_hash": tokenizer.hash,

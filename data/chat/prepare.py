@@ -4,7 +4,7 @@
 
 Whole conversations are packed into rows of block_size + 1 tokens, so a model is trained on them with that block_size. One that
 is longer loses exchanges from its end, one whose first exchange is longer is dropped; both are counted. Conversations are held
-out by a hash of their first turn, so that the answers to one question stay on one side.
+out by a hash of the user's first turn, so that the answers to one question stay on one side.
 """
 import re
 import sys
@@ -46,7 +46,8 @@ def conversations(options):
             raise BadInput(f"--input: {path}: no .jsonl or .json file there")
         for file in files:
             for messages in chat.read_conversations(file, options.skip_bad):
-                yield "val" if held_out(messages[0]["content"], options.val_share) else "train", messages
+                question = next((turn for turn in messages if turn["role"] == "user"), messages[0])["content"]
+                yield "val" if held_out(question, options.val_share) else "train", messages
 
 
 @exits_cleanly
