@@ -250,12 +250,12 @@ def solve(family, question):
     if family == "backwards":
         return re.search(r"\b\w( \w){2,4}(?=\.| backwards| from)", question)[0][::-1]
     if family == "copy":
-        return re.search(r"(\w+ \w+ \w+)\.?$", question)[1]
+        return re.search(r"(\w+( \w+){4})\.?$", question)[1]
     if family == "end":
         four = re.search(r"(?:of|words:) (\w+ \w+ \w+ \w+)(?=[.?]|$)", question)[1].split()
         return four[0] if "first" in question else four[-1]
     word = next(filter(None, re.search(r"^Which word follows (\w+) in this|comes after (\w+)\?$|^Find the word after (\w+)\.", question).groups()))
-    passage = re.search(r"\w+( \w+){7}(?=$|\. What)", question)[0].split()
+    passage = re.search(r"\w+( \w+){5}(?=$|\. What)", question)[0].split()
     return passage[passage.index(word) + 1]
 
 

@@ -29,7 +29,7 @@ from configurator import ROOT, configure, exits_cleanly                  # noqa:
 from prepare_corpus import PrepareOptions, held_out                      # noqa: E402
 
 TEST_SHARE = 0.1                        # of the contents
-PASSAGE = re.compile(r"\b[a-z]{2,9}(?: [a-z]{2,9}){7}\b")               # eight plain words in a row: comments and docstrings
+PASSAGE = re.compile(r"\b[a-z]{2,9}(?: [a-z]{2,9}){5}\b")               # six plain words in a row: comments and docstrings
 NOUNS = ("air arm art bag bank bell bird boat body book box boy bus car cat city coat cup day dog door ear egg end eye face fish "
          "food foot game girl hand hat home hour king lake land line map milk moon name night oil park pen rain road sea ship "
          "song star sun town tree wall water way wind year").split()
@@ -60,17 +60,16 @@ def larger(rng, material):
 
 
 def sort(rng, material):
-    digits = [rng.randrange(10) for _ in range(4)]
+    digits = [rng.randrange(10) for _ in range(6)]
     said = " ".join(map(str, digits))
     return sorted(digits), [f"Sort {said}.", f"Put in order: {said}", f"What is {said} in rising order?"], " ".join(map(str, sorted(digits)))
 
 
 def count(rng, material):
-    letters = rng.sample("abcdefghijklmnopqrst", 3)
-    said, letter = rng.choices(letters, k=6), letters[0]
-    text = " ".join(said)
-    return [letter, sorted(said)], [f"How many {letter} are in {text}?", f"Count the {letter} in {text}.",
-                                    f"How often does {letter} occur in {text}?"], str(said.count(letter))
+    (letter, other), often = rng.sample("abcdefghijklmnopqrst", 2), rng.randrange(1, 6)
+    said = " ".join(rng.sample([letter] * often + [other] * (6 - often), 6))
+    return [letter, other, often], [f"How many {letter} are in {said}?", f"Count the {letter} in {said}.",
+                                    f"How often does {letter} occur in {said}?"], str(often)
 
 
 def backwards(rng, material):
@@ -80,7 +79,7 @@ def backwards(rng, material):
 
 
 def copy(rng, material):
-    words = rng.sample(NOUNS, 3)
+    words = rng.sample(NOUNS, 5)
     said = " ".join(words)
     return sorted(words), [f"Repeat: {said}", f"Say {said}.", f"Copy the words {said}."], said
 
