@@ -181,9 +181,9 @@ def write_conversations(folder, tokenizer, conversations, block_size, shard_toke
                    (padding included), filled (not included), and bytes (of answers alone)
     """
     row, sha = block_size + 1, hashlib.sha256()
-    counts = ("documents", "truncated", "dropped", "rows", "filled", "bytes", "tokens")
-    splits = {split: dict.fromkeys(counts, 0) | {"shards": []} for split in ("train", "val")}
-    masks = {f"{split}_mask": {"tokens": 0, "shards": []} for split in splits}
+    sums = ("documents", "truncated", "dropped", "rows", "filled", "bytes", "tokens")
+    splits = {split: dict.fromkeys(sums, 0) | {"shards": [], "counts": []} for split in ("train", "val")}
+    masks = {f"{split}_mask": {"tokens": 0, "shards": [], "counts": []} for split in splits}
     open_rows, closed = {split: [] for split in splits}, {split: [] for split in splits}
     sizes = tokenizer.token_bytes()
 
@@ -196,6 +196,7 @@ def write_conversations(folder, tokenizer, conversations, block_size, shard_toke
             file = f"{name}_{len(entry['shards']):06d}.bin"
             write_shard(temporary / file, values.ravel(), tokenizer.n_vocab)
             entry["shards"].append(file)
+            entry["counts"].append(values.size)
             entry["tokens"] += values.size
         splits[split]["rows"] += len(both)
         closed[split].clear()
@@ -255,7 +256,7 @@ def prepare(name, conversations, block_size, options):
         shutil.rmtree(folder)
         new.rename(folder)
     train, val = meta["splits"]["train"], meta["splits"]["val"]
-    both = {key: train[key] + val[key] for key in train if key != "shards"}
+    both = {key: train[key] + val[key] for key in train if key not in ("shards", "counts")}
     print(f"{name}: {both['documents']:,} conversations ({val['documents']:,} held out) in {both['rows']:,} rows of {meta['row']} "
           f"tokens, {100 * both['filled'] / both['tokens']:.1f} % filled; {both['truncated']:,} truncated at a turn and "
           f"{both['dropped']:,} dropped, being longer than a row; {time.perf_counter() - start:.1f} s")
