@@ -8,7 +8,8 @@ A data plan is a list of segments [first sample, mixture], as in [[0, "pytorch"]
 its first sample on, a segment draws from its mixture. Each source is read without repeats within an epoch.
 
 Documents are stored as <s> text </s>, back to back, and samples are cut without regard to them. What attention does at a
-boundary is the flag doc_mask of train.py: it hides the other documents of a sample by their doc_ids.
+boundary is the flag doc_mask of train.py: it hides the other documents of a sample by their doc_ids. Conversations are packed
+in rows instead (chat.py), a row is a sample, and a mask says which tokens of it are targets.
 """
 import contextlib
 import functools
@@ -29,6 +30,7 @@ from tokenizer import BUILT_IN
 HEADER = struct.Struct("<8sIIQQ")                # magic, version, bytes per token, vocabulary size, number of tokens
 MAGIC, VERSION = b"nanoCPM\0", 1
 PATTERN = 1000                                   # samples after which a mixture has met its shares exactly
+PADDING, TEXT, ANSWER = 0, 1, 2                  # classes of the tokens of packed conversations (chat.py writes them)
 
 
 # ---- writing a corpus (data/NAME/prepare.py)
@@ -164,7 +166,8 @@ class Split:
             self.meta = json.loads((self.folder / "meta.json").read_text(encoding="utf-8"))
             entry = self.meta["splits"][split]
             self.tokenizer_hash, self.shards, self.n_tokens = self.meta["tokenizer_hash"], entry["shards"], entry["tokens"]
-            self.vocab_size = int(self.meta["vocab_size"])
+            self.vocab_size, self.split = int(self.meta["vocab_size"]), split
+            self.row = self.meta.get("row")                              # tokens of a row of conversations; None: running text
             if not all(isinstance(text, str) for text in (self.tokenizer_hash, *self.shards)):
                 raise TypeError("tokenizer_hash or shards")
             counts = entry.get("counts")                                 # tokens in each shard
@@ -214,6 +217,11 @@ class Split:
         if count != due:
             raise BadInput(f"{path}: holds {count} tokens, meta.json says {due}; delete the folder and prepare it again")
         return np.memmap(path, f"<u{itemsize}", "r", offset=HEADER.size)
+
+    @functools.cached_property
+    def classes(self):
+        """Of conversations: a Split of equal length with the class of every token."""
+        return Split(self.folder, f"{self.split}_mask")
 
     def read(self, offset, length):
         """Tokens [offset, offset + length) as int64 (length,), across shards where need be."""
@@ -317,60 +325,82 @@ def mix(x):
     return x ^ x >> 31
 
 
-def sample_offset(name, seed, index, n_tokens, block_size):
-    """First token of the index-th sample of a source: blocks in a fresh order, and cut at a fresh phase, every epoch."""
-    n_blocks = max(1, (n_tokens - 1) // block_size - 1)                  # one block is left to shift by
+def check_block_size(split, block_size):
+    """BadInput where samples of this length cannot be cut from a Split, or a split of conversations lacks its mask."""
+    name = split.folder.parent.name
+    if split.row and (split.row != block_size + 1 or split.classes.n_tokens != split.n_tokens):
+        raise BadInput(f"--block_size={block_size}: the conversations of {name} are packed in rows for --block_size={split.row - 1}; "
+                       f"take that, or prepare {name} again with --block_size={block_size} --overwrite=True")
+    if split.n_tokens <= block_size:
+        raise BadInput(f"--block_size={block_size}: the {split.split} split of {name} has only {split.n_tokens} tokens")
+
+
+def sample_offset(name, seed, index, n_tokens, block_size, row=None):
+    """First token of the index-th sample of a source: blocks in a fresh order, and cut at a fresh phase, every epoch; of
+    conversations whole rows, which have no phase."""
+    n_blocks = n_tokens // row if row else max(1, (n_tokens - 1) // block_size - 1)     # one block is left to shift by
     epoch, position = divmod(index, n_blocks)
     key = int.from_bytes(hashlib.sha256(f"{name} {seed} {epoch}".encode()).digest()[:8], "little")
+    if row:
+        return permute(position, n_blocks, key) * row
     return key % (n_tokens - n_blocks * block_size) + permute(position, n_blocks, key) * block_size
 
 
-def make_batches(open_source, seed, block_size, bos=None):
+def read_sample(split, offset, block_size, answers_only):
+    """(idx, targets), (T,) int64 each, from a place on. Of conversations a target is -100 where it is padding or opens the
+    next one, and with answers_only where it is no part of an answer."""
+    tokens = split.read(offset, block_size + 1)
+    targets = tokens[1:].copy()
+    if split.row:
+        targets[split.classes.read(offset + 1, block_size) < (ANSWER if answers_only else TEXT)] = -100
+    return tokens[:-1], targets
+
+
+def make_batches(open_source, seed, block_size, bos=None, answers_only=True):
     """The batch source of language modelling: batches(plan, first, count) -> (batch, n).
 
-    open_source  name -> Split
-    bos          id that opens a document: doc_ids are then part of the batch
-    batch        {"idx": (count, T), "targets": (count, T)} int64, and "doc_ids" (count, T) with bos
-    n            what the summed loss of the batch is divided by: its valid targets
+    open_source   name -> Split
+    bos           id that opens a document: doc_ids are then part of the batch
+    answers_only  of conversations: whether the answers alone are targets, or all that was said; running text always counts
+    batch         {"idx": (count, T), "targets": (count, T)} int64, and "doc_ids" (count, T) with bos; no target is -100
+    n             what the summed loss of the batch is divided by: its valid targets
     """
     open_source = functools.cache(open_source)
 
     def batches(plan, first, count):
-        rows = np.empty((count, block_size + 1), np.int64)
+        idx, targets = np.empty((2, count, block_size), np.int64)
         for i in range(count):
             name, index = locate(plan, seed, first + i)
             source = open_source(name)
-            rows[i] = source.read(sample_offset(name, seed, index, source.n_tokens, block_size), block_size + 1)
-        rows = torch.from_numpy(rows)
-        batch = {"idx": rows[:, :-1].contiguous(), "targets": rows[:, 1:].contiguous()}
+            offset = sample_offset(name, seed, index, source.n_tokens, block_size, source.row)
+            idx[i], targets[i] = read_sample(source, offset, block_size, answers_only)
+        batch = {"idx": torch.from_numpy(idx), "targets": torch.from_numpy(targets)}
         if bos is not None:
             batch["doc_ids"] = (batch["idx"] == bos).cumsum(1)
-        return batch, batch["targets"].numel()
+        return batch, int((targets >= 0).sum())
     return batches
 
 
 # ---- measuring on held-out text
 
 def held_out_windows(split, block_size, max_tokens, batch_size):
-    """Fixed windows spread evenly over a split: batches {"idx", "targets"} of one shape (batch_size, T), the last one
-    filled up with rows whose targets are all -100."""
-    n_windows = (split.n_tokens - 1) // block_size
+    """Fixed windows spread evenly over a split (of conversations: rows, whose targets are the answers): batches {"idx",
+    "targets"} of one shape (batch_size, T), the last one filled up with rows whose targets are all -100."""
+    n_windows, stride = (split.n_tokens // split.row, split.row) if split.row else ((split.n_tokens - 1) // block_size, block_size)
     chosen = np.unique(np.linspace(0, n_windows - 1, max(1, min(n_windows, max_tokens // block_size))).astype(np.int64))
     for at in range(0, len(chosen), batch_size):
-        rows = np.stack([split.read(int(w) * block_size, block_size + 1) for w in chosen[at:at + batch_size]])
-        idx, targets = rows[:, :-1], rows[:, 1:].copy()
-        short = batch_size - len(rows)
-        if short:
-            idx = np.concatenate([idx, np.zeros((short, block_size), np.int64)])
-            targets = np.concatenate([targets, np.full((short, block_size), -100)])
-        yield {"idx": torch.from_numpy(np.ascontiguousarray(idx)), "targets": torch.from_numpy(targets)}
+        samples = [read_sample(split, int(w) * stride, block_size, answers_only=True) for w in chosen[at:at + batch_size]]
+        samples += [(np.zeros(block_size, np.int64), np.full(block_size, -100))] * (batch_size - len(samples))
+        idx, targets = map(np.stack, zip(*samples))
+        yield {"idx": torch.from_numpy(idx), "targets": torch.from_numpy(targets)}
 
 
 @torch.no_grad()
 def held_out_loss(model, split, token_bytes, block_size, max_tokens, batch_size, device, bos=None):
     """(nats, number of targets, number of bytes), each (windows,), of the windows of a split.
 
-    Every target counts towards the loss, document marks included; marks have no bytes, so bits per byte err upwards.
+    Every target counts towards the loss, document marks included; marks have no bytes, so bits per byte err upwards. Of
+    conversations the targets are the answers.
     token_bytes: (vocab,) bytes of each token. bos: id that opens a document, where attention stays within documents.
     """
     rows = []
