@@ -31,7 +31,7 @@ def activations(model, width, cpu):
         "SwiGLU": width * 4 * F * k,                                       # gate, up, silu(gate) and the product
     }
     if model.num_experts:                                                  # rows in float32 for the router; every choice's row in,
-        kept["experts' rows"] = 4 * C + (width + 8) * C * k                # and out in float32, before and after its weight
+        kept["experts' rows"] = 4 * C + (width + 4) * C * k                # and out in float32
         kept["routing"] = 8 * model.num_experts + 40 * k
     return kept
 

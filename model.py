@@ -9,7 +9,7 @@ Numerics, one rule for one process and for many: parameters are float32 masters;
 the compute dtype where they meet; the residual stream, norms, RoPE, softmax, logits and loss are float32.
 
 Letters in shape comments: B samples, T tokens, S keys (cached ones included), C n_embd, H n_head, K n_kv_head, G = H / K,
-D head_dim, F n_ff, V vocab_size, N = B * T.
+D head_dim, F n_ff, E num_experts, k num_experts_per_tok, L n_layer, V vocab_size, N = B * T.
 """
 import functools
 import hashlib
@@ -42,6 +42,8 @@ class MiniCPMConfig:
     n_ff: int = 5760                    # width inside the SwiGLU (2.5 n_embd in every model of the paper)
     num_experts: int = 0                # 0: dense; else every feed-forward is that many experts (paper section 7.3: 8)
     num_experts_per_tok: int = 2        # experts that a token goes through
+    balance_coef: float = 0.01          # weight of the load-balance loss (paper section 7.3: 0.01)
+    router_z_coef: float = 0.0          # weight of the router's z-loss, which keeps its logits small; 0: none (as in the paper)
     tie_word_embeddings: bool = True    # the head is the embedding
     rms_norm_eps: float = 1e-5          # added to the mean square under the root
     max_position: int = 4096            # RoPE's reference length in tokens; not a limit, and not block_size
@@ -75,6 +77,11 @@ class MiniCPMConfig:
             out.append(f"--head_dim={self.head_size}: RoPE rotates pairs, so it must be even")
         if self.num_experts < 0 or self.num_experts and not 0 < self.num_experts_per_tok <= self.num_experts:
             out.append(f"--num_experts_per_tok={self.num_experts_per_tok}: must be from 1 to --num_experts={self.num_experts}")
+        if self.num_experts:
+            out += [f"--{name}={getattr(self, name)}: with experts a multiple of 8, which the grouped matrix product asks for"
+                    for name in ("n_embd", "n_ff") if getattr(self, name) % 8]
+        out += [f"--{name}={getattr(self, name)}: must not be negative" for name in ("balance_coef", "router_z_coef")
+                if getattr(self, name) < 0]
         if self.rope_scaling == "longrope":
             for name in ("rope_short_factor", "rope_long_factor"):
                 if len(getattr(self, name)) != self.head_size // 2:
@@ -179,6 +186,12 @@ def role_of(name):
     return ROLE_OF[name.split(".")[-2]]
 
 
+def draw(seed, name, shape):
+    """Standard normal values that depend on the seed and the parameter's name alone, float32 on the CPU."""
+    key = hashlib.sha256(f"{seed} {name}".encode()).digest()
+    return torch.randn(shape, generator=torch.Generator().manual_seed(int.from_bytes(key[:8], "little")))
+
+
 @torch.no_grad()
 def init_weights(model, seed, put=torch.Tensor.copy_):
     """Draw every parameter from (seed, its own name): the same values however the model is built or sharded.
@@ -191,9 +204,7 @@ def init_weights(model, seed, put=torch.Tensor.copy_):
         if role.std == 0:
             p.fill_(1)
             continue
-        key = hashlib.sha256(f"{seed} {name}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(key[:8], "little"))
-        put(p, torch.randn(p.shape, generator=generator) * role.std)
+        put(p, draw(seed, name, p.shape) * role.std)
 
 
 def optimizer_groups(model, weight_decay):
@@ -466,6 +477,30 @@ class SwiGLU(nn.Module):
         return self.w_out(F.silu(gate) * up)
 
 
+class Reorder(torch.autograd.Function):
+    """Rows of x (M, C) in another order. Its gradient is the reverse order: a read, where that of indexing is a sum by scattering,
+    ten times slower on a CPU and in an order of its own on a GPU."""
+
+    @staticmethod
+    def forward(ctx, x, order, inverse):
+        ctx.save_for_backward(inverse)
+        return x.index_select(0, order)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad.index_select(0, *ctx.saved_tensors), None, None
+
+
+# Traced by torch.compile, this product takes bfloat16 only; left as it is, every dtype.
+untraced_grouped_mm = torch.compiler.disable(F.grouped_mm)
+
+
+def grouped_product(x, weight, ends):
+    """x (M, C) sorted by expert, weight (E, N, C), ends (E,) int32: behind the last row of each expert -> (M, N) in x's dtype."""
+    product = F.grouped_mm if x.dtype == torch.bfloat16 else untraced_grouped_mm
+    return product(x, weight.to(x.dtype).transpose(1, 2), offs=ends)
+
+
 class Experts(nn.Module):
     """The SwiGLUs of all experts, stacked."""
 
@@ -474,16 +509,15 @@ class Experts(nn.Module):
         self.w_in = nn.Parameter(torch.empty(config.num_experts, 2 * config.n_ff, config.n_embd))     # gate and up
         self.w_out = nn.Parameter(torch.empty(config.num_experts, config.n_embd, config.n_ff))        # down
 
-    def forward(self, x, counts):
-        """x (N, C), sorted by expert; counts (E,): rows of each -> (N, C)."""
-        ends = counts.cumsum(0).to(torch.int32)
-        gate, up = F.grouped_mm(x, self.w_in.to(x.dtype).transpose(1, 2), offs=ends).chunk(2, dim=-1)      # (N, F) each
-        return F.grouped_mm(F.silu(gate) * up, self.w_out.to(x.dtype).transpose(1, 2), offs=ends)
+    def forward(self, x, ends):
+        """x (M, C), ends (E,): see grouped_product -> (M, C)."""
+        gate, up = grouped_product(x, self.w_in, ends).chunk(2, dim=-1)    # (M, F) each
+        return grouped_product(F.silu(gate) * up, self.w_out, ends)
 
 
 class MoE(nn.Module):
     """Every token through its num_experts_per_tok likeliest experts, weighted by their renormalised probabilities; none is
-    dropped (paper section 7.3)."""
+    dropped (paper section 7.3). The router's weight is rounded to the compute dtype (see RMSNorm), its logits are float32."""
 
     def __init__(self, config):
         super().__init__()
@@ -492,19 +526,42 @@ class MoE(nn.Module):
         self.experts = Experts(config)
 
     def forward(self, x):
-        rows = x.flatten(0, 1)                                             # (N, C)
-        p = self.router(rows.float()).softmax(-1)                          # (N, E) float32
-        weight, expert = p.topk(self.k)                                    # (N, k)
+        """x (B, T, C) -> y (B, T, C) float32, and (logits (B, T, E) float32, expert (B, T, k)) of the router."""
+        B, T, C = x.shape
+        E, k, device = len(self.router.weight), self.k, x.device
+        logits = F.linear(x.float(), self.router.weight.to(x.dtype).float())
+        weight, expert = logits.softmax(-1).topk(k)                        # (B, T, k)
         weight = weight / weight.sum(-1, keepdim=True)
-        order = expert.flatten().argsort(stable=True)                      # (N k): places of (token, choice), by expert
-        token = order // self.k
-        y = self.experts(rows[token], expert.flatten().bincount(minlength=p.shape[1]))
-        y = y.float() * weight.flatten()[order, None]                      # (N k, C)
-        return torch.zeros_like(rows, dtype=torch.float32).index_add(0, token, y).view(x.shape)
+        by_expert, order = expert.flatten().sort(stable=True)              # (N k): order holds places of (token, choice)
+        inverse = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=device))
+        ends = torch.searchsorted(by_expert, torch.arange(E, device=device), right=True, out_int32=True)
+        choices = x.view(B * T, 1, C).expand(-1, k, -1).reshape(-1, C)     # (N k, C)
+        y = self.experts(Reorder.apply(choices, order, inverse), ends)
+        y = Reorder.apply(y, inverse, order).view(B, T, k, C)
+        return (y.float() * weight[..., None]).sum(2), (logits, expert)
+
+
+def routing_report(config, logits, expert):
+    """What a training step says of the routers, whose choices in all layers are logits (L, B, T, E) and expert (L, B, T, k).
+
+    balance_loss    balance_coef * sum over layers of E * sum_e f_e P_e (Switch Transformer, equation 4; 1 a layer where even):
+                    f_e is the share of the (token, choice) pairs that expert e got, P_e its mean probability, both of one
+                    sequence. The mean over sequences, which does not depend on how they lie in micro-batches and ranks
+    z_loss          router_z_coef * sum over layers of the mean of logsumexp(logits) ** 2 (ST-MoE, equation 5); absent at 0
+    expert_load     (L, E) share of the pairs, no gradient; router_entropy (L,) mean in nats, no gradient
+    """
+    E = config.num_experts
+    log_p = logits.log_softmax(-1)
+    p = log_p.exp()
+    share = (expert[..., None] == torch.arange(E, device=expert.device)).float().mean((2, 3))      # (L, B, E)
+    aux = {"balance_loss": config.balance_coef * E * (share * p.mean(2)).sum(-1).mean(1).sum()}
+    if config.router_z_coef:
+        aux["z_loss"] = config.router_z_coef * logits.logsumexp(-1).square().mean((1, 2)).sum()
+    return aux | {"expert_load": share.mean(1), "router_entropy": -(p * log_p).detach().sum(-1).mean((1, 2))}
 
 
 class Block(nn.Module):
-    """One layer. The feed-forward is handed in, so that another kind (experts) can take its place."""
+    """One layer -> x, and what the router of a feed-forward of experts chose (else None). The feed-forward is handed in."""
 
     def __init__(self, config, layer, numerics, feed_forward):
         super().__init__()
@@ -517,7 +574,9 @@ class Block(nn.Module):
     def forward(self, x, cos, sin, mask=None, cache=None):
         dtype = self.numerics.dtype                                        # x (B, T, C) float32 throughout
         x = torch.add(x, self.attn(self.attn_norm(x).to(dtype), cos, sin, mask, cache), alpha=self.scale)
-        return torch.add(x, self.mlp(self.mlp_norm(x).to(dtype)), alpha=self.scale)
+        y = self.mlp(self.mlp_norm(x).to(dtype))
+        y, routing = y if isinstance(y, tuple) else (y, None)
+        return torch.add(x, y, alpha=self.scale), routing
 
 
 class MiniCPM(nn.Module):
@@ -544,18 +603,20 @@ class MiniCPM(nn.Module):
         """idx (B, T) int64 -> logits (B, T, V) float32, or with targets (B, T) -> (nll, aux).
 
         nll      (B, T) float32 in nats, 0 where the target is -100; the logits are never all held
-        aux      further losses by name, through the graph; empty for a dense model
+        aux      of experts, where gradients are asked for: routing_report; else empty
         doc_ids  (B, T): a token attends within its document only
         cache    KVCache: idx continues what it holds, and is added to it
         """
-        hidden = self.hidden(idx, doc_ids, cache)
+        hidden, routing = self.hidden(idx, doc_ids, cache)
         if targets is None:
             return F.linear(hidden, self.head_weight.to(hidden.dtype)).float()
         nll = self.nll(hidden.flatten(0, 1), self.head_weight, targets.flatten())
-        return nll.view_as(targets).clone(), {}                            # no view: sharding hangs its hooks on what comes out
+        aux = routing_report(self.config, *map(torch.stack, zip(*routing))) if self.config.num_experts and torch.is_grad_enabled() else {}
+        return nll.view_as(targets).clone(), aux                           # no view: sharding hangs its hooks on what comes out
 
     def hidden(self, idx, doc_ids=None, cache=None):
-        """idx (B, T) -> what the head multiplies, (B, T, C) in the compute dtype, already divided by width_mult."""
+        """idx (B, T) -> what the head multiplies, (B, T, C) in the compute dtype, already divided by width_mult; and what the
+        router of each block chose."""
         config, T = self.config, idx.shape[1]
         S = T + (cache.filled if cache else 0)
         if cache is not None and S > cache.k.shape[3]:
@@ -570,11 +631,13 @@ class MiniCPM(nn.Module):
         flex = doc_ids is not None and self.numerics.flash and idx.device.type == "cuda"
         mask = attention_mask(doc_ids, T, S, idx.device, flex)
         x = self.wte(idx).float() * config.embedding_scale                 # (B, T, C)
+        routing = []
         for block in self.blocks:
-            x = block(x, cos, sin, mask, cache)
+            x, chosen = block(x, cos, sin, mask, cache)
+            routing.append(chosen)
         if cache is not None:
             cache.filled = S
-        return (self.norm(x) / config.width_mult).to(self.numerics.dtype)
+        return (self.norm(x) / config.width_mult).to(self.numerics.dtype), routing
 
     def nll(self, hidden, weight, targets):
         """hidden (N, C), weight (V, C), targets (N,) -> (N,) float32."""
@@ -603,7 +666,7 @@ class MiniCPM(nn.Module):
         last = torch.zeros(B, dtype=torch.int64)
         stop_ids = torch.tensor(list(stop_ids), dtype=torch.int64)
         for _ in range(max_new_tokens):
-            hidden = self.hidden(idx, doc_ids, cache)[:, -1]               # (B, C)
+            hidden = self.hidden(idx, doc_ids, cache)[0][:, -1]            # (B, C)
             logits = project(hidden, self.head_weight).float()             # (B, V)
             if never_ids:
                 logits[:, list(never_ids)] = float("-inf")

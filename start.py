@@ -19,7 +19,8 @@ WARMUP_SHARE, WARMUP_TIMED = 0.025, 100     # default warm-up: share of max_step
 MAY_CHANGE = ("max_steps", "minutes", "eval_interval", "eval_tokens", "log_interval", "save_interval", "keep_last", "keep_every",
               "sample_tokens", "skip_samples", "overwrite", "quiet", "tensorboard", "wandb", "async_save", "timeout", "replicate", "shard",
               "recompute", "sync_micro_steps")                           # by a command that continues a run
-MAY_DIFFER = ("max_position", "original_max_position", "tie_word_embeddings", "mup_lr")  # and rope_...: from the checkpoint's model
+# From the model of a checkpoint to start from; and rope_....
+MAY_DIFFER = ("max_position", "original_max_position", "tie_word_embeddings", "mup_lr", "balance_coef", "router_z_coef")
 
 Start = namedtuple("Start", "config model_config state folder kind asked")       # kind: scratch, resume, branch, init
 
@@ -127,7 +128,7 @@ def asked(config, model):
 def resume(config, model, folder):
     """Continue the run in out_dir: the command must be the one that began it, but for MAY_CHANGE."""
     meta, now = checkpoint.read_meta(folder), asked(config, model)
-    before = checkpoint.read_json(Path(config.out_dir) / "config.json")["asked"]
+    before = asked(type(config)(), MiniCPMConfig()) | checkpoint.read_json(Path(config.out_dir) / "config.json")["asked"]   # knobs are added
     changed = [name for name in now if now[name] != before.get(name)]
     refused = [name for name in changed if name not in MAY_CHANGE]
     if refused:
@@ -153,13 +154,21 @@ def resume(config, model, folder):
     return Start(config, model_config(meta, folder), state, folder, "resume", now)
 
 
+def in_decay(meta):
+    """Whether a checkpoint has decay behind it."""
+    return "run" in meta and meta["run"]["step"] > RunState(**meta["run"]).decay_start
+
+
+def latest_stable(path):
+    """The checkpoint meant by a path: of a run folder the latest before its decay, where there is one."""
+    folder = checkpoint.resolve(path)
+    stable = [f for f in checkpoint.checkpoints(path) if not in_decay(checkpoint.read_meta(f))] if folder != Path(path) else []
+    return stable[-1] if stable else folder
+
+
 def branch(config, given, was_asked):
     """Go on from a stable checkpoint in a folder of its own: the trunk's settings, but for what this command says."""
-    folder = checkpoint.resolve(config.branch_from)
-    in_decay = lambda meta: meta["run"]["step"] > RunState(**meta["run"]).decay_start       # noqa: E731
-    if folder != Path(config.branch_from) and not config.rewarm_steps:   # a run folder: its latest stable checkpoint
-        stable = [f for f in checkpoint.checkpoints(config.branch_from) if not in_decay(checkpoint.read_meta(f))]
-        folder = stable[-1] if stable else folder
+    folder = checkpoint.resolve(config.branch_from) if config.rewarm_steps else latest_stable(config.branch_from)
     meta = checkpoint.read_meta(folder)
     if "run" not in meta:
         raise BadInput(f"{folder}: weights alone, no optimizer or place in the data to go on from; use --init_from")

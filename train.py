@@ -587,8 +587,6 @@ def open_tokenizer(start, config):
         if theirs != tokenizer.hash:
             raise BadInput(f"--tokenizer={config.tokenizer}: {start.folder} was trained with another tokenizer "
                            f"(hash {theirs[:12]}, here {tokenizer.hash[:12]})")
-    if start.model_config.num_experts:
-        raise BadInput("--num_experts: a model with experts can be sampled, evaluated and converted; training one is not there yet")
     if start.model_config.vocab_size < tokenizer.n_vocab:
         raise BadInput(f"--vocab_size={start.model_config.vocab_size}: tokenizer {tokenizer.name!r} has {tokenizer.n_vocab} tokens")
     return tokenizer

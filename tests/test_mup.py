@@ -29,7 +29,7 @@ def activations(config, seed, learning_rate):
     seen = {}
     block = model.blocks[-1]
     probes = {"qkv": block.attn.wqkv, "attention out": block.attn, "gate and up": block.mlp.w_in, "mlp out": block.mlp, "residual": block}
-    hooks = [module.register_forward_hook(lambda m, i, out, name=name: seen.__setitem__(name, out.abs().mean().item()))
+    hooks = [module.register_forward_hook(lambda m, i, out, name=name: seen.__setitem__(name, (out[0] if m is block else out).abs().mean().item()))
              for name, module in probes.items()]
     result = {}
     for step in range(STEPS + 1):
