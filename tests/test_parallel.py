@@ -105,7 +105,8 @@ def close(a, b, within=1e-5):
     return len(a) == len(b) and max(abs(x - y) for x, y in zip(a, b)) < within
 
 
-VARIANTS = {"tied": [], "untied": ["--tie_word_embeddings=False"], "control": ["--mup=False", "--learning_rate=0.001"]}
+VARIANTS = {"tied": [], "untied": ["--tie_word_embeddings=False"], "control": ["--mup=False", "--learning_rate=0.001"],
+            "experts": ["--num_experts=4", "--router_z_coef=0.001", "--micro_batch_size=2"]}
 
 
 def test_two_processes_are_one(place):
@@ -116,6 +117,10 @@ def test_two_processes_are_one(place):
     together(place, 2, options(place, "2-bfloat16", "--dtype=bfloat16"), *[options(place, name, *more) for name, (_, more) in runs.items()])
     for name, (variant, _) in runs.items():
         assert close(losses(place, name), expected[variant]), name
+    # What is no loss of tokens is averaged over ranks and micro-steps; a rank's micro-batch of 2 is half of the one process's share.
+    for name in ("balance_loss", "z_loss", "router_entropy", "expert_load"):
+        one, two = (torch.tensor([x[name] for x in metrics.read(place / run)[0]]) for run in ("1-experts", "2-experts"))
+        assert torch.allclose(one, two, atol=1e-5), name
     evaluations = [metrics.read(place / name)[1] for name in ("1-tied", "2-tied")]
     assert [x["step"] for x in evaluations[1]] == [10, 20] and abs(evaluations[0][1]["val_bpb"] - evaluations[1][1]["val_bpb"]) < 1e-5
     # bfloat16: the same rule of rounding, so the same curve but for the order of sums.
