@@ -162,6 +162,15 @@ def test_decay_data_begins_with_the_decay(fly, capsys):
     other = fly("pure", "--max_steps=10", "--decay_steps=4")
     a, b = curve(out)[0], curve(other)[0]
     assert a[:6] == b[:6] and all(x["loss"] != y["loss"] for x, y in zip(a[6:], b[6:]))
+    # The metrics mark the switch, once, also in a branch and where a run resumes at that very step.
+    marks = lambda out: [x for x in metrics.lines_of(out) if "decay_steps" in x]            # noqa: E731
+    branch = fly("mixed-branch", f"--branch_from={other / 'step-00000006'}", "--decay_steps=3", "--decay_data=two")
+    assert marks(branch) == [{"step": 6, "decay_steps": 3, "data": "two"}]
+    assert checkpoint.read_meta(checkpoint.resolve(branch))["run"]["plan"][-1] == [6 * 4, "two"]
+    for later in checkpoint.checkpoints(out)[1:]:
+        shutil.rmtree(later)
+    assert marks(fly("mix", "--max_steps=10", "--decay_steps=4", "--decay_data=one:0.5,two:0.5")) == \
+        [{"step": 6, "decay_steps": 4, "data": "one:0.5,two:0.5"}] and [x["loss"] for x in curve(out)[0]] == [x["loss"] for x in a]
 
 
 def test_a_timed_run_settles_its_horizon_and_decays(fly):
