@@ -1,5 +1,5 @@
 """SFT of the laptop run: instructions with answers that can be checked. Two minutes on one CPU core."""
-init_from = "out/laptop"    # its weights alone: a run of its own, from step 0
+init_from = "out/laptop-anneal"    # its weights alone: a run of its own, from step 0; out/laptop would do
 out_dir = "out/laptop-sft"
 data = "instruct"           # conversations, packed in rows of the default block_size; the loss is on their answers
 doc_mask = True             # attention stays within a conversation
