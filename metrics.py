@@ -75,8 +75,9 @@ def draw(out_dir):
     window = max(1, len(training) // 100)
     smooth = [sum(x["loss"] for x in training[max(0, i - window):i + 1]) / (min(i, window) + 1) for i in range(len(training))]
     figure, left = plt.subplots(figsize=(8, 4.5))
-    left.plot(tokens, [x.get("loss_max", x["loss"]) for x in training], color="0.8", linewidth=0.7)      # spikes between two lines included
-    left.plot(tokens, smooth, color="tab:blue", label="training loss (smoothed)")
+    left.plot(tokens, smooth, color="tab:blue", label="training loss (smoothed)", zorder=3)
+    left.plot(tokens, [x.get("loss_max", x["loss"]) for x in training], color="0.8", linewidth=0.7,
+              label="its highest between two lines")                     # spikes are not missed
     points = [(at[x["step"]], x["val_loss"]) for x in held_out if x["step"] in at]
     left.plot(*zip(*points), "ko", markersize=4, label="held-out loss") if points else None
     for decay in (x for x in lines if "decay_steps" in x):
