@@ -21,7 +21,7 @@ LONG_OR_NETWORK = ("--to_gguf", "--task=sizes", "--simulate", "data/fineweb_edu"
 
 
 def run(*argv, cwd=None, code=0):
-    result = subprocess.run([sys.executable, *map(str, argv)], cwd=cwd, capture_output=True, text=True, encoding="utf-8",
+    result = subprocess.run([sys.executable, *map(str, argv)], cwd=cwd, capture_output=True, text=True, encoding="utf-8", stdin=subprocess.DEVNULL,
                             env={**os.environ, "PYTHONUTF8": "1"})
     assert result.returncode == code, result.stdout + result.stderr
     return result.stdout
@@ -78,27 +78,32 @@ def test_readme_command_runs(laptop, command, tmp_path):
     if words[0] == "train.py":
         if "--help" not in words:
             words = [w for w in words if not w.startswith(("--max_steps", "--decay_steps=2"))]
-            steps = "--decay_steps=2" if "branch" in command or "laptop_decay" in command else "--max_steps=2"
+            steps = "--decay_steps=2" if "branch" in command or "laptop_decay" in command or "laptop_anneal" in command else "--max_steps=2"
             words += ["--max_steps=4", "--decay_steps=0"] if "--decay_steps=0" in words else [steps]
-            if "out_dir" not in command:
+            if "out_dir" not in command and not any(stage in command for stage in ("anneal", "sft", "moe")):   # others start from these
                 words.append(f"--out_dir={tmp_path / 'out'}")
             if "colab" in command:
                 words += ["--batch_size=1"]
     if words[0] == "sample.py":
-        words.append("--max_new_tokens=5")
+        words.append("--max_new_tokens=5")                               # of a conversation, the input is at its end
     if words[0] == "evaluate.py":
         for file in ("evaluate.py", "chat.py"):
             shutil.copy(ROOT / file, root)
         words += ["--questions=8", "--eval_tokens=4096"]
-    if words[0] in ("convert.py", "bench.py", "plan.py"):
-        for file in (words[0], "parallel.py"):                           # plan.py needs it
+    if words[0] in ("convert.py", "bench.py", "plan.py", "dpo.py", "upcycle.py"):
+        for file in (words[0], "parallel.py", "chat.py"):                # plan.py needs the first of these, dpo.py the other
             shutil.copy(ROOT / file, root)
     if words[0] == "bench.py":
         words += ["--updates=2", "--compile=False"]
     if words[0] == "convert.py":
         if "--from_hf=out/laptop-hf" in words and not (root / "out/laptop-hf").exists():
             run("convert.py", "--to_hf=out/laptop-hf", cwd=root)
-    if words[0].startswith("data/"):
+    if words[0] == "dpo.py":
+        words += ["--max_pairs=64", "--max_steps=2"]
+    if words[0] == "data/instruct/prepare.py":
+        shutil.copy(ROOT / "chat.py", root)
+        words += ["--train=400", "--test=80"]
+    elif words[0].startswith("data/"):
         words.append(f"--data_dir={tmp_path}")
     run(*words, cwd=root)
     if words[0] == "wsd.py":
