@@ -225,8 +225,8 @@ def test_pairs_of_a_twentieth_of_the_prompts_are_held_out_and_long_ones_counted(
     too_long = sum(n > 12 for n in longest)
     assert 0 < too_long < 250 and said == [f"{place / 'train.jsonl'}: {too_long} pairs left out, longer than --block_size=12 tokens"]
     assert len(splits["train"]) + len(splits["val"]) == 250 - too_long and 0 < len(splits["val"]) < 30
-    few = dpo.read_pairs(build([dpo.DPOConfig], asdict(config) | {"max_pairs": 30})[0], tokenizers.load("bytes"), said.append)
-    assert len(few["train"]) == 30
+    few = dpo.read_pairs(build([dpo.DPOConfig], asdict(config) | {"max_pairs": 100})[0], tokenizers.load("bytes"), said.append)
+    assert len(few["train"]) == 100
     with pytest.raises(BadInput, match="no pair for training of at most --block_size=2"):
         dpo.read_pairs(build([dpo.DPOConfig], asdict(config) | {"block_size": 2})[0], tokenizers.load("bytes"), said.append)
 
