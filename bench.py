@@ -84,7 +84,7 @@ def read_options(argv):
 def random_batches(config, vocab_size):
     """train.py's batch source, over random tokens in memory."""
     tokens = np.random.default_rng(config.seed).integers(0, vocab_size, max(2 ** 20, 2 * config.block_size + 2), np.uint32)
-    source = SimpleNamespace(n_tokens=len(tokens), read=lambda offset, length: tokens[offset:offset + length])
+    source = SimpleNamespace(n_tokens=len(tokens), row=None, read=lambda offset, length: tokens[offset:offset + length])
     return make_batches(lambda name: source, config.seed, config.block_size, bos=0 if config.doc_mask else None)
 
 

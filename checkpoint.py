@@ -229,7 +229,7 @@ def prune(out_dir, keep_last, keep_every):
 
 
 def lock(out_dir):
-    """Hold a run folder for this process; BadInput where another one has it. The system frees it however we end."""
+    """Hold a folder for this process; BadInput where another one has it. The system frees it however we end."""
     path = Path(out_dir) / ".lock"
     handle = open(path, "a+")
     try:
@@ -242,8 +242,8 @@ def lock(out_dir):
     except OSError as error:
         handle.close()
         if error.errno not in (errno.EAGAIN, errno.EACCES, errno.EDEADLK):
-            raise BadInput(f"{out_dir}: can't be locked ({error.strerror}); give an --out_dir on a file system that has locks") from None
-        raise BadInput(f"{out_dir}: in use by another process; wait for it, or give another --out_dir") from None
+            raise BadInput(f"{out_dir}: can't be locked ({error.strerror}); give a folder on a file system that has locks") from None
+        raise BadInput(f"{out_dir}: in use by another process; wait for it, or give another folder") from None
     return handle
 
 

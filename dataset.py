@@ -1,14 +1,15 @@
 """Token shards to batches: stateless, mixed, exact on resume.
 
-A corpus is a folder data/NAME/TOKENIZER/ with shards {train,val}_000000.bin and a meta.json. A batch is a pure function
-of (seed, data plan, index of its first sample): nothing is consumed, so a resume needs one number, evaluation cannot
+A corpus is a folder data/NAME/TOKENIZER/ with shards {train,val}_*.bin and a meta.json that lists them. A batch is a pure
+function of (seed, data plan, index of its first sample): nothing is consumed, so a resume needs one number, evaluation cannot
 disturb training, and the number of processes may change.
 
 A data plan is a list of segments [first sample, mixture], as in [[0, "pytorch"], [8192, "pytorch:0.7,speeches:0.3"]]: from
 its first sample on, a segment draws from its mixture. Each source is read without repeats within an epoch.
 
 Documents are stored as <s> text </s>, back to back, and samples are cut without regard to them. What attention does at a
-boundary is the flag doc_mask of train.py: it hides the other documents of a sample by their doc_ids.
+boundary is the flag doc_mask of train.py: it hides the other documents of a sample by their doc_ids. Conversations are packed
+in rows instead (chat.py), a row is a sample, and a mask says which tokens of it are targets.
 """
 import contextlib
 import functools
@@ -29,14 +30,15 @@ from tokenizer import BUILT_IN
 HEADER = struct.Struct("<8sIIQQ")                # magic, version, bytes per token, vocabulary size, number of tokens
 MAGIC, VERSION = b"nanoCPM\0", 1
 PATTERN = 1000                                   # samples after which a mixture has met its shares exactly
+PADDING, TEXT, ANSWER = 0, 1, 2                  # classes of the tokens of packed conversations (chat.py writes them)
 
 
 # ---- writing a corpus (data/NAME/prepare.py)
 
 @contextlib.contextmanager
-def complete_or_nothing(folder):
-    """A folder to write in, renamed to `folder` when the block ends well: a reader sees all of it or nothing. Where another
-    process finished first, its result stays."""
+def complete_or_nothing(folder, overwrite=False):
+    """A folder to write in, renamed to `folder` when the block ends well: a reader sees all of it or nothing. What is there
+    already, or another process finished first, stays unless it is to be overwritten; then it stays until that moment."""
     folder = Path(folder)
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     made = [parent for parent in folder.parents if not parent.exists()]  # nearest first
@@ -44,6 +46,8 @@ def complete_or_nothing(folder):
     temporary.mkdir(parents=True)
     try:
         yield temporary
+        if overwrite:
+            shutil.rmtree(folder, ignore_errors=True)
         if not folder.exists():
             try:
                 os.rename(temporary, folder)
@@ -63,78 +67,112 @@ def token_dtype(vocab_size):
 
 
 def write_shard(path, tokens, vocab_size):
-    """Write tokens (n,) with the header."""
-    dtype = token_dtype(vocab_size)
-    with open(path, "wb") as f:
+    """Write tokens (n,) with the header. The file is whole from the moment that it has its name."""
+    dtype, temporary = token_dtype(vocab_size), path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with open(temporary, "wb") as f:
         f.write(HEADER.pack(MAGIC, VERSION, dtype.itemsize, vocab_size, len(tokens)))
-        f.write(np.asarray(tokens, dtype).tobytes())
+        f.write(np.ascontiguousarray(tokens, dtype))
+    os.replace(temporary, path)
 
 
-def write_corpus(folder, tokenizer, documents, shard_tokens=100_000_000):
+def write_shards(folder, tokenizer, documents, shard_tokens=100_000_000, label=""):
+    """Tokenise documents into shards {train,val}_LABEL000000.bin in a folder. One shard a split is in memory at a time.
+
+    documents  iterable of (split, text), split "train" or "val"
+    returns    (sha256 of the documents, {split: {"documents", "bytes", "tokens", "shards": names, "counts": tokens in each}})
+    """
+    sha = hashlib.sha256()
+    splits = {split: {"documents": 0, "bytes": 0, "tokens": 0, "shards": [], "counts": []} for split in ("train", "val")}
+    shard = {split: np.empty(shard_tokens, token_dtype(tokenizer.n_vocab)) for split in splits}       # the one being filled
+    filled = dict.fromkeys(splits, 0)
+    texts = {split: [] for split in splits}                              # documents not yet tokenised
+
+    def tokenise(split):
+        for ids in tokenizer.encode_batch(texts[split]):
+            tokens = np.array([tokenizer.bos, *ids, tokenizer.eos], shard[split].dtype)
+            while len(tokens):
+                taken, tokens = np.split(tokens, [shard_tokens - filled[split]])
+                shard[split][filled[split]:filled[split] + len(taken)] = taken
+                filled[split] += len(taken)
+                if filled[split] == shard_tokens:
+                    finish_shard(split)
+        texts[split].clear()
+
+    def finish_shard(split):
+        about, n = splits[split], filled[split]
+        name = f"{split}_{label}{len(about['shards']):06d}.bin"
+        write_shard(folder / name, shard[split][:n], tokenizer.n_vocab)
+        about["shards"].append(name)
+        about["counts"].append(n)
+        about["tokens"] += n
+        filled[split] = 0
+
+    for split, text in documents:
+        raw = text.encode("utf-8")
+        sha.update(f"{split} {len(raw)}\n".encode() + raw)
+        splits[split]["documents"] += 1
+        splits[split]["bytes"] += len(raw)
+        texts[split].append(text)
+        if sum(map(len, texts[split])) > 4_000_000 or len(texts[split]) >= 256:
+            tokenise(split)
+    for split in splits:
+        tokenise(split)
+        if filled[split]:
+            finish_shard(split)
+    return sha.hexdigest(), splits
+
+
+def write_meta(folder, tokenizer, sha, splits):
+    """Write a corpus's meta.json, which its shards have to be there for, and return it as a dict."""
+    meta = {"tokenizer": tokenizer.name, "tokenizer_hash": tokenizer.hash, "vocab_size": tokenizer.n_vocab, "corpus_sha256": sha, "splits": splits}
+    (folder / "meta.tmp").write_text(json.dumps(meta, indent=1), encoding="utf-8")
+    os.replace(folder / "meta.tmp", folder / "meta.json")
+    return meta
+
+
+def need_both(folder, splits):
+    """BadInput where a split of a new corpus is empty."""
+    for split in splits:
+        if not splits[split]["tokens"]:
+            raise BadInput(f"{folder}: no {split} documents; a corpus needs both train and val")
+
+
+def write_corpus(folder, tokenizer, documents, shard_tokens=100_000_000, overwrite=False):
     """Tokenise documents into shards and meta.json, all or nothing.
 
     folder     data/NAME/TOKENIZER
     documents  iterable of (split, text), split "train" or "val"
     returns    the meta.json as a dict
     """
-    dtype = token_dtype(tokenizer.n_vocab)
-    sha = hashlib.sha256()
-    splits = {split: {"documents": 0, "bytes": 0, "tokens": 0, "shards": []} for split in ("train", "val")}
-    waiting = {split: [] for split in splits}                            # token arrays of the shard being filled
-    texts = {split: [] for split in splits}                              # documents not yet tokenised
-
-    def tokenise(split):
-        for ids in tokenizer.encode_batch(texts[split]):
-            waiting[split].append(np.array([tokenizer.bos, *ids, tokenizer.eos], dtype))
-        texts[split].clear()
-
-    def add_shard(split, tokens):
-        name = f"{split}_{len(splits[split]['shards']):06d}.bin"
-        write_shard(temporary / name, tokens, tokenizer.n_vocab)
-        splits[split]["shards"].append(name)
-        splits[split]["tokens"] += len(tokens)
-
-    with complete_or_nothing(folder) as temporary:
-        for split, text in documents:
-            raw = text.encode("utf-8")
-            sha.update(f"{split} {len(raw)}\n".encode() + raw)
-            splits[split]["documents"] += 1
-            splits[split]["bytes"] += len(raw)
-            texts[split].append(text)
-            if sum(map(len, texts[split][-256:])) > 4_000_000 or len(texts[split]) >= 256:
-                tokenise(split)
-                while sum(map(len, waiting[split])) >= shard_tokens:
-                    tokens = np.concatenate(waiting[split])
-                    add_shard(split, tokens[:shard_tokens])
-                    waiting[split] = [tokens[shard_tokens:]]
-        for split in splits:
-            tokenise(split)
-            tokens = np.concatenate(waiting[split] or [np.zeros(0, dtype)])
-            for at in range(0, len(tokens), shard_tokens):
-                add_shard(split, tokens[at:at + shard_tokens])
-            if not splits[split]["tokens"]:
-                raise BadInput(f"{folder}: no {split} documents; a corpus needs both train and val")
-        meta = {"tokenizer": tokenizer.name, "tokenizer_hash": tokenizer.hash, "vocab_size": tokenizer.n_vocab,
-                "corpus_sha256": sha.hexdigest(), "splits": splits}
-        (temporary / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
-    return meta
+    with complete_or_nothing(folder, overwrite) as temporary:
+        sha, splits = write_shards(temporary, tokenizer, documents, shard_tokens)
+        need_both(folder, splits)
+        return write_meta(temporary, tokenizer, sha, splits)
 
 
 # ---- reading it
 
 class Split:
-    """The tokens of one split of one corpus, as if its shards were one array. Shards are opened when first read."""
+    """The tokens of one split of one corpus, as if its shards were one array.
+
+    Shards are opened, and checked, when they are first read: thousands of them on shared storage cost a start nothing but
+    one listing of the folder. That listing is there so that a shard missing on one node ends all ranks before they begin.
+    """
 
     def __init__(self, folder, split):
-        """folder: data/NAME/TOKENIZER; raises BadInput where the folder or its meta.json cannot be used."""
+        """folder: data/NAME/TOKENIZER; raises BadInput where the folder or its meta.json cannot be used, or a shard is missing."""
         self.folder = Path(folder)
         try:
             self.meta = json.loads((self.folder / "meta.json").read_text(encoding="utf-8"))
             entry = self.meta["splits"][split]
             self.tokenizer_hash, self.shards, self.n_tokens = self.meta["tokenizer_hash"], entry["shards"], entry["tokens"]
-            self.vocab_size = int(self.meta["vocab_size"])
+            self.vocab_size, self.split = int(self.meta["vocab_size"]), split
+            self.row = self.meta.get("row")                              # tokens of a row of conversations; None: running text
             if not all(isinstance(text, str) for text in (self.tokenizer_hash, *self.shards)):
                 raise TypeError("tokenizer_hash or shards")
+            counts = entry.get("counts")                                 # tokens in each shard
+            if counts is not None and (len(counts) != len(self.shards) or not all(isinstance(n, int) for n in counts)):
+                raise TypeError("counts")
         except FileNotFoundError:
             name = self.folder.parent.name
             script = f"{name}/prepare.py" if (ROOT / "data" / name / "prepare.py").is_file() else f"text/prepare.py --input=PATH --name={name}"
@@ -143,14 +181,18 @@ class Split:
                            + (" --overwrite=True" if self.folder.exists() else "")) from None
         except (ValueError, KeyError, TypeError) as error:
             raise BadInput(f"{self.folder}/meta.json: damaged ({error!r}); delete the folder and prepare it again") from None
-        # Where each shard starts, in tokens: known from the headers, which are 32 bytes each.
-        self.starts = np.cumsum([0] + [self.header(name) for name in self.shards])
+        there = set(os.listdir(self.folder))
+        for name in self.shards:
+            if name not in there:
+                raise BadInput(f"{self.folder / name}: shard is missing; delete the folder and prepare it again")
+        # Where each shard starts, in tokens. A meta.json written before counts were in it leaves them to the headers.
+        self.starts = np.cumsum([0, *([self.header(name)[0] for name in self.shards] if counts is None else counts)])
         if self.starts[-1] != self.n_tokens:
             raise BadInput(f"{self.folder}: shards hold {self.starts[-1]} tokens, meta.json says {self.n_tokens}; prepare it again")
         self.open_shard = functools.lru_cache(maxsize=64)(self.map_shard)
 
     def header(self, name):
-        """Number of tokens in a shard, after checking its header and its size."""
+        """(number of tokens, bytes per token) of a shard, after checking its header and its size."""
         path, remedy = self.folder / name, "delete the folder and prepare it again"
         try:
             with open(path, "rb") as f:
@@ -167,12 +209,19 @@ class Split:
             raise BadInput(f"{path}: vocabulary of {vocab_size}, meta.json says {self.vocab_size}; {remedy}")
         if size != HEADER.size + count * itemsize:
             raise BadInput(f"{path}: {size} bytes where {HEADER.size + count * itemsize} are due (truncated?); {remedy}")
-        return count
+        return count, itemsize
 
     def map_shard(self, i):
-        with open(self.folder / self.shards[i], "rb") as f:
-            itemsize = HEADER.unpack(f.read(HEADER.size))[2]
-        return np.memmap(self.folder / self.shards[i], f"<u{itemsize}", "r", offset=HEADER.size)
+        """The tokens of shard i: an array (n,) that the system reads from the disk as it is indexed."""
+        path, due, (count, itemsize) = self.folder / self.shards[i], self.starts[i + 1] - self.starts[i], self.header(self.shards[i])
+        if count != due:
+            raise BadInput(f"{path}: holds {count} tokens, meta.json says {due}; delete the folder and prepare it again")
+        return np.memmap(path, f"<u{itemsize}", "r", offset=HEADER.size)
+
+    @functools.cached_property
+    def classes(self):
+        """Of conversations: a Split of equal length with the class of every token."""
+        return Split(self.folder, f"{self.split}_mask")
 
     def read(self, offset, length):
         """Tokens [offset, offset + length) as int64 (length,), across shards where need be."""
@@ -276,60 +325,82 @@ def mix(x):
     return x ^ x >> 31
 
 
-def sample_offset(name, seed, index, n_tokens, block_size):
-    """First token of the index-th sample of a source: blocks in a fresh order, and cut at a fresh phase, every epoch."""
-    n_blocks = max(1, (n_tokens - 1) // block_size - 1)                  # one block is left to shift by
+def check_block_size(split, block_size):
+    """BadInput where samples of this length cannot be cut from a Split, or a split of conversations lacks its mask."""
+    name = split.folder.parent.name
+    if split.row and (split.row != block_size + 1 or split.classes.n_tokens != split.n_tokens):
+        raise BadInput(f"--block_size={block_size}: the conversations of {name} are packed in rows for --block_size={split.row - 1}; "
+                       f"take that, or prepare {name} again with --block_size={block_size} --overwrite=True")
+    if split.n_tokens <= block_size:
+        raise BadInput(f"--block_size={block_size}: the {split.split} split of {name} has only {split.n_tokens} tokens")
+
+
+def sample_offset(name, seed, index, n_tokens, block_size, row=None):
+    """First token of the index-th sample of a source: blocks in a fresh order, and cut at a fresh phase, every epoch; of
+    conversations whole rows, which have no phase."""
+    n_blocks = n_tokens // row if row else max(1, (n_tokens - 1) // block_size - 1)     # one block is left to shift by
     epoch, position = divmod(index, n_blocks)
     key = int.from_bytes(hashlib.sha256(f"{name} {seed} {epoch}".encode()).digest()[:8], "little")
+    if row:
+        return permute(position, n_blocks, key) * row
     return key % (n_tokens - n_blocks * block_size) + permute(position, n_blocks, key) * block_size
 
 
-def make_batches(open_source, seed, block_size, bos=None):
+def read_sample(split, offset, block_size, answers_only):
+    """(idx, targets), (T,) int64 each, from a place on. Of conversations a target is -100 where it is padding or opens the
+    next one, and with answers_only where it is no part of an answer."""
+    tokens = split.read(offset, block_size + 1)
+    targets = tokens[1:].copy()
+    if split.row:
+        targets[split.classes.read(offset + 1, block_size) < (ANSWER if answers_only else TEXT)] = -100
+    return tokens[:-1], targets
+
+
+def make_batches(open_source, seed, block_size, bos=None, answers_only=True):
     """The batch source of language modelling: batches(plan, first, count) -> (batch, n).
 
-    open_source  name -> Split
-    bos          id that opens a document: doc_ids are then part of the batch
-    batch        {"idx": (count, T), "targets": (count, T)} int64, and "doc_ids" (count, T) with bos
-    n            what the summed loss of the batch is divided by: its valid targets
+    open_source   name -> Split
+    bos           id that opens a document: doc_ids are then part of the batch
+    answers_only  of conversations: whether the answers alone are targets, or all that was said; running text always counts
+    batch         {"idx": (count, T), "targets": (count, T)} int64, and "doc_ids" (count, T) with bos; no target is -100
+    n             what the summed loss of the batch is divided by: its valid targets
     """
     open_source = functools.cache(open_source)
 
     def batches(plan, first, count):
-        rows = np.empty((count, block_size + 1), np.int64)
+        idx, targets = np.empty((2, count, block_size), np.int64)
         for i in range(count):
             name, index = locate(plan, seed, first + i)
             source = open_source(name)
-            rows[i] = source.read(sample_offset(name, seed, index, source.n_tokens, block_size), block_size + 1)
-        rows = torch.from_numpy(rows)
-        batch = {"idx": rows[:, :-1].contiguous(), "targets": rows[:, 1:].contiguous()}
+            offset = sample_offset(name, seed, index, source.n_tokens, block_size, source.row)
+            idx[i], targets[i] = read_sample(source, offset, block_size, answers_only)
+        batch = {"idx": torch.from_numpy(idx), "targets": torch.from_numpy(targets)}
         if bos is not None:
             batch["doc_ids"] = (batch["idx"] == bos).cumsum(1)
-        return batch, batch["targets"].numel()
+        return batch, int((targets >= 0).sum())
     return batches
 
 
 # ---- measuring on held-out text
 
 def held_out_windows(split, block_size, max_tokens, batch_size):
-    """Fixed windows spread evenly over a split: batches {"idx", "targets"} of one shape (batch_size, T), the last one
-    filled up with rows whose targets are all -100."""
-    n_windows = (split.n_tokens - 1) // block_size
+    """Fixed windows spread evenly over a split (of conversations: rows, whose targets are the answers): batches {"idx",
+    "targets"} of one shape (batch_size, T), the last one filled up with rows whose targets are all -100."""
+    n_windows, stride = (split.n_tokens // split.row, split.row) if split.row else ((split.n_tokens - 1) // block_size, block_size)
     chosen = np.unique(np.linspace(0, n_windows - 1, max(1, min(n_windows, max_tokens // block_size))).astype(np.int64))
     for at in range(0, len(chosen), batch_size):
-        rows = np.stack([split.read(int(w) * block_size, block_size + 1) for w in chosen[at:at + batch_size]])
-        idx, targets = rows[:, :-1], rows[:, 1:].copy()
-        short = batch_size - len(rows)
-        if short:
-            idx = np.concatenate([idx, np.zeros((short, block_size), np.int64)])
-            targets = np.concatenate([targets, np.full((short, block_size), -100)])
-        yield {"idx": torch.from_numpy(np.ascontiguousarray(idx)), "targets": torch.from_numpy(targets)}
+        samples = [read_sample(split, int(w) * stride, block_size, answers_only=True) for w in chosen[at:at + batch_size]]
+        samples += [(np.zeros(block_size, np.int64), np.full(block_size, -100))] * (batch_size - len(samples))
+        idx, targets = map(np.stack, zip(*samples))
+        yield {"idx": torch.from_numpy(idx), "targets": torch.from_numpy(targets)}
 
 
 @torch.no_grad()
 def held_out_loss(model, split, token_bytes, block_size, max_tokens, batch_size, device, bos=None):
     """(nats, number of targets, number of bytes), each (windows,), of the windows of a split.
 
-    Every target counts towards the loss, document marks included; marks have no bytes, so bits per byte err upwards.
+    Every target counts towards the loss, document marks included; marks have no bytes, so bits per byte err upwards. Of
+    conversations the targets are the answers.
     token_bytes: (vocab,) bytes of each token. bos: id that opens a document, where attention stays within documents.
     """
     rows = []

@@ -1,24 +1,31 @@
-"""Measure a checkpoint on held-out text.
+"""Measure a checkpoint on held-out text, or on questions.
 
-    python evaluate.py --ckpt=out/laptop [--data=plays] [--task=bpb|cloze|all]
+    python evaluate.py --ckpt=out/laptop [--data=plays] [--task=bpb|cloze|exact|all]
 
-bpb    bits per byte, comparable across tokenizers: the nats of all targets over the bytes that they stand for
+bpb    bits per byte, comparable across tokenizers: the nats of all targets over the bytes that they stand for; of
+       conversations the targets are the answers
 cloze  HellaSwag-shaped: a passage of a held-out document, its true continuation against three from other documents; the
        choice is the continuation with the fewest nats per byte. Chance is 25 %.
-Both come with a standard error: over windows of text, and over questions.
+exact  the likeliest answer, token by token, to each question of DATA_DIR/DATA/test.jsonl (or of any conversations: their last
+       answer is the one asked for) against the one given there: right if it is the same, also where either is put as "The answer
+       is ANSWER."; in all and by family, and how many tokens an answer takes
+Each comes with a standard error: over windows of text, or over questions. all: what goes with the corpus.
 """
+import itertools
 import json
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
 
+import chat
 import checkpoint
 import tokenizer as tokenizers
-from configurator import BadInput, configure, exits_cleanly
-from dataset import held_out_loss, open_corpus
+from configurator import ROOT, BadInput, configure, exits_cleanly
+from dataset import check_block_size, held_out_loss, open_corpus
 from device import pick_device
 from model import MiniCPM
 
@@ -29,11 +36,13 @@ class EvaluateConfig:
     tokenizer: str | None = None        # unset: the checkpoint's own
     data: str | None = None             # prepared corpus; unset: the first of the checkpoint's own
     data_dir: str = "data"              # where the corpora are; relative to the project
-    task: Literal['bpb', 'cloze', 'all'] = 'all'
+    task: Literal['bpb', 'cloze', 'exact', 'all'] = 'all'
     block_size: int | None = None       # tokens of context; unset: as trained, a released model at most 1024
     eval_tokens: int | None = None      # held-out tokens for bpb; unset: all
     batch_size: int = 16                # windows, or questions, per forward
-    questions: int = 500                # of the cloze
+    questions: int | None = None        # at most; unset: 500 of the cloze, all of the exact task
+    questions_file: str | None = None   # conversations (.jsonl, .json) for the exact task instead of the corpus's test.jsonl
+    answer_tokens: int = 32             # of the exact task: an answer that has not ended by then is wrong
     context: int = 64                   # tokens of a passage
     continuation: int = 24              # tokens to choose between
     seed: int = 1337                    # of the questions
@@ -42,14 +51,14 @@ class EvaluateConfig:
 
     def problems(self):
         return [f"--{name}={getattr(self, name)}: must be above 0" for name in
-                ("block_size", "eval_tokens", "batch_size", "questions", "context", "continuation")
+                ("block_size", "eval_tokens", "batch_size", "questions", "answer_tokens", "context", "continuation")
                 if getattr(self, name) is not None and getattr(self, name) <= 0]
 
 
 def bits_per_byte(model, corpus, tokenizer, config, block_size):
     """{"bpb", "bpb_se", "loss", "targets"} over the windows of a held-out split."""
     nats, targets, n_bytes = held_out_loss(model, corpus, tokenizer.token_bytes(), block_size, config.eval_tokens or corpus.n_tokens,
-                                           config.batch_size, model.wte.weight.device)
+                                           config.batch_size, model.wte.weight.device, tokenizer.bos if corpus.row else None)
     bpb = nats.sum() / math.log(2) / n_bytes.sum()
     # A ratio of sums: its error from the residuals of the windows.
     residuals = nats / math.log(2) - bpb * n_bytes
@@ -67,7 +76,7 @@ def make_questions(corpus, tokenizer, config):
         raise BadInput(f"{corpus.folder}: a cloze needs 4 held-out documents of {config.context + config.continuation} tokens, "
                        f"it has {len(long_enough)}; lower --context")
     rng, questions = np.random.default_rng(config.seed), []
-    for _ in range(config.questions):
+    for _ in range(config.questions or 500):
         chosen = rng.choice(len(long_enough), 4, replace=False)
         place = int(rng.integers(4))
         at = [int(rng.integers(long_enough[i][0] + config.context, long_enough[i][1] - config.continuation + 1)) for i in chosen]
@@ -91,8 +100,43 @@ def cloze(model, corpus, tokenizer, config):
         nll, _ = model(rows[:, :-1].contiguous(), targets)
         per_byte = nll.sum(1).cpu().numpy() / sizes[rows[:, -config.continuation:].cpu().numpy()].sum(1).clip(1)
         right += [int(np.argmin(four)) == place for four, (_, _, place) in zip(per_byte.reshape(-1, 4), group)]
-    share = float(np.mean(right))
-    return {"cloze": share, "cloze_se": math.sqrt(share * (1 - share) / len(right)), "questions": len(right)}
+    share, error, count = share_of(right)
+    return {"cloze": share, "cloze_se": error, "questions": count}
+
+
+def normalise(answer):
+    """What an answer says: "The answer is 7." and "7" are the same."""
+    return answer.strip().removeprefix("The answer is ").removesuffix(".").strip()
+
+
+def exact(model, tokenizer, config, file):
+    """{"exact", "exact_se", "exact_questions", "answer_tokens", "families": {family: (share, standard error, questions)}} of greedy
+    answers to the questions of a file."""
+    asked = list(itertools.islice(chat.read_questions(file), config.questions))
+    if not asked:
+        raise BadInput(f"{file}: holds no questions")
+    right, lengths = [], []
+    for at in range(0, len(asked), config.batch_size):
+        group = asked[at:at + config.batch_size]
+        prompts = [tokenizers.chat_ids(tokenizer, messages, generate=True)[0] for messages, _, _ in group]
+        answers = torch.stack(list(model.generate(prompts, config.answer_tokens, temperature=0, stop_ids=tokenizer.stop_ids,
+                                                  never_ids=[tokenizer.bos])), dim=1).tolist()     # (questions, tokens)
+        for (_, wanted, _), ids in zip(group, answers):
+            end = next((i for i, token in enumerate(ids) if token in tokenizer.stop_ids), len(ids))
+            right.append(end < len(ids) and normalise(tokenizer.decode(ids[:end])) == normalise(wanted))
+            lengths.append(end)
+    by_family = {}
+    for (_, _, family), hit in zip(asked, right):
+        by_family.setdefault(family, []).append(hit)
+    share, error, count = share_of(right)
+    return {"exact": share, "exact_se": error, "exact_questions": count, "answer_tokens": float(np.mean(lengths)),
+            "families": {name: share_of(hits) for name, hits in by_family.items() if name}}
+
+
+def share_of(hits):
+    """(share, its standard error, how many) of a list of bool."""
+    share = float(np.mean(hits))
+    return share, math.sqrt(share * (1 - share) / len(hits)), len(hits)
 
 
 @exits_cleanly
@@ -102,29 +146,42 @@ def main(argv):
     meta = checkpoint.read_meta(folder)
     trained = meta.get("train") or {"data": "", "block_size": min(1024, meta["model"]["max_position"])}    # a released model
     name = config.data or trained["data"].split(",")[0].split(":")[0]
-    if not name:
+    if not name and not (config.task == "exact" and config.questions_file):
         raise BadInput(f"--data: {folder} does not say on what it was trained; name a prepared corpus "
                        f"(python data/pytorch/prepare.py --tokenizer={folder} prepares one)")
     tokenizer = tokenizers.of_model(folder, config.tokenizer, meta["model"]["vocab_size"])
-    corpus = open_corpus(config.data_dir, name, tokenizer, "val")
-    block_size = config.block_size or trained["block_size"]
-    if corpus.n_tokens <= block_size:
-        raise BadInput(f"--block_size={block_size}: the val split of {name} has only {corpus.n_tokens} tokens")
+    file = Path(config.questions_file) if config.questions_file else ROOT / config.data_dir / name / "test.jsonl"
+    tasks, block_size = {config.task}, config.block_size
+    if config.task != "exact":
+        corpus = open_corpus(config.data_dir, name, tokenizer, "val")
+        block_size = block_size or (corpus.row - 1 if corpus.row else trained["block_size"])
+        check_block_size(corpus, block_size)
+        if config.task == "all":
+            tasks = {"bpb"} | (set() if corpus.row else {"cloze"}) | ({"exact"} if config.questions_file or file.is_file() else set())
+        if "cloze" in tasks and corpus.row:
+            raise BadInput(f"--task=cloze: {name} holds conversations; a cloze needs running text (--task=bpb or exact goes with them)")
     model = MiniCPM.from_pretrained(folder, pick_device(config.device)).eval()
-    result = {"ckpt": str(folder), "data": name, "block_size": block_size}
-    if config.task in ("bpb", "all"):
+    result = {"ckpt": str(folder), "data": config.questions_file or name, "block_size": block_size}
+    if "bpb" in tasks:
         result |= bits_per_byte(model, corpus, tokenizer, config, block_size)
-    if config.task in ("cloze", "all"):
+    if "cloze" in tasks:
         result |= cloze(model, corpus, tokenizer, config)
+    if "exact" in tasks:
+        result |= exact(model, tokenizer, config, file)
     if config.json:
         print(json.dumps(result))
         return
-    print(f"{folder} on held-out {name}:")
+    print(f"{folder} on held-out {result['data']}:")
     if "bpb" in result:
         print(f"  {result['bpb']:.4f} +- {result['bpb_se']:.4f} bits per byte, {result['loss']:.4f} nats per token, "
               f"{result['targets']:,} targets with up to {block_size} tokens of context")
     if "cloze" in result:
         print(f"  cloze {100 * result['cloze']:.1f} +- {100 * result['cloze_se']:.1f} % of {result['questions']} questions (chance 25 %)")
+    if "exact" in result:
+        print(f"  exact {100 * result['exact']:.1f} +- {100 * result['exact_se']:.1f} % of {result['exact_questions']} questions, "
+              f"{result['answer_tokens']:.1f} tokens an answer")
+        for family, (share, error, count) in result["families"].items():
+            print(f"    {family:12}{100 * share:6.1f} +- {100 * error:.1f} % of {count}")
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ import checkpoint
 import metrics
 import tokenizer as tokenizers
 from configurator import ROOT, BadInput, configure, exits_cleanly, print_differences
-from dataset import held_out_loss, make_batches, open_corpus, parse_mixture
+from dataset import check_block_size, held_out_loss, make_batches, open_corpus, parse_mixture
 from device import keep_memory, peak_flops, pick_device, pick_dtype, settle_compile
 from memory import MICRO_TOKENS_CPU, check_memory, choose_micro_batch
 from model import MiniCPM, MiniCPMConfig, init_weights, load_weights, optimizer_groups
@@ -55,7 +55,8 @@ class TrainConfig:
     decay_data: str | None = None       # mixture from the first decay step on; unset: data
     data_dir: str = "data"              # where the corpora are; relative to the project
     tokenizer: str = "bpe4096"          # bpe4096, bytes, gpt2, cl100k_base, or a folder; with init_from: the checkpoint's
-    doc_mask: bool = False              # True: attention stays within a document
+    doc_mask: bool = False              # True: attention stays within a document, or a conversation
+    answers_only: bool = True           # of conversations: loss on the answers alone; False: on all that is said
     max_steps: int | None = None        # updates; wins over minutes
     minutes: float | None = None        # length of the run by the clock, compiling and evaluation included
     batch_size: int = 8                 # sequences per update
@@ -457,7 +458,7 @@ def prepare_missing(config, tokenizer):
     """Run data/NAME/prepare.py for each corpus that is not there yet and needs nothing but its name."""
     for name in {**parse_mixture(config.data), **parse_mixture(config.decay_data or config.data)}:
         script = ROOT / "data" / name / "prepare.py"
-        if not Path(ROOT, config.data_dir, name, tokenizer.name).exists() and name in ("pytorch", "plays", "speeches"):
+        if not Path(ROOT, config.data_dir, name, tokenizer.name).exists() and name in ("pytorch", "plays", "speeches", "instruct"):
             command = [sys.executable, str(script), f"--tokenizer={config.tokenizer}", f"--data_dir={config.data_dir}"]
             if subprocess.run(command).returncode:
                 raise BadInput(f"data={name}: could not be prepared (see above)")
@@ -468,9 +469,7 @@ def open_data(config, tokenizer):
     shares = parse_mixture(config.data)
     for name in {**shares, **parse_mixture(config.decay_data or config.data)}:
         for split in ("train", "val"):
-            n_tokens = open_corpus(config.data_dir, name, tokenizer, split).n_tokens
-            if n_tokens <= config.block_size:
-                raise BadInput(f"--block_size={config.block_size}: the {split} split of {name} has only {n_tokens} tokens")
+            check_block_size(open_corpus(config.data_dir, name, tokenizer, split), config.block_size)
     bos = tokenizer.bos if config.doc_mask else None
     held_out = {name: open_corpus(config.data_dir, name, tokenizer, "val") for name in shares}
     token_bytes = tokenizer.token_bytes()
@@ -483,7 +482,7 @@ def open_data(config, tokenizer):
         return {"val_loss": nats / targets, "val_bpb": nats / math.log(2) / n_bytes}
 
     open_train = lambda name: open_corpus(config.data_dir, name, tokenizer, "train")        # noqa: E731
-    return make_batches(open_train, config.seed, config.block_size, bos), validate
+    return make_batches(open_train, config.seed, config.block_size, bos, config.answers_only), validate
 
 
 def build_model(start, config, world=None):
@@ -621,6 +620,10 @@ def launch(config, model, given, go=fly):
         if world is None or world.rank == 0:
             print(error, file=sys.stderr)
         raise SystemExit(3) from None
+    except BadInput as error:
+        if world is None or world.rank == 0:
+            raise
+        raise BadInput(*[f"rank {world.rank}: {line}" for line in error.args]) from None
     except RuntimeError as error:
         if world is None or not parallel.lost_a_peer(error):
             raise

@@ -1,22 +1,33 @@
 """What every data/NAME/prepare.py does with its documents."""
+import contextlib
+import functools
 import hashlib
 import io
+import json
+import math
+import multiprocessing
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import zipfile
+from collections import deque
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))             # the project
 
+import checkpoint                                                        # noqa: E402
 import tokenizer as tokenizers                                           # noqa: E402
 from configurator import ROOT, BadInput                                  # noqa: E402
-from dataset import open_corpus, write_corpus                            # noqa: E402
+from dataset import need_both, open_corpus, write_corpus, write_meta, write_shards                 # noqa: E402
 
 
 @dataclass
@@ -26,8 +37,12 @@ class PrepareOptions:
     data_dir: str = "data"          # output goes to DATA_DIR/NAME/TOKENIZER; relative to the project
 
 
-def prepare(name, documents, options):
-    """Write data_dir/NAME/TOKENIZER from an iterable of (split, text), which is not touched where the corpus is there."""
+def prepare(name, documents, options, units=None, tokens=math.inf, processes=1):
+    """Write data_dir/NAME/TOKENIZER, which is not touched where the corpus is there.
+
+    documents         iterable of (split, text); with units, a function of a unit that gives one
+    units, tokens, processes    see write_units
+    """
     tokenizer = tokenizers.load(options.tokenizer)
     folder = ROOT / options.data_dir / name / tokenizer.name
     if folder.exists() and not options.overwrite:
@@ -36,18 +51,135 @@ def prepare(name, documents, options):
         return
     print(f"preparing {folder}", flush=True)
     start = time.perf_counter()
-    if folder.exists():                                                  # the old one stays until the new one is complete
-        new = folder.with_name(f".{folder.name}.{os.getpid()}.new")
-        meta = write_corpus(new, tokenizer, documents)
-        shutil.rmtree(folder)
-        new.rename(folder)
+    if units is None:
+        meta = write_corpus(folder, tokenizer, documents, overwrite=options.overwrite)
     else:
-        meta = write_corpus(folder, tokenizer, documents)
-    n, size, tokens = (sum(split[key] for split in meta["splits"].values()) for key in ("documents", "bytes", "tokens"))
+        meta = write_units(folder, options.tokenizer, units, documents, tokens, processes, options.overwrite)
+    n, size, total = (sum(split[key] for split in meta["splits"].values()) for key in ("documents", "bytes", "tokens"))
     val = meta["splits"]["val"]
-    print(f"{name}: {n:,} documents ({val['documents']:,} held out), {size / 1e6:.2f} MB, {tokens:,} tokens, "
-          f"{size / tokens:.3f} bytes/token, {time.perf_counter() - start:.1f} s")
+    print(f"{name}: {n} documents ({val['documents']} held out), {size / 1e6:.1f} MB, {total / 1e6:.2f}M tokens, "
+          f"{size / total:.3f} bytes/token, {time.perf_counter() - start:.1f} s")
 
+
+# ---- a corpus too large for one process and one go
+
+def write_units(folder, tokenizer_name, units, documents, tokens=math.inf, processes=1, overwrite=False):
+    """Write a corpus from units of work, in parallel. However often it is killed, the same command goes on where it was, and
+    ends with the bytes of an undisturbed run by any number of processes.
+
+    A unit's shards, then its record unit_N.json, go to FOLDER's neighbour .TOKENIZER.part, which becomes FOLDER at the end. What
+    a record counts is whole, and what a unit gives depends on nothing but the unit: that is all the bookkeeping there is.
+
+    folder     data/NAME/TOKENIZER
+    units      iterable of what JSON can hold; together they say what there is to read
+    documents  unit -> iterable of (split, text); a function that another process can import
+    tokens     units are taken in order until there are so many
+    returns    the meta.json as a dict
+    """
+    units, tokenizer, part = list(units), load_once(tokenizer_name), folder.with_name(f".{folder.name}.part")
+    corpus, plan = part / "corpus", part / "plan"
+    part.mkdir(parents=True, exist_ok=True)
+    lock = checkpoint.lock(part)
+    try:
+        if overwrite or not folder.exists():                             # else another process did it since we looked
+            asked = hashlib.sha256(json.dumps([tokenizer.hash, tokens, units]).encode()).hexdigest()
+            if corpus.exists() and plan.read_text() != asked:
+                if not overwrite:
+                    raise BadInput(f"{part}: has finished units of another command (input, tokenizer or --tokens differ); "
+                                   "repeat that one, or --overwrite=True drops them")
+                shutil.rmtree(corpus)
+            if not corpus.exists():
+                plan.write_text(asked)
+                corpus.mkdir()
+            if not (corpus / "meta.json").exists():                      # else it was killed in what follows
+                merge(folder, corpus, tokenizer, finished_units(corpus, tokenizer_name, units, documents, tokens, processes))
+            splits = json.loads((corpus / "meta.json").read_text(encoding="utf-8"))["splits"].values()
+            wanted = {"meta.json", *(name for split in splits for name in split["shards"])}
+            for path in corpus.iterdir():                                # records, units beyond the last, halves of killed ones
+                if path.name not in wanted:
+                    path.unlink()
+            if overwrite:
+                shutil.rmtree(folder, ignore_errors=True)
+            corpus.rename(folder)
+    finally:
+        lock.close()
+    shutil.rmtree(part, ignore_errors=True)
+    return json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+
+
+def finished_units(corpus, tokenizer_name, units, documents, tokens, processes):
+    """Yield (sha256, splits) of each unit in order, until there are enough tokens, saying how fast it goes."""
+    jobs = [(corpus, number, unit, documents, tokenizer_name) for number, unit in enumerate(units)]
+    total, fresh, start = 0, 0, time.perf_counter()
+    if kept := len(list(corpus.glob("unit_*.json"))):
+        print(f"going on: {kept} units are finished", flush=True)
+    with contextlib.closing(in_order(jobs, processes)) as results:
+        for number, (new, sha, splits) in enumerate(results, 1):
+            count = sum(split["tokens"] for split in splits.values())
+            total += count
+            if new:
+                fresh += count
+                print(f"{number} of at most {len(units)} units, {total / 1e6:.2f}M tokens, {fresh / (time.perf_counter() - start):,.0f} tokens/s",
+                      flush=True)
+            yield sha, splits
+            if total >= tokens:
+                return
+    if tokens < math.inf:
+        print(f"that is all there is: {total / 1e6:.2f}M tokens, not {tokens / 1e6:.2f}M")
+
+
+def in_order(jobs, processes):
+    """Yield write_unit(*job) of each job in order, computed by so many processes, which run ahead by a few units."""
+    if processes == 1:
+        yield from (write_unit(*job) for job in jobs)
+        return
+    pool = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), initializer=end_with_parent)
+    try:
+        running = deque()
+        for job in jobs:
+            running.append(pool.submit(write_unit, *job))
+            if len(running) >= 2 * processes:
+                yield running.popleft().result()
+        while running:
+            yield running.popleft().result()
+    except BrokenProcessPool:
+        raise BadInput("a process was killed (out of memory? fewer --processes need less); the same command goes on") from None
+    finally:
+        pool.shutdown(cancel_futures=True)                               # what is running is finished, and kept
+
+
+def end_with_parent():
+    """Make a worker end with the process that began it, however that one ends."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
+
+
+def write_unit(corpus, number, unit, documents, tokenizer_name):
+    """(whether it is new, sha256, splits) of a unit, whose shards are then in the folder."""
+    record = corpus / f"unit_{number:06d}.json"
+    new = not record.exists()
+    if new:
+        result = write_shards(corpus, load_once(tokenizer_name), documents(unit), label=f"{number:06d}_")
+        checkpoint.write_json(record, result)
+    return new, *json.loads(record.read_text(encoding="utf-8"))
+
+
+load_once = functools.cache(tokenizers.load)
+
+
+def merge(folder, corpus, tokenizer, parts):
+    """Write the meta.json of a corpus of which each part, (sha256, splits), has its shards in the folder already."""
+    shas, splits = [], {split: {"documents": 0, "bytes": 0, "tokens": 0, "shards": [], "counts": []} for split in ("train", "val")}
+    for sha, part in parts:
+        shas.append(sha)
+        for split, about in part.items():
+            for key in about:
+                splits[split][key] += about[key]
+    need_both(folder, splits)
+    return write_meta(corpus, tokenizer, hashlib.sha256("".join(shas).encode()).hexdigest(), splits)
+
+
+# ---- holding out, fetching
 
 def held_out(identity, share):
     """Whether a document belongs to the validation split: decided by its name alone, so the same everywhere."""

@@ -1,6 +1,8 @@
 """Corpora and batches: every token once an epoch, the same batch whoever asks, and damage that is named."""
 import json
+import os
 import time
+import tracemalloc
 from collections import Counter
 
 import numpy as np
@@ -8,7 +10,8 @@ import pytest
 import torch
 
 from configurator import BadInput
-from dataset import HEADER, Split, drawn, held_out_windows, locate, make_batches, open_corpus, parse_mixture, permute, write_corpus
+from dataset import (HEADER, MAGIC, VERSION, Split, drawn, held_out_windows, locate, make_batches, open_corpus, parse_mixture, permute, write_corpus,
+                     write_shard)
 
 
 class Numbers:
@@ -128,6 +131,59 @@ def test_damage_is_one_line_that_names_the_file(tmp_path):
         assert "\n" not in str(caught.value) and str(folder / named) in str(caught.value) and says in str(caught.value)
     with pytest.raises(BadInput, match=r"nowhere.numbers: no corpus here; run python data/text/prepare.py --input=PATH --name=nowhere "):
         open_corpus(tmp_path, "nowhere", Numbers(), "train")
+
+
+def test_shards_are_opened_when_they_are_read_and_old_corpora_still_open(tmp_path):
+    folder = corpus(tmp_path).folder
+    whole, raw = Split(folder, "train").read(0, 203), (folder / "meta.json").read_text()
+    (folder / "train_000003.bin").write_bytes(b"")                       # is not looked at...
+    split = Split(folder, "train")
+    assert (split.read(0, 150) == whole[:150]).all()
+    with pytest.raises(BadInput, match="train_000003.bin: truncated header"):
+        split.read(149, 2)                                               # ...until it is needed
+    write_shard(folder / "train_000003.bin", whole[:49], Numbers.n_vocab)
+    with pytest.raises(BadInput, match="train_000003.bin: holds 49 tokens, meta.json says 50"):
+        split.read(149, 2)
+    write_shard(folder / "train_000003.bin", whole[150:200], Numbers.n_vocab)
+    meta = json.loads(raw)
+    for about in meta["splits"].values():                                # as it was written before counts were in it
+        del about["counts"]
+    (folder / "meta.json").write_text(json.dumps(meta))
+    assert (Split(folder, "train").read(0, 203) == whole).all()
+    for counts in ([203], [50, 50, 50, 50, "3"], 5):
+        meta["splits"]["train"]["counts"] = counts
+        (folder / "meta.json").write_text(json.dumps(meta))
+        with pytest.raises(BadInput, match="meta.json: damaged"):
+            Split(folder, "train")
+
+
+def test_a_trillion_tokens_are_addressed_without_holding_anything(tmp_path):
+    """The paper's 1.1T tokens in 11,000 shards, which are one empty file under as many names here."""
+    n_shards, per_shard = 11_000, 10 ** 8
+    write_shard(tmp_path / "one", np.zeros(0), Numbers.n_vocab)
+    with open(tmp_path / "one", "r+b") as f:
+        f.write(HEADER.pack(MAGIC, VERSION, 2, Numbers.n_vocab, per_shard))
+        f.truncate(HEADER.size + 2 * per_shard)                          # a hole: takes no room
+    names = [f"train_{n:06d}_000000.bin" for n in range(n_shards)]
+    for name in names:
+        os.link(tmp_path / "one", tmp_path / name)
+    about = {"tokens": n_shards * per_shard, "shards": names, "counts": [per_shard] * n_shards}
+    (tmp_path / "meta.json").write_text(json.dumps({"tokenizer_hash": "", "vocab_size": Numbers.n_vocab, "splits": {"train": about}}))
+    tracemalloc.start()
+    began = time.perf_counter()
+    split = Split(tmp_path, "train")
+    offsets = []
+    read, split.read = split.read, lambda offset, length: offsets.append(offset) or read(offset, length)
+    batches = make_batches(lambda name: split, 1, 4096)
+    for step in (0, 10 ** 5, 67_000):                                    # 67,000 batches of 4M tokens are a quarter of it
+        batches([[0, "a:0.7,b:0.3"]], 1024 * step, 32)
+    seconds, peak = time.perf_counter() - began, tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(set(offsets)) == 96 and max(offsets) > 0.9 * split.n_tokens and min(offsets) < 0.1 * split.n_tokens
+    assert seconds < 5 and peak < 20e6, (seconds, peak)
+    with pytest.raises(BadInput, match="train_010999_000000.bin: shard is missing"):
+        (tmp_path / names[-1]).unlink()
+        Split(tmp_path, "train")
 
 
 def test_mixtures_that_mean_nothing_are_refused():

@@ -112,7 +112,7 @@ def test_two_processes_are_one(place):
     expected = {name: alone(place, f"1-{name}", *more) for name, more in VARIANTS.items()}
     runs = {f"2-{name}": (name, more) for name, more in VARIANTS.items()}
     runs |= {"2-replicate": ("tied", ["--replicate=2"]), "2-accumulate": ("tied", ["--micro_batch_size=1", "--recompute=2"]),
-             "2-async": ("tied", ["--async_save=True"])}
+             "2-sync": ("tied", ["--micro_batch_size=1", "--sync_micro_steps=True"]), "2-async": ("tied", ["--async_save=True"])}
     together(place, 2, options(place, "2-bfloat16", "--dtype=bfloat16"), *[options(place, name, *more) for name, (_, more) in runs.items()])
     for name, (variant, _) in runs.items():
         assert close(losses(place, name), expected[variant]), name
@@ -221,6 +221,23 @@ def test_ranks_with_another_configuration_are_named(place):
     process = launch(2, place / "uneven.py", *options(place, "uneven"))
     said = process.communicate(timeout=120)[0]
     assert process.returncode and "rank 1: has another configuration than rank 0: seed" in said
+
+
+@pytest.mark.parametrize("when", ["start", "middle"])
+def test_a_shard_that_one_node_lacks_ends_all_ranks(place, when):
+    """Missing at the start, or only found damaged when it is first read, by one of the ranks alone."""
+    hide = 'os.listdir = lambda folder: []' if when == "start" else 'dataset.Split.map_shard = lambda self, i: self.header("gone.bin")'
+    (place / "lacking.py").write_text(f"""
+import os, sys
+sys.path.insert(0, {str(ROOT)!r})
+import dataset, train
+if os.environ["RANK"] == "1":
+    {hide}
+train.main(sys.argv[1:])
+""")
+    process = launch(2, place / "lacking.py", *options(place, f"lacking-{when}"))
+    said = process.communicate(timeout=120)[0].split("torch/distributed/elastic")[0]
+    assert process.returncode and "rank 1: " in said and "shard is missing" in said and "Traceback" not in said
 
 
 def test_a_loss_that_is_no_number_stops_all_ranks(place):

@@ -3,8 +3,12 @@ import hashlib
 import importlib.util
 import io
 import json
+import os
+import random
+import signal
 import subprocess
 import sys
+import time
 import zipfile
 from pathlib import Path
 
@@ -268,25 +272,239 @@ def test_a_failed_overwrite_keeps_the_old_corpus(text, tmp_path, capsys):
     assert json.loads((tmp_path / "data" / "mine" / "bytes" / "meta.json").read_text(encoding="utf-8")) == first
 
 
+# ---- units of work
+
+UNITS = """
+import sys, time
+from dataclasses import dataclass
+from pathlib import Path
+sys.path[:0] = [{root!r}, {data!r}]
+from configurator import configure, exits_cleanly
+from prepare_corpus import PrepareOptions, prepare
+
+def documents(unit):
+    number, gate = unit                                                  # a unit with a gate waits in its middle until it opens
+    for i in range(40):
+        while i == 20 and gate and not Path(gate).exists():
+            time.sleep(0.01)
+        time.sleep({pace})
+        yield "val" if i % 10 == 3 else "train", f"document {{i}} of unit {{number}} " * (number + 3)
+
+@dataclass
+class UnitsOptions:
+    tokens: int = 15_000
+    processes: int = 1
+
+@exits_cleanly
+def main(argv):
+    (options, more), _ = configure(argv, PrepareOptions, UnitsOptions, usage="")
+    prepare("units", documents, options, [[number, {gate!r} if number == 2 else ""] for number in range(8)], more.tokens, more.processes)
+
+if __name__ == "__main__":
+    main()
+"""
+
+
+@pytest.fixture
+def units(tmp_path):
+    """A prepare.py of eight units, as a module and as a file; the third unit waits for the file tmp_path/gate."""
+    return units_script(tmp_path)
+
+
+def units_script(tmp_path, pace=0):
+    """The same; pace: seconds that a document takes."""
+    path = tmp_path / "prepare_units.py"
+    path.write_text(UNITS.format(root=str(ROOT), data=str(ROOT / "data"), gate=str(tmp_path / "gate"), pace=pace), encoding="utf-8")
+    spec = importlib.util.spec_from_file_location("prepare_units", path)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def contents(data_dir, name="units"):
+    """{file: bytes} of a corpus, beside which nothing is left."""
+    (folder,) = (data_dir / name).iterdir()
+    assert folder.name == "bytes"
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def undisturbed(units, tmp_path):
+    (tmp_path / "gate").touch()
+    units.main([f"--data_dir={tmp_path / 'calm'}", "--tokenizer=bytes"])
+    return contents(tmp_path / "calm")
+
+
+def test_a_killed_command_goes_on_and_another_one_meanwhile_is_told(units, tmp_path, capsys):
+    """Two processes run ahead of a unit that hangs; the command is killed there, and one process ends what they began."""
+    arguments, part = [f"--data_dir={tmp_path / 'data'}", "--tokenizer=bytes"], tmp_path / "data" / "units" / ".bytes.part"
+    process = subprocess.Popen([sys.executable, units.__file__, *arguments, "--processes=2"], stdout=subprocess.PIPE,
+                               stderr=subprocess.STDOUT, text=True)
+    while not (part / "corpus" / "unit_000004.json").exists():
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.02)
+    assert error_of(units, arguments, capsys) == f"{part}: in use by another process; wait for it, or give another folder"
+    process.kill()
+    said = process.communicate(timeout=30)[0]                            # its workers share this pipe: they have ended too
+    assert "2 of at most 8 units" in said and "tokens/s" in said
+    (part / "corpus" / ".train_000002_000000.bin.1.tmp").write_bytes(b"half a shard")
+    (tmp_path / "gate").touch()
+    expected = undisturbed(units, tmp_path)
+    capsys.readouterr()
+    units.main(arguments)
+    assert "units are finished" in capsys.readouterr().out
+    assert contents(tmp_path / "data") == expected
+    # Enough tokens came with the fourth unit: what was done ahead of it is gone.
+    assert sorted(expected) == ["meta.json", *(f"{split}_{n:06d}_000000.bin" for split in ("train", "val") for n in range(4))]
+    meta = json.loads(expected["meta.json"])
+    without_last = sum(sum(split["counts"][:-1]) for split in meta["splits"].values())
+    assert without_last < 15_000 <= sum(split["tokens"] for split in meta["splits"].values())
+    train, tok = open_corpus(tmp_path / "data", "units", tokenizer.load("bytes"), "train"), tokenizer.load("bytes")
+    documents = tok.decode(train.read(0, train.n_tokens)).replace("<s>", "").split("</s>")[:-1]
+    assert documents == [text for n in range(4) for split, text in units.documents([n, ""]) if split == "train"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="finds the workers with pgrep")
+def test_random_kills_of_the_command_or_a_worker_change_nothing(tmp_path):
+    units, arguments = units_script(tmp_path, 0.02), [f"--data_dir={tmp_path / 'data'}", "--tokenizer=bytes", "--tokens=1000000"]
+    (tmp_path / "gate").touch()
+    units.main([f"--data_dir={tmp_path / 'calm'}", *arguments[1:]])
+    corpus, rng, killed = tmp_path / "data" / "units" / ".bytes.part" / "corpus", random.Random(0), 0
+    for attempt in range(30):
+        before = len(list(corpus.glob("unit_*")))
+        process = subprocess.Popen([sys.executable, units.__file__, *arguments, "--processes=2"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                                   text=True)
+        while process.poll() is None and len(list(corpus.glob("unit_*"))) == before:
+            time.sleep(0.02)
+        time.sleep(rng.random() * 0.3)
+        workers = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+        if process.poll() is None:
+            os.kill(int(rng.choice([process.pid, *workers])), signal.SIGKILL)
+            killed += 1
+        said = process.communicate()[0]
+        if process.returncode == 0:
+            break
+        assert process.returncode == -9 or "a process was killed" in said and "Traceback" not in said, said
+    assert killed >= 3 and contents(tmp_path / "data") == contents(tmp_path / "calm")
+
+
+def test_a_unit_that_fails_costs_only_itself(units, tmp_path, monkeypatch, capsys):
+    expected, arguments = undisturbed(units, tmp_path), [f"--data_dir={tmp_path / 'data'}", "--tokenizer=bytes"]
+    whole, read = units.documents, []
+
+    def failing(unit):
+        read.append(unit[0])
+        for n, document in enumerate(whole(unit)):
+            if len(read) == 3 and n == 30:
+                raise BadInput("the line is down; the same command goes on")
+            yield document
+    monkeypatch.setattr(units, "documents", failing)
+    assert error_of(units, arguments, capsys) == "the line is down; the same command goes on"
+    assert not (tmp_path / "data" / "units" / "bytes").exists()
+    # Another command does not mix its units with these.
+    assert "has finished units of another command" in error_of(units, [*arguments, "--tokens=1000000"], capsys)
+    units.main(arguments)
+    assert read == [0, 1, 2, 2, 3] and contents(tmp_path / "data") == expected
+    units.main(arguments)
+    assert "already prepared" in capsys.readouterr().out and read == [0, 1, 2, 2, 3]
+    # Overwriting goes on where it was killed too, and fewer units than were asked for are said to be.
+    def killed(unit):
+        yield next(whole(unit))
+        raise KeyboardInterrupt
+    monkeypatch.setattr(units, "documents", killed)
+    with pytest.raises(KeyboardInterrupt):
+        units.main([*arguments, "--overwrite=True", "--tokens=1000000"])
+    assert json.loads((tmp_path / "data" / "units" / "bytes" / "meta.json").read_bytes()) == json.loads(expected["meta.json"])
+    monkeypatch.setattr(units, "documents", whole)
+    units.main([*arguments, "--overwrite=True", "--tokens=1000000"])
+    assert "that is all there is" in capsys.readouterr().out and len(contents(tmp_path / "data")) == 1 + 2 * 8
+
+
+def test_a_kill_while_it_is_put_in_place_loses_nothing(units, tmp_path, monkeypatch):
+    expected, arguments = undisturbed(units, tmp_path), [f"--data_dir={tmp_path / 'data'}", "--tokenizer=bytes"]
+    for stopped_at in ("unlink", "rename"):
+        def stop(path, *more):
+            raise KeyboardInterrupt
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, stopped_at, stop)
+            with pytest.raises(KeyboardInterrupt):
+                units.main(arguments)
+        monkeypatch.setattr(units, "documents", None)                    # nothing is read again
+    units.main(arguments)
+    assert contents(tmp_path / "data") == expected
+
+
 # ---- data/fineweb_edu
 
-def test_fineweb_stops_near_the_number_of_tokens(monkeypatch):
-    module = script("fineweb_edu")
-    rows = [{"id": f"<urn:{i}>", "text": "x" * 98} for i in range(100_000)]
-    stub = type(sys)("datasets")
-    stub.load_dataset = lambda *args, **options: iter(rows)
-    monkeypatch.setitem(sys.modules, "datasets", stub)
-    documents = list(module.documents(1_000_000, tokenizer.load("bytes")))
-    assert len(documents) == 10_000 and {split for split, _ in documents} == {"train", "val"}
+@pytest.fixture
+def pages(tmp_path):
+    """A folder of three parquet files of web pages: 3,000 of 1,000 tokens (bytes)."""
+    parquet, pyarrow = pytest.importorskip("pyarrow.parquet"), pytest.importorskip("pyarrow")
+    folder = tmp_path / "pages"
+    folder.mkdir()
+    for n in range(3):
+        rows = [{"id": f"<urn:{n}-{i}>", "text": f"page {i} of {n} ".ljust(998, "x")} for i in range(1000)]
+        parquet.write_table(pyarrow.Table.from_pylist(rows), folder / f"{n:03d}.parquet", row_group_size=10,
+                            use_dictionary=False, compression="none")
+    return folder
 
-    def offline(*args, **options):
-        raise ConnectionError("a long\nstory")
-    stub.load_dataset = offline
-    with pytest.raises(BadInput, match="could not be read from the hub: ConnectionError"):
-        list(module.documents(1_000_000, tokenizer.load("bytes")))
-    monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(BadInput, match="pip install datasets"):
-        list(module.documents(1_000_000, tokenizer.load("bytes")))
+
+def run_fineweb(tmp_path, name, *more):
+    script("fineweb_edu").main([f"--data_dir={tmp_path / name}", "--tokens=1500000", "--tokenizer=bytes", "--processes=1", *more])
+    return contents(tmp_path / name, "fineweb_edu")
+
+
+def test_fineweb_from_a_folder_is_fineweb_from_the_hub(pages, tmp_path, monkeypatch, capsys):
+    expected = run_fineweb(tmp_path, "folder", f"--input={pages}")
+    said, meta = capsys.readouterr().out, json.loads(expected["meta.json"])
+    splits = meta["splits"]
+    assert 1_500_000 <= splits["train"]["tokens"] + splits["val"]["tokens"] < 1_600_000 and "tokens/s" in said
+    assert 5 <= splits["val"]["documents"] <= 30 and len(splits["train"]["shards"]) > 10          # about 1 %; many units
+
+    class Hub:
+        HfApi = HfFileSystem = lambda: Hub
+        dataset_info = lambda name: type("", (), {"sha": "0123abcd"})                              # noqa: E731
+        glob = lambda pattern: [pattern.replace("*", path.stem) for path in reversed(sorted(pages.iterdir()))]     # noqa: E731
+        open = lambda path: open(pages / Path(path).name, "rb")                                    # noqa: E731
+    monkeypatch.setitem(sys.modules, "huggingface_hub", Hub)
+    assert run_fineweb(tmp_path, "hub") == expected
+
+    def cut(path):
+        raise ConnectionError("the line\nis down")
+    Hub.open = cut
+    error = error_of(script("fineweb_edu"), [f"--data_dir={tmp_path / 'cut'}", "--tokenizer=bytes"], capsys)
+    assert "sample/10BT/000.parquet: could not be read (ConnectionError: the line); what is finished is kept" in error
+
+
+def test_fineweb_names_the_file_that_is_broken(pages, tmp_path, capsys):
+    import pyarrow
+    import pyarrow.parquet
+    fineweb, arguments = script("fineweb_edu"), [f"--data_dir={tmp_path}", f"--input={pages}", "--tokenizer=bytes", "--processes=1"]
+    raw = (pages / "001.parquet").read_bytes()
+    (pages / "001.parquet").write_bytes(raw[:1000] + b"\xff" * 500_000 + raw[501_000:])            # pages, not the index at the end
+    assert f"{pages / '001.parquet'}: could not be read (" in error_of(fineweb, arguments, capsys)
+    assert (tmp_path / "fineweb_edu" / ".bytes.part" / "corpus" / "unit_000000.json").exists()
+    for damage, says in ((raw[:-100], "could not be read ("), (b"", "could not be read (")):
+        (pages / "001.parquet").write_bytes(damage)
+        assert f"{pages / '001.parquet'}: {says}" in error_of(fineweb, arguments, capsys)
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([{"text": "x", "url": "y"}]), pages / "001.parquet")
+    assert "has no column id; it has text, url" in error_of(fineweb, arguments, capsys)
+    assert "no .parquet file there" in error_of(fineweb, [*arguments[:1], f"--input={tmp_path / 'nowhere'}"], capsys)
+
+
+def test_fineweb_without_a_network_or_its_packages_takes_one_line(tmp_path, monkeypatch, capsys):
+    fineweb = script("fineweb_edu")
+    stub = type(sys)("huggingface_hub")
+
+    def offline():
+        raise RuntimeError("no route\nto anywhere")                      # its HTTP client's errors are no OSError
+    stub.HfApi = offline
+    monkeypatch.setitem(sys.modules, "huggingface_hub", stub)
+    assert "HuggingFaceFW/fineweb-edu: could not be read (RuntimeError: no route)" in error_of(fineweb, [f"--data_dir={tmp_path}"], capsys)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    assert "pip install pyarrow huggingface_hub" in error_of(fineweb, [f"--data_dir={tmp_path}"], capsys)
+    assert "--tokens=5: at least" in error_of(fineweb, ["--tokens=5"], capsys)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("name", ["pytorch", "plays", "speeches", "text", "fineweb_edu"])

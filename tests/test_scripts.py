@@ -16,7 +16,7 @@ import tokenizer as tokenizers
 import train
 from configurator import ROOT
 
-FAMILY = ("dpo.py", "upcycle.py", "convert.py", "plan.py", "bench.py", "evaluate.py", "parallel.py")
+FAMILY = ("dpo.py", "chat.py", "passkey.py", "upcycle.py", "convert.py", "plan.py", "bench.py", "evaluate.py", "parallel.py")
 LONG_OR_NETWORK = ("--to_gguf", "--task=sizes", "--simulate", "data/fineweb_edu", "config/gpu_124m.py", "data/plays", "data/speeches", "--data=plays")
 
 
@@ -87,7 +87,8 @@ def test_readme_command_runs(laptop, command, tmp_path):
     if words[0] == "sample.py":
         words.append("--max_new_tokens=5")
     if words[0] == "evaluate.py":
-        shutil.copy(ROOT / "evaluate.py", root)
+        for file in ("evaluate.py", "chat.py"):
+            shutil.copy(ROOT / file, root)
         words += ["--questions=8", "--eval_tokens=4096"]
     if words[0] in ("convert.py", "bench.py", "plan.py"):
         for file in (words[0], "parallel.py"):                           # plan.py needs it
