@@ -60,7 +60,7 @@ class DPOConfig(TrainConfig):
     reference: str | None = None        # not to be given: hash of the weights that the run started from
 
     out_dir: str = "out/dpo"            # the run's folder
-    data: str = "instruct"              # what evaluate.py measures the result on by default; training takes the pairs
+    data: str = "pairs"                 # corpus that evaluate.py measures the result on by default; training takes the pairs
     batch_size: int = 64                # pairs per update (the paper does not state its own)
     batch_schedule: str | None = None   # 'STEP:PAIRS,...': batch_size from a step on
     micro_batch_size: int = 0           # pairs per forward; 0: chosen
@@ -80,8 +80,8 @@ class DPOConfig(TrainConfig):
             out.append(f"--label_smoothing={self.label_smoothing}: must be at least 0 and below 0.5")
         if self.sft_coef < 0:
             out.append(f"--sft_coef={self.sft_coef}: must not be negative")
-        out += [f"--{name}: has no meaning here" for name in ("branch_from", "minutes", "decay_data", "doc_mask", "reference")
-                if getattr(self, name)]
+        without = ("branch_from", "minutes", "decay_data", "doc_mask", "answers_only", "reference")
+        out += [f"--{name}: has no meaning here" for name in without if getattr(self, name) != getattr(DPOConfig, name)]
         return out
 
 
