@@ -180,9 +180,9 @@ def coerce(value, hint):
 
 
 def field_comments(cls):
-    """{field: its trailing comment}, with the comment lines that continue it, from the dataclass's source."""
+    """{field: its trailing comment}, with the comment lines that continue it, from the source of the dataclass and its bases."""
     comments, last = {}, None
-    for line in inspect.getsource(cls).splitlines():
+    for line in "".join(inspect.getsource(base) for base in reversed(cls.__mro__[:-1])).splitlines():
         code, mark, comment = line.partition("#")
         name = code.partition(":")[0].strip()
         if mark and name in cls.__dataclass_fields__:

@@ -84,7 +84,7 @@ def draw(out_dir):
         x = next((n for step, n in at.items() if step > decay["step"]), tokens[-1])
         left.axvline(x, color="0.5", linewidth=0.8, linestyle=":")
         left.annotate(f"decay\n{decay['data']}", (x, 0.02), xycoords=("data", "axes fraction"), fontsize=7, color="0.3")
-    left.set(xlabel="tokens (millions)", ylabel="loss (nats per token)")
+    left.set(xlabel="tokens (millions)", ylabel="preference loss (nats per pair)" if "margin" in training[0] else "loss (nats per token)")
     left.grid(alpha=0.3)
     right = left.twinx()
     right.plot(tokens, [x["lr"] for x in training], color="tab:red", linestyle="--", linewidth=1, label="learning rate")

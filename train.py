@@ -605,18 +605,15 @@ def join_world(config, was_asked):
     return world
 
 
-@exits_cleanly
-def main(argv):
-    config, model, given = read_config(argv)
-    if "vocab_size" not in given and not (config.init_from or config.branch_from):
-        model = dataclasses.replace(model, vocab_size=tokenizers.load(config.tokenizer).n_vocab)
+def launch(config, model, given, go=fly):
+    """Decide what a command does and do it: go(start, world=world), in one process or in each of torchrun's."""
     world = join_world(config, asked(config, model)) if UNDER_TORCHRUN else None
     try:
         start = parallel.all_or_none(lambda: choose_start(config, model, given)) if world else choose_start(config, model, given)
         check_memory(start.model_config, world.device if world else pick_device(config.device), world.mesh.size(1) if world else 1)
         if not config.quiet and (world is None or world.rank == 0):
             print_differences(start.config, start.model_config)
-        fly(start, world=world)
+        go(start, world=world)
     except NonFinite as error:
         if world is None or world.rank == 0:
             print(error, file=sys.stderr)
@@ -630,6 +627,14 @@ def main(argv):
             raise
         print(f"rank {world.rank}: lost contact with the other processes ({str(error).splitlines()[0]})", file=sys.stderr)
         os._exit(4)                                                      # no clean-up that would wait for them
+
+
+@exits_cleanly
+def main(argv):
+    config, model, given = read_config(argv)
+    if "vocab_size" not in given and not (config.init_from or config.branch_from):
+        model = dataclasses.replace(model, vocab_size=tokenizers.load(config.tokenizer).n_vocab)
+    launch(config, model, given)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,270 @@
+"""Preference optimisation: the formula, the reference's log-probabilities, and a tiny model that learns a preference."""
+import json
+import math
+import random
+import subprocess
+import sys
+from dataclasses import asdict
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import checkpoint
+import dpo
+import metrics
+import tokenizer as tokenizers
+import train as train_module
+from configurator import ROOT, BadInput, build
+from model import MiniCPM, MiniCPMConfig, init_weights
+
+LN2 = math.log(2)
+
+
+def write_pairs(path, n, seed):
+    """Of two answers the one in digits is chosen, be it the longer or the shorter one."""
+    rng = random.Random(seed)
+    letters = lambda alphabet, most: "".join(rng.choices(alphabet, k=rng.randint(1, most)))            # noqa: E731
+    path.write_text("".join(json.dumps({"prompt": letters("pqrst", 6), "chosen": letters("0123456789", 4),
+                                        "rejected": letters("abcdefgh", 4)}) + "\n" for _ in range(n)))
+    return path
+
+
+def write_model(folder, seed):
+    config = MiniCPMConfig(vocab_size=tokenizers.load("bytes").n_vocab, n_layer=2, n_head=2, n_kv_head=1, n_embd=32, n_ff=48,
+                           dim_model_base=16)
+    model = MiniCPM(config)
+    init_weights(model, seed)
+    checkpoint.save(folder, 0, {"model": model.state_dict()}, {"model": asdict(config)}, tokenizers.load("bytes").save)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with a model, pairs, and a finished run 'straight' over them."""
+    folder = tmp_path_factory.mktemp("dpo")
+    write_model(folder / "sft", 0)
+    write_pairs(folder / "train.jsonl", 250, 1)
+    write_pairs(folder / "test.jsonl", 21, 2)
+    (folder / "tiny.py").write_text(f"""
+init_from = {str(folder / "sft")!r}
+pairs = {str(folder / "train.jsonl")!r}
+val_pairs = {str(folder / "test.jsonl")!r}
+block_size = 16
+batch_size = 8
+learning_rate = 0.003
+log_interval = 1
+eval_interval = 15
+save_interval = 10
+dtype = "float32"
+device = "cpu"
+quiet = True
+""")
+    run(folder, "straight")
+    return folder
+
+
+def run(place, out, *options):
+    dpo.main([str(place / "tiny.py"), f"--out_dir={place / out}", *options])
+    return place / out
+
+
+def curve(out):
+    training, held_out = metrics.read(out)
+    return [{name: value for name, value in line.items() if name != "tok_per_s"} for line in training], held_out
+
+
+def refused(capsys, *argv):
+    """What main says, in one line, when it refuses."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as end:
+        dpo.main(list(map(str, argv)))
+    said = capsys.readouterr().err.strip()
+    assert end.value.code == 2 and "Traceback" not in said
+    return said
+
+
+def killed(monkeypatch, at, *args):
+    """A run that is broken off after `at` updates."""
+    plain = train_module.train
+
+    def breaking(*args, **kwargs):
+        for update in plain(*args, **kwargs):
+            if update.step == at:
+                raise KeyboardInterrupt
+            yield update
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train_module, "train", breaking)
+        run(*args)
+
+
+# ---- the loss
+
+def test_the_loss_is_the_formula():
+    """Against -log(c^b r'^b / (c^b r'^b + r^b c'^b)) over plain probabilities: the Bradley-Terry likelihood of the choice."""
+    policy, reference, beta = torch.rand(5, 2) + 0.1, torch.rand(5, 2) + 0.1, 0.3
+    odds = ((policy[:, 0] / reference[:, 0]) / (policy[:, 1] / reference[:, 1])) ** beta
+    right, wrong = odds / (1 + odds), 1 / (1 + odds)
+    assert torch.allclose(dpo.dpo_loss(policy.log(), reference.log(), beta), -right.log(), atol=1e-6)
+    assert torch.allclose(dpo.dpo_loss(policy.log(), reference.log(), beta, 0.2), -0.8 * right.log() - 0.2 * wrong.log(), atol=1e-6)
+
+
+def test_its_gradient_lifts_the_chosen_answer_and_stops_where_labels_are_smoothed():
+    policy = torch.zeros(1, 2, requires_grad=True)
+    dpo.dpo_loss(policy, torch.zeros(1, 2), beta=0.1).sum().backward()
+    assert policy.grad.tolist() == [[pytest.approx(-0.05), pytest.approx(0.05)]]
+    certain = torch.tensor([[math.log(4) / 0.1, 0.0]], requires_grad=True)             # odds of 4 to 1 are what a share of 0.2 wrong means
+    dpo.dpo_loss(certain, torch.zeros(1, 2), 0.1, label_smoothing=0.2).sum().backward()
+    assert certain.grad.abs().max() < 1e-6
+
+
+def test_the_sft_term_is_the_nll_of_a_token_of_the_chosen_answer():
+    (config,) = build([dpo.DPOConfig], {"init_from": "x", "pairs": "x", "sft_coef": 0.5})
+    targets = torch.tensor([[[-100, 7, 8], [-100, -100, 9]]])
+    policy = torch.tensor([[-3.0, -4.0]])
+    losses, measures = dpo.judge(policy, policy, targets, config)
+    assert losses.tolist() == [pytest.approx(LN2 + 0.5 * 1.5)] and measures["chosen_nll"].tolist() == [1.5]
+    assert measures["accuracy"].tolist() == [0.5] and measures["kl"].tolist() == [0]
+
+
+def test_log_probabilities_are_of_the_last_answer_alone_and_know_nothing_of_padding(place):
+    tokenizer, model = tokenizers.load("bytes"), MiniCPM.from_pretrained(place / "sft")
+    messages = [{"role": "user", "content": "ab"}, {"role": "assistant", "content": "c"}, {"role": "user", "content": "d"}]
+    answers = ("efg", "h")
+    batch = dpo.stack([dpo.encode(tokenizer, messages, answers, 64)] * 2, 64)
+    found, _ = dpo.answer_logp(model, batch["idx"], batch["targets"])
+    for side, answer in enumerate(answers):
+        prompt = tokenizers.chat_ids(tokenizer, messages, generate=True)[0]
+        ids = [*prompt, *tokenizer.encode(answer), tokenizer.eos]
+        logp = model(torch.tensor([ids])).log_softmax(-1)[0]
+        wanted = sum(logp[at - 1, ids[at]].item() for at in range(len(prompt), len(ids)))
+        assert found[:, side].tolist() == [pytest.approx(wanted, abs=1e-4)] * 2
+
+
+def test_few_shapes_and_a_fresh_order_every_epoch():
+    (config,) = build([dpo.DPOConfig], {"init_from": "x", "pairs": "x", "block_size": 10, "batch_size": 4, "epochs": 2})
+    row = torch.zeros(1, dtype=torch.int32).numpy()
+    pairs = [((row.repeat(n), row.repeat(n)), (row, row)) for n in range(1, 11)]
+    batches = dpo.make_batches(pairs, config)
+    epochs = [batches(None, first, 10)[0]["index"].tolist() for first in (0, 10)]
+    assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(10)) and epochs[0] != epochs[1]
+    assert batches(None, 4, 4)[0]["index"].tolist() == epochs[0][4:8]
+    assert {dpo.stack([pair], 10)["idx"].shape[2] for pair in pairs} == {3, 6, 9, 12}
+    assert dpo.steps_of(config, 10) == 5
+
+
+# ---- runs
+
+def test_a_run_starts_at_ln_2_and_learns_the_preference(place):
+    training, held_out = curve(place / "straight")
+    assert abs(training[0]["loss"] - LN2) < 1e-6 and training[0]["kl"] == training[0]["margin"] == 0
+    assert len(training) == 250 // 8 and training[0]["lr"] <= 0.003 and training[-1]["lr"] < 0.0004       # one epoch, cosine
+    assert held_out[-1]["val_accuracy"] == 1 and held_out[-1]["val_loss"] < 0.5
+    assert training[-1]["chosen_reward"] > training[-1]["rejected_reward"]
+    assert training[-1]["kl"] == pytest.approx(-(training[-1]["chosen_reward"] + training[-1]["rejected_reward"]) / (2 * 0.1), abs=1e-4)
+    assert (place / "straight" / "loss.png").stat().st_size > 5000
+    meta = checkpoint.read_meta(checkpoint.resolve(place / "straight"))
+    assert meta["model"]["mup_lr"] is False
+
+
+def test_the_reference_is_that_of_the_model_it_starts_from(place):
+    model, tables = MiniCPM.from_pretrained(place / "sft"), load_file(place / "straight" / "reference.safetensors")
+    for split, file in (("train", "train.jsonl"), ("val", "test.jsonl")):
+        records = [json.loads(line) for line in (place / file).read_text().splitlines()]
+        pairs = [dpo.encode(tokenizers.load("bytes"), [{"role": "user", "content": r["prompt"]}], (r["chosen"], r["rejected"]), 16)
+                 for r in records]
+        batch = dpo.stack(pairs, 16)
+        with torch.no_grad():
+            logp, _ = dpo.answer_logp(model, batch["idx"], batch["targets"])
+        assert torch.allclose(tables[split], logp, atol=1e-4)
+
+
+def test_micro_batches_do_not_change_the_run(place):
+    parts = curve(run(place, "parts", "--micro_batch_size=2", "--max_steps=5"))[0]
+    whole = curve(run(place, "whole", "--micro_batch_size=8", "--max_steps=5"))[0]
+    for name in ("loss", "margin", "accuracy", "chosen_logp", "kl"):
+        assert [x[name] for x in parts] == pytest.approx([x[name] for x in whole], abs=1e-4), name
+
+
+def test_a_killed_run_goes_on_as_if_nothing_had_been(place, monkeypatch, capsys):
+    killed(monkeypatch, 17, place, "killed")
+    monkeypatch.setattr(dpo, "compute_reference", None)                                # it is read
+    run(place, "killed")
+    assert curve(place / "killed") == curve(place / "straight")
+    weights = [dict(checkpoint.read_tensors(checkpoint.resolve(place / out), "model")) for out in ("killed", "straight")]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[1])
+    run(place, "killed")
+    assert "is finished (31 steps)" in capsys.readouterr().out
+
+
+def test_a_reference_of_other_pairs_or_another_model_is_refused(place, monkeypatch, capsys):
+    pairs = write_pairs(place / "changing.jsonl", 60, 3)
+    argv = [place / "tiny.py", f"--pairs={pairs}", f"--out_dir={place / 'other'}"]
+    killed(monkeypatch, 1, place, "other", f"--pairs={pairs}")                         # before its first checkpoint
+    write_model(place / "another", 5)
+    said = refused(capsys, *argv, f"--init_from={place / 'another'}")
+    assert "reference.safetensors: was made from another model;" in said and "\n" not in said
+    assert "another model and other numerics;" in refused(capsys, *argv, f"--init_from={place / 'another'}", "--dtype=bfloat16")
+    killed(monkeypatch, 5, place, "other", f"--pairs={pairs}", "--save_interval=4")
+    write_pairs(pairs, 60, 4)
+    assert "was made from another pairs;" in refused(capsys, *argv, "--save_interval=4")
+    (place / "other" / "reference.safetensors").unlink()
+    assert "reference.safetensors: missing" in refused(capsys, *argv, "--save_interval=4")
+    (place / "other" / "reference.safetensors").write_bytes(b"nonsense")
+    assert "not a reference's log-probabilities" in refused(capsys, *argv, "--save_interval=4")
+    (place / "other" / "reference.safetensors").unlink()
+    assert abs(curve(run(place, "other", f"--pairs={pairs}", "--overwrite=True", "--max_steps=1"))[0][0]["loss"] - LN2) < 1e-6
+
+
+def test_pairs_of_a_twentieth_of_the_prompts_are_held_out_and_long_ones_counted(place, capsys):
+    (config,) = build([dpo.DPOConfig], {"init_from": "x", "pairs": str(place / "train.jsonl"), "block_size": 12})
+    said = []
+    splits = dpo.read_pairs(config, tokenizers.load("bytes"), said.append)
+    records = [json.loads(line) for line in (place / "train.jsonl").read_text().splitlines()]
+    longest = [3 + len(r["prompt"]) + max(len(r["chosen"]), len(r["rejected"])) for r in records]      # <s> <user> <AI>; eos is target only
+    too_long = sum(n > 12 for n in longest)
+    assert 0 < too_long < 250 and said == [f"{place / 'train.jsonl'}: {too_long} pairs left out, longer than --block_size=12 tokens"]
+    assert len(splits["train"]) + len(splits["val"]) == 250 - too_long and 0 < len(splits["val"]) < 30
+    few = dpo.read_pairs(build([dpo.DPOConfig], asdict(config) | {"max_pairs": 100})[0], tokenizers.load("bytes"), said.append)
+    assert len(few["train"]) == 100
+    with pytest.raises(BadInput, match="no pair for training of at most --block_size=2"):
+        dpo.read_pairs(build([dpo.DPOConfig], asdict(config) | {"block_size": 2})[0], tokenizers.load("bytes"), said.append)
+
+
+def test_bad_input_is_one_line_each(place, capsys):
+    said = refused(capsys, "--beta=0", "--epochs=-1", "--label_smoothing=0.5", "--sft_coef=-1", "--minutes=5", "--max_pairs=0")
+    lines = said.splitlines()
+    assert len(lines) == 9 and [line.partition(":")[0] for line in lines if "needed" in line] == ["--init_from", "--pairs"]
+    assert "did you mean --beta" in refused(capsys, place / "tiny.py", "--betta=1")
+    assert "has only 250 pairs" in refused(capsys, place / "tiny.py", f"--out_dir={place / 'none'}", "--batch_size=251")
+    for bad, complaint in (('{"prompt": "a", "chosen": "b", "rejected": "b"}', "chosen equals rejected"), ('{"prompt": "a", ', "not JSON"),
+                           ('{"prompt": "a", "chosen": "b"}', "unbalanced pair"),
+                           ('{"prompt": "a", "chosen": " ", "rejected": "b"}', "empty")):
+        (place / "bad.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n' + bad)
+        said = refused(capsys, place / "tiny.py", f"--out_dir={place / 'none'}", f"--pairs={place / 'bad.jsonl'}")
+        assert "bad.jsonl:2: " in said and complaint in said and "\n" not in said
+    assert not (place / "none").exists()
+
+
+def test_help_explains_the_knobs_of_both(capsys):
+    with pytest.raises(SystemExit) as end:
+        dpo.main(["--help"])
+    said = capsys.readouterr().out
+    assert end.value.code == 0 and "pull towards the reference" in said and "AdamW's, on matrices only" in said
+    assert "--learning_rate=float  (default 1e-05)" in said
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="torchrun with gloo is tried on Linux and macOS")
+def test_two_processes_are_one(place):
+    """Sharded, accumulated and recomputed, and resumed by one process that reads the reference of two."""
+    for name, more in (("2-shard", ()), ("2-parts", ("--micro_batch_size=2", "--recompute=2")), ("2-copies", ("--replicate=2",))):
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master-port=0", "--rdzv-backend=c10d",
+                   "--rdzv-endpoint=localhost:0", str(ROOT / "dpo.py"), str(place / "tiny.py"), f"--out_dir={place / name}", *more]
+        result = subprocess.run(command, capture_output=True, text=True, timeout=240)
+        assert result.returncode == 0, result.stdout + result.stderr
+        (one, one_held_out), (two, two_held_out) = curve(place / "straight"), curve(place / name)
+        assert abs(two[0]["loss"] - LN2) < 1e-6
+        for key in ("loss", "margin", "accuracy", "kl"):
+            assert [x[key] for x in two] == pytest.approx([x[key] for x in one], abs=1e-5), (name, key)
+        assert two_held_out[-1]["val_loss"] == pytest.approx(one_held_out[-1]["val_loss"], abs=1e-5)
