@@ -45,8 +45,8 @@ class EvaluateConfig:
     lengths: tuple[int, ...] = (256, 512, 1024, 2048)        # passkey: tokens of a document, question and answer included
     depths: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)  # passkey: where the key is, from the start (0) to the question (1)
     figure: str | None = None           # passkey: a heat map of length and depth (.png, .pdf, .svg)
-    rope_theta: float | None = None     # unset, like the next three: the checkpoint's own (see model.py)
-    rope_scaling: Literal['none', 'linear', 'dynamic', 'longrope'] | None = None
+    rope_scaling: Literal['unchanged', 'none', 'linear', 'dynamic'] = 'unchanged'   # in place of the checkpoint's (see model.py)
+    rope_theta: float | None = None     # the same; unset, like the next two: unchanged
     rope_factor: float | None = None
     max_position: int | None = None
     seed: int = 1337                    # of the questions
@@ -120,7 +120,7 @@ def cloze(model, corpus, tokenizer, config):
 def change_rope(model, config):
     """Give a model the RoPE that the options ask for, its weights as they are; BadInput where they do not go together."""
     names = ("rope_theta", "rope_scaling", "rope_factor", "max_position")
-    asked = {name: getattr(config, name) for name in names if getattr(config, name) is not None}
+    asked = {name: getattr(config, name) for name in names if getattr(config, name) not in (None, "unchanged")}
     (model.config,) = build([MiniCPMConfig], {**asdict(model.config), **asked})
 
 

@@ -1,6 +1,7 @@
 """What every data/NAME/prepare.py does with its documents."""
 import hashlib
 import io
+import math
 import os
 import re
 import shutil
@@ -24,11 +25,26 @@ class PrepareOptions:
     tokenizer: str = "bpe4096"      # bpe4096, bytes, gpt2, cl100k_base, or a folder written by tokenizer.py train
     overwrite: bool = False         # prepare again what is there already
     data_dir: str = "data"          # output goes to DATA_DIR/NAME/TOKENIZER; relative to the project
+    min_doc_tokens: int = 0         # leave out documents of fewer tokens: with suffix=_long, the long part of a mixture
+    max_doc_tokens: int | None = None  # leave out documents of more
+    suffix: str | None = None       # added to NAME, so that a part stands beside the whole: data=speeches_long:0.44,pytorch:0.56
+
+    def problems(self):
+        out = []
+        if (self.min_doc_tokens or self.max_doc_tokens) and not self.suffix:
+            out.append("--min_doc_tokens, --max_doc_tokens: the part needs a name of its own; give --suffix, as in --suffix=_long")
+        if self.min_doc_tokens < 0 or self.max_doc_tokens is not None and self.max_doc_tokens < max(1, self.min_doc_tokens):
+            out.append("--min_doc_tokens, --max_doc_tokens: at least 0, and the second not below the first")
+        if self.suffix and not re.fullmatch(r"[\w-]+", self.suffix):
+            out.append(f"--suffix={self.suffix}: letters, digits, '_' and '-'")
+        return out
 
 
 def prepare(name, documents, options):
     """Write data_dir/NAME/TOKENIZER from an iterable of (split, text), which is not touched where the corpus is there."""
-    tokenizer = tokenizers.load(options.tokenizer)
+    tokenizer, name = tokenizers.load(options.tokenizer), name + (options.suffix or "")
+    if options.min_doc_tokens or options.max_doc_tokens:
+        documents = by_length(documents, tokenizer, options)
     folder = ROOT / options.data_dir / name / tokenizer.name
     if folder.exists() and not options.overwrite:
         open_corpus(options.data_dir, name, tokenizer, "train")          # BadInput where it is damaged or another tokenizer's
@@ -47,6 +63,12 @@ def prepare(name, documents, options):
     val = meta["splits"]["val"]
     print(f"{name}: {n:,} documents ({val['documents']:,} held out), {size / 1e6:.2f} MB, {tokens:,} tokens, "
           f"{size / tokens:.3f} bytes/token, {time.perf_counter() - start:.1f} s")
+
+
+def by_length(documents, tokenizer, options):
+    """Those (split, text) whose length in tokens, marks not counted, is asked for."""
+    return ((split, text) for split, text in documents
+            if options.min_doc_tokens <= len(tokenizer.encode(text)) <= (options.max_doc_tokens or math.inf))
 
 
 def held_out(identity, share):
