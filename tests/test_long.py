@@ -110,7 +110,8 @@ def test_evaluate_prints_a_table_a_figure_and_loss_by_position_and_refuses_what_
     assert (tmp_path / "map.png").stat().st_size > 1000 and "chance 0.02" in capsys.readouterr().out
     evaluate.main([*common, "--task=positions", "--block_size=64", "--json=True"])
     plain = json.loads(capsys.readouterr().out)
-    evaluate.main([*common, "--task=positions", "--block_size=64", "--json=True", "--rope_scaling=dynamic", "--max_position=16", "--rope_factor=4"])
+    evaluate.main([*common, "--task=positions", "--block_size=64", "--json=True", "--rope_scaling=dynamic", "--max_position=16",
+                   "--rope_factor=4"])
     scaled = json.loads(capsys.readouterr().out)
     assert [row[:2] for row in plain["positions"]] == [[0, 32], [32, 64]] and plain["positions"] != scaled["positions"]
     evaluate.main([*common, "--task=bpb", "--block_size=64", "--json=True"])
@@ -120,7 +121,7 @@ def test_evaluate_prints_a_table_a_figure_and_loss_by_position_and_refuses_what_
                           (["--task=passkey", "--lengths=99999"], "name a larger corpus"),
                           (["--task=passkey", "--depths=2"], "--depths"), (["--task=passkey", "--figure=x.txt"], "--figure=x.txt"),
                           (["--task=positions", "--block_size=16", "--rope_factor=2"], "--rope_factor=2.0: only with"),
-                          (["--task=positions", "--block_size=2500"], "lower --block_size")):
+                          (["--task=positions", "--block_size=2033"], "has only 2033 tokens")):
         assert said in error_of(evaluate, [*common, *options], capsys)
 
 
@@ -143,8 +144,8 @@ def test_a_part_by_length_stands_beside_the_whole(tmp_path, capsys):
 
 # ---- extension
 
-TINY = ["--n_layer=1", "--n_head=2", "--n_embd=32", "--n_ff=48", "--dim_model_base=16", "--data=speeches", "--batch_size=2", "--max_steps=2",
-        "--block_size=32", "--sample_tokens=0", "--compile=False", "--quiet=True", "--eval_tokens=64"]
+TINY = ["--n_layer=1", "--n_head=2", "--n_embd=32", "--n_ff=48", "--dim_model_base=16", "--data=speeches", "--batch_size=2",
+        "--max_steps=2", "--block_size=32", "--sample_tokens=0", "--compile=False", "--quiet=True", "--eval_tokens=64"]
 
 
 def run(data_dir, out, *options):
@@ -173,7 +174,10 @@ def test_generation_and_cache_beyond_the_context_are_refused_in_one_line(data_di
 
 # ---- configs
 
-@pytest.mark.parametrize("name", sorted(path.name for path in (ROOT / "config").glob("*_long_*.py")) + ["minicpm_128k_32k.py", "minicpm_128k.py"])
+RUNGS = [path.name for pattern in ("*_long_*.py", "*_128k*.py") for path in sorted((ROOT / "config").glob(pattern))]
+
+
+@pytest.mark.parametrize("name", RUNGS)
 def test_the_rungs_parse_and_each_begins_where_another_ends(name):
     (train_config, model), given = configure([f"config/{name}"], TrainConfig, MiniCPMConfig, usage="")
     starts = {"laptop_long_256.py": "out/laptop", "minicpm_128k_32k.py": "out/minicpm_2b/step-00261000"}
