@@ -1,7 +1,7 @@
-"""Retrieval documents: a key is stated somewhere in running text and asked for at the end.
+"""Retrieval documents: keys are stated somewhere in running text and asked for at the end.
 
-    ... running text ... The pass key is cost faith. ... running text ...
-    What is the pass key? The pass key is cost faith.
+    ... running text ... The pass key of the king is cost faith. ... running text ...
+    What is it? The pass key of the king is cost faith.
 
 data/passkey/prepare.py writes such documents as a corpus; `python evaluate.py --task=passkey` asks for keys at chosen lengths
 and depths. A key is two words; whether it is met in training or held out follows from the key alone, and the running text is
@@ -17,6 +17,8 @@ from configurator import BadInput
 from dataset import open_corpus
 
 # Each is one token of bpe4096, with the space before it: a model of a minute's training has no spelling to learn.
+NAMES = ("record plan root duty trade king nation body port friend frame string thread rule word father land message store money "
+         "fund course ship stage bear branch month tree field home child world").split()
 WORDS = ("peace power system service place point step copy base reason purpose love head life action length heart change pattern "
          "control cost item progress program claim side strength treaty product care level bucket period death question health "
          "matter template commerce turn spirit authority faith security session issue justice debt labor property character honour "
@@ -41,33 +43,43 @@ def open_filler(data_dir, name, tokenizer, split):
     return tokens[(tokens != tokenizer.bos) & (tokens != tokenizer.eos)]
 
 
-def sentences(tokenizer, key):
+def sentences(tokenizer, name, key):
     """Ids of the statement, the question and the answer."""
-    return [tokenizer.encode(text) for text in (f"The pass key is{key}.\n", "\nWhat is the pass key? The pass key is", key)]
+    states = f"The pass key of the {name} is"
+    return [tokenizer.encode(text) for text in (f"{states}{key}.\n", f"What is it? {states}", key)]
 
 
-def shortest(tokenizer):
-    """Tokens that a document takes without any running text, whatever its key."""
-    return max(1 + sum(map(len, sentences(tokenizer, key))) for keys in KEYS.values() for key in keys)
+def make_document(rng, split, filler, tokenizer, length, depths):
+    """One document up to the end of its last answer. In training it has several keys, so that there are more answers to learn
+    from in so many tokens.
 
-
-def make_document(rng, split, filler, tokenizer, length, depth):
-    """One document up to the end of its answer.
-
-    depth    where the key is stated: 0 before all running text, 1 after it
-    returns  (ids (length,), n): the last n ids are the answer. BadInput where length is too short or the filler is
+    depths   for each key, where it is stated: 0 before all running text, 1 after it. The questions are in the same order
+    returns  (ids (length,), n): the last n ids are the last answer. BadInput where length is too short or the filler is
     """
-    stated, asked, answer = sentences(tokenizer, KEYS[split][rng.integers(len(KEYS[split]))])
-    room = length - 1 - len(stated) - len(asked) - len(answer)
+    end = tokenizer.encode(".\n")
+    names = rng.permutation(NAMES)[:len(depths)]
+    stated, asked, answers = zip(*[sentences(tokenizer, name, KEYS[split][rng.integers(len(KEYS[split]))]) for name in names])
+    questions = tokenizer.encode("\n") + sum((q + a + end for q, a in zip(asked, answers)), [])[:-len(end)]
+    room = length - 1 - len(questions) - sum(map(len, stated))
     if room < 0:
-        raise BadInput(f"a document of {length} tokens: key and question alone take {length - room}")
+        raise BadInput(f"a document of {length} tokens: keys and questions alone take {length - room}")
     if room >= len(filler):
         raise BadInput(f"a document of {length} tokens: its filler has only {len(filler)}; name a larger corpus")
     first = rng.integers(len(filler) - room)
-    text = filler[first:first + room].tolist()
-    at = round(depth * room)
-    before = text[:at] if at == 0 else [*text[:at - 1], *tokenizer.encode("\n")]            # the key has a line of its own
-    return np.array([tokenizer.bos, *before, *stated, *text[at:], *asked, *answer]), len(answer)
+    text, ids, done = filler[first:first + room].tolist(), [tokenizer.bos], 0
+    for depth, statement in sorted(zip(depths, stated)):
+        at = max(done, round(depth * room))
+        if at > done:                                                    # the key has a line of its own
+            ids += [*text[done:at - 1], *tokenizer.encode("\n")]
+        ids, done = ids + statement, at
+    return np.array(ids + text[done:] + questions), len(answers[-1])
+
+
+def shortest(tokenizer):
+    """Tokens that a document of one key takes without any running text, whatever its key."""
+    longest = lambda texts: max(texts, key=lambda text: len(tokenizer.encode(text)))       # noqa: E731
+    parts = sentences(tokenizer, longest(f" {name}" for name in NAMES)[1:], longest(KEYS["train"] + KEYS["val"]))
+    return 1 + len(tokenizer.encode("\n")) + sum(map(len, parts))
 
 
 @torch.no_grad()
@@ -90,7 +102,7 @@ def retrieval(model, tokenizer, filler, lengths, depths, questions, seed, batch_
     table = {}
     for length in lengths:
         rngs = [[np.random.default_rng([seed, length, place, i]) for i in range(questions)] for place in range(len(depths))]
-        table[length] = [share_right(model, [make_document(rng, "val", filler, tokenizer, length, depth) for rng in row],
+        table[length] = [share_right(model, [make_document(rng, "val", filler, tokenizer, length, [depth]) for rng in row],
                                      max(1, batch_tokens // length)) for depth, row in zip(depths, rngs)]
     return table
 

@@ -31,42 +31,53 @@ def data_dir(tmp_path_factory):
 
 # ---- documents
 
+def key_of(statement):
+    return " " + statement.partition(" is ")[2].partition(".")[0]
+
+
 def test_keys_are_disjoint_and_each_word_is_one_token():
     train, val = map(set, passkey.KEYS.values())
     assert not train & val and len(train | val) == len(passkey.WORDS) ** 2 and 0.05 < passkey.CHANCE * len(val) < 0.15
-    assert all(len(BPE.encode(" " + word)) == 1 for word in passkey.WORDS)
+    assert all(len(BPE.encode(" " + word)) == 1 for word in passkey.NAMES + passkey.WORDS)
+    assert not set(passkey.NAMES) & set(passkey.WORDS)
 
 
-@pytest.mark.parametrize("length", [24, 100, 256])
-@pytest.mark.parametrize("depth", [0, 0.3, 1])
-def test_a_document_has_its_length_its_key_at_its_depth_and_the_answer_last(length, depth):
+@pytest.mark.parametrize("length", [100, 256])
+@pytest.mark.parametrize("depths", [[0], [0.4], [1], [0.2, 0.9], [0.5, 0.1, 0.5]])
+def test_a_document_has_its_length_its_keys_at_their_depths_and_the_answers_at_its_end(length, depths):
     filler = np.array(BPE.encode(TEXT))
-    ids, n = passkey.make_document(np.random.default_rng(1), "val", filler, BPE, length, depth)
-    again, _ = passkey.make_document(np.random.default_rng(1), "val", filler, BPE, length, depth)
-    text, key = BPE.decode(ids[1:].tolist()), BPE.decode(ids[-n:].tolist())
+    ids, n = passkey.make_document(np.random.default_rng(1), "val", filler, BPE, length, depths)
+    again, _ = passkey.make_document(np.random.default_rng(1), "val", filler, BPE, length, depths)
     assert len(ids) == length and ids[0] == BPE.bos and (ids == again).all()
-    assert key in passkey.KEYS["val"] and text.count(key) == 2 and f"The pass key is{key}.\n" in text
-    assert text.endswith(f"\nWhat is the pass key? The pass key is{key}")
-    place = len(BPE.encode(text[:text.index("The pass key")])) / (length - passkey.shortest(BPE) or 1)
-    assert abs(place - depth) < 0.1 or length == 24
+    parts = BPE.decode(ids[1:].tolist()).split("What is it? ")
+    body, asked = parts[0], parts[1:]
+    answer = BPE.decode(ids[-n:].tolist())
+    assert len(asked) == len(depths) and answer in passkey.KEYS["val"] and asked[-1].endswith(answer)
+    filler_tokens = len(BPE.encode(body)) - body.count("pass key") * 10
+    for text, depth in zip(asked, depths):                               # each question is its statement, word for word
+        statement = text.strip().rstrip(".") + ".\n"
+        before = body[:body.index(statement)]
+        place = len(BPE.encode(before)) - before.count("pass key") * 10
+        assert key_of(statement) in passkey.KEYS["val"] and abs(place - depth * filler_tokens) <= 3
 
 
 def test_prepare_writes_answers_whose_keys_and_filler_are_the_split_s_own(data_dir, capsys):
     prepare = script("passkey")
-    prepare.main([f"--data_dir={data_dir}", "--length=64", "--documents=50"])
-    texts = {}
+    prepare.main([f"--data_dir={data_dir}", "--length=300", "--documents=50"])
+    texts, most = {}, 0
     for split in ("train", "val"):
-        corpus = open_corpus(data_dir, "passkey_64", BPE, split)
+        corpus = open_corpus(data_dir, "passkey_300", BPE, split)
         texts[split] = BPE.decode(corpus.read(0, corpus.n_tokens).tolist()).split("</s>")[:-1]
         for text in texts[split]:
-            stated, asked = text.split("The pass key is")[1:]
-            assert stated.split(".")[0] in passkey.KEYS[split] and asked == stated.split(".")[0] + ".\n"
-    assert len(texts["train"]) == 50 and "software" not in "".join(texts["val"]) and "SOFTWARE" in "".join(texts["val"])
-    with pytest.raises(SystemExit):
-        prepare.main([f"--data_dir={data_dir}", "--length=10"])
-    with pytest.raises(SystemExit):
-        prepare.main([f"--data_dir={data_dir}", "--filler=nothing", "--length=65"])
-    assert "--length=10: key and question take" in capsys.readouterr().err
+            stated = [line for line in text.split("\n") if line.startswith("The pass key of")] + \
+                ([text[3:].split("\n")[0]] if text.startswith("<s>The pass key of") else [])
+            asked = [line.removeprefix("What is it? ") for line in text.split("\n") if line.startswith("What is it?")]
+            assert sorted(stated) == sorted(asked) and all(key_of(line) in passkey.KEYS[split] for line in asked)
+            most = max(most, len(asked))
+    assert len(texts["train"]) == 50 and most > 1
+    assert "software" not in "".join(texts["val"]) and "SOFTWARE" in "".join(texts["val"])
+    assert "--length=10: key and question take" in error_of(prepare, [f"--data_dir={data_dir}", "--length=10"], capsys)
+    assert "run python data/text/prepare.py" in error_of(prepare, [f"--data_dir={data_dir}", "--filler=nothing"], capsys)
 
 
 # ---- score
@@ -83,12 +94,11 @@ class Stub:
 
 
 def copied(idx):
-    """After 'The pass key is' what came after it before; after a key's first word, its second."""
+    """The key that the text states, at the two places where it is asked for."""
     out = torch.zeros_like(idx)
     for row, seen in zip(idx.tolist(), out):
-        text = BPE.decode(row[1:])
-        key = BPE.encode(text.split("The pass key is")[1].split(".")[0])
-        seen[-2:] = torch.tensor(key)
+        stated = BPE.decode(row[1:]).split("The pass key of the ")[1]
+        seen[-2:] = torch.tensor(BPE.encode(key_of(stated)))
     return out
 
 
@@ -117,7 +127,7 @@ def test_evaluate_prints_a_table_a_figure_and_loss_by_position_and_refuses_what_
     evaluate.main([*common, "--task=bpb", "--block_size=64", "--json=True"])
     whole = json.loads(capsys.readouterr().out)["loss"]
     assert abs(np.mean([row[2] for row in plain["positions"]]) - whole) < 0.1
-    for options, said in ((["--task=passkey", "--lengths=8"], "8 tokens: key and question alone"),
+    for options, said in ((["--task=passkey", "--lengths=8"], "8 tokens: keys and questions alone"),
                           (["--task=passkey", "--lengths=99999"], "name a larger corpus"),
                           (["--task=passkey", "--depths=2"], "--depths"), (["--task=passkey", "--figure=x.txt"], "--figure=x.txt"),
                           (["--task=positions", "--block_size=16", "--rope_factor=2"], "--rope_factor=2.0: only with"),

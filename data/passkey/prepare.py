@@ -20,6 +20,7 @@ from configurator import BadInput, configure, exits_cleanly              # noqa:
 from prepare_corpus import PrepareOptions, prepare                       # noqa: E402
 
 VAL_DOCUMENTS = 200
+MOST_KEYS = 8               # in a document
 
 
 @dataclass
@@ -44,7 +45,8 @@ def documents(options, passkeys):
         rng = np.random.default_rng([passkeys.seed, split == "val"])
         for _ in range(count):
             length = math.exp(rng.uniform(math.log(least), math.log(passkeys.length)))
-            ids, _ = passkey.make_document(rng, split, filler, tokenizer, round(length), rng.random())
+            n_keys = int(rng.integers(1, 1 + max(1, min(MOST_KEYS, length // (3 * least)))))
+            ids, _ = passkey.make_document(rng, split, filler, tokenizer, round(length), rng.random(n_keys))
             yield split, tokenizer.decode(ids[1:].tolist()) + ".\n"
 
 
