@@ -3,8 +3,8 @@
     python train.py && python train.py config/laptop_long_256.py     (and the corpora that this config and the next one name)
     python -m labs.long [--figure=assets/long.png] [--results=assets/long.jsonl]
 
-A model trained at 256 tokens meets 2,048: with its RoPE as it is, with a larger base (ABF), and with that and NTK-aware scaling in
-the proportions of the released 128K model; each without training and after the training of config/laptop_long_2048.py, which
+A model trained at 256 tokens meets 1,024: with its RoPE as it is, with a larger base (ABF), and with that and NTK-aware scaling in
+the proportions of the released 128K model; each without training and after the training of config/laptop_long_1024.py, which
 differs in nothing else. Keys found (depths from start to end) and nats per token by position over held-out speeches.
 """
 import json
@@ -20,7 +20,7 @@ from configurator import ROOT, configure, exits_cleanly
 from dataset import open_corpus
 from model import MiniCPM
 
-LENGTH = 2048                               # of config/laptop_long_2048.py
+LENGTH = 1024                               # of config/laptop_long_1024.py
 ABF = {"rope_theta": 100_000.0, "max_position": LENGTH}
 VARIANTS = {"no change": {"rope_theta": 10_000.0}, "base": ABF,
             "base + NTK": {**ABF, "rope_scaling": "dynamic", "rope_factor": 4.0, "max_position": LENGTH // 2}}
@@ -31,7 +31,7 @@ class LongConfig:
     ckpt: str = "out/laptop-long-256"   # the model trained at 256 tokens
     out_dir: str = "out/labs-long"      # the runs; a finished one is not run again
     data_dir: str = "data"              # where the corpora are; relative to the project
-    lengths: tuple[int, ...] = (256, 512, 1024, LENGTH)
+    lengths: tuple[int, ...] = (256, 512, LENGTH, 2 * LENGTH)
     questions: int = 20                 # for each length and depth
     eval_tokens: int = 65536            # held-out tokens of the loss by position
     results: str = str(ROOT / "assets" / "long.jsonl")      # a line for each variant, with and without training
@@ -45,7 +45,7 @@ def measure(ckpt, rope, config):
     evaluate.change_rope(model, options)
     tokenizer = tokenizers.of_model(checkpoint.resolve(ckpt), None, model.config.vocab_size)
     filler = passkey.open_filler(config.data_dir, "speeches", tokenizer, "val")
-    table = passkey.retrieval(model, tokenizer, filler, config.lengths, options.depths, config.questions, options.seed, 2 * LENGTH)
+    table = passkey.retrieval(model, tokenizer, filler, config.lengths, options.depths, config.questions, options.seed, 4 * LENGTH)
     corpus = open_corpus(config.data_dir, "speeches", tokenizer, "val")
     return {"passkey": table, "positions": passkey.loss_by_position(model, corpus, tokenizer, LENGTH, config.eval_tokens)}
 
@@ -80,7 +80,7 @@ def main(argv):
             ckpt = config.ckpt
             if trained:
                 ckpt = str(Path(config.out_dir) / variant.replace(" + ", "-").replace(" ", "-"))
-                train.main(["config/laptop_long_2048.py", f"--init_from={config.ckpt}", f"--out_dir={ckpt}", "--sample_tokens=0",
+                train.main(["config/laptop_long_1024.py", f"--init_from={config.ckpt}", f"--out_dir={ckpt}", "--sample_tokens=0",
                             f"--data_dir={config.data_dir}", *[f"--{name}={value}" for name, value in rope.items()]])
             results.append({"variant": variant, "trained": trained, **measure(ckpt, rope, config)})
             means = {length: round(sum(s) / len(s), 3) for length, s in results[-1]["passkey"].items()}

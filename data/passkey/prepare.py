@@ -20,7 +20,7 @@ from configurator import BadInput, configure, exits_cleanly              # noqa:
 from prepare_corpus import PrepareOptions, prepare                       # noqa: E402
 
 VAL_DOCUMENTS = 200
-MOST_KEYS = 8               # in a document
+MOST_KEYS = 16              # in a document
 
 
 @dataclass
