@@ -1,6 +1,8 @@
 """Measure a checkpoint on held-out text, or on questions.
 
     python evaluate.py --ckpt=out/laptop [--data=plays] [--task=bpb|cloze|exact|all]
+    python evaluate.py --ckpt=... --data=speeches --task=passkey [--lengths=256,1024] [--figure=passkey.png]
+    python evaluate.py --ckpt=... --data=speeches --task=positions --block_size=2048
 
 bpb    bits per byte, comparable across tokenizers: the nats of all targets over the bytes that they stand for; of
        conversations the targets are the answers
@@ -9,12 +11,15 @@ cloze  HellaSwag-shaped: a passage of a held-out document, its true continuation
 exact  the likeliest answer, token by token, to each question of DATA_DIR/DATA/test.jsonl (or of any conversations: their last
        answer is the one asked for) against the one given there: right if it is the same, also where either is put as "The answer
        is ANSWER."; in all and by family, and how many tokens an answer takes
-Each comes with a standard error: over windows of text, or over questions. all: what goes with the corpus.
+passkey    share of held-out keys found in so many tokens of running text, by length and depth (see passkey.py)
+positions  nats per token by position in a window, over the held-out documents that are longer than it
+The first three come with a standard error: over windows of text, or over questions; all: those of them that go with the corpus.
+--rope_theta, --rope_scaling, --rope_factor and --max_position replace the checkpoint's own: a change without training.
 """
 import itertools
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -23,11 +28,12 @@ import torch
 
 import chat
 import checkpoint
+import passkey
 import tokenizer as tokenizers
-from configurator import ROOT, BadInput, configure, exits_cleanly
+from configurator import ROOT, BadInput, build, configure, exits_cleanly
 from dataset import check_block_size, held_out_loss, open_corpus
 from device import pick_device
-from model import MiniCPM
+from model import MiniCPM, MiniCPMConfig
 
 
 @dataclass
@@ -36,23 +42,37 @@ class EvaluateConfig:
     tokenizer: str | None = None        # unset: the checkpoint's own
     data: str | None = None             # prepared corpus; unset: the first of the checkpoint's own
     data_dir: str = "data"              # where the corpora are; relative to the project
-    task: Literal['bpb', 'cloze', 'exact', 'all'] = 'all'
+    task: Literal['bpb', 'cloze', 'exact', 'passkey', 'positions', 'all'] = 'all'
     block_size: int | None = None       # tokens of context; unset: as trained, a released model at most 1024
     eval_tokens: int | None = None      # held-out tokens for bpb; unset: all
     batch_size: int = 16                # windows, or questions, per forward
-    questions: int | None = None        # at most; unset: 500 of the cloze, all of the exact task
+    questions: int | None = None        # at most; unset: 500 of the cloze, all of the exact task, 40 for each length and depth of a key
     questions_file: str | None = None   # conversations (.jsonl, .json) for the exact task instead of the corpus's test.jsonl
     answer_tokens: int = 32             # of the exact task: an answer that has not ended by then is wrong
     context: int = 64                   # tokens of a passage
     continuation: int = 24              # tokens to choose between
+    lengths: tuple[int, ...] = (256, 512, 1024, 2048)        # passkey: tokens of a document, question and answer included
+    depths: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)  # passkey: where the key is, from the start (0) to the question (1)
+    figure: str | None = None           # passkey: a heat map of length and depth (.png, .pdf, .svg)
+    rope_scaling: Literal['unchanged', 'none', 'linear', 'dynamic'] = 'unchanged'   # in place of the checkpoint's (see model.py)
+    rope_theta: float | None = None     # the same; unset, like the next two: unchanged
+    rope_factor: float | None = None
+    max_position: int | None = None
     seed: int = 1337                    # of the questions
     device: str = "auto"                # auto, cpu, cuda, cuda:1, mps
     json: bool = False                  # True: one JSON line instead of text
 
     def problems(self):
-        return [f"--{name}={getattr(self, name)}: must be above 0" for name in
-                ("block_size", "eval_tokens", "batch_size", "questions", "answer_tokens", "context", "continuation")
-                if getattr(self, name) is not None and getattr(self, name) <= 0]
+        out = [f"--{name}={getattr(self, name)}: must be above 0" for name in
+               ("block_size", "eval_tokens", "batch_size", "questions", "answer_tokens", "context", "continuation")
+               if getattr(self, name) is not None and getattr(self, name) <= 0]
+        if not self.lengths or min(self.lengths) < 1:
+            out.append("--lengths: numbers of tokens above 0, separated by commas")
+        if not self.depths or not all(0 <= depth <= 1 for depth in self.depths):
+            out.append("--depths: numbers from 0 to 1, separated by commas")
+        if self.figure and not self.figure.endswith((".png", ".pdf", ".svg")):
+            out.append(f"--figure={self.figure}: must end in .png, .pdf or .svg")
+        return out
 
 
 def bits_per_byte(model, corpus, tokenizer, config, block_size):
@@ -139,6 +159,25 @@ def share_of(hits):
     return share, math.sqrt(share * (1 - share) / len(hits)), len(hits)
 
 
+# ---- long contexts
+
+def change_rope(model, config):
+    """Give a model the RoPE that the options ask for, its weights as they are; BadInput where they do not go together."""
+    names = ("rope_theta", "rope_scaling", "rope_factor", "max_position")
+    asked = {name: getattr(config, name) for name in names if getattr(config, name) not in (None, "unchanged")}
+    (model.config,) = build([MiniCPMConfig], {**asdict(model.config), **asked})
+
+
+def find_keys(model, corpus, tokenizer, config):
+    """{"passkey": {length: [share at each depth]}, ...}: how often a held-out key is found; the figure where one is asked for."""
+    filler = passkey.open_filler(config.data_dir, corpus.folder.parent.name, tokenizer, "val")
+    table = passkey.retrieval(model, tokenizer, filler, config.lengths, config.depths, config.questions or 40, config.seed,
+                              config.batch_size * 256)
+    if config.figure:
+        passkey.draw(table, config.depths, config.figure, f"keys found (%), {config.ckpt}")
+    return {"passkey": table, "depths": config.depths, "questions": config.questions or 40}
+
+
 @exits_cleanly
 def main(argv):
     (config,), _ = configure(argv, EvaluateConfig, usage=__doc__)
@@ -161,6 +200,7 @@ def main(argv):
         if "cloze" in tasks and corpus.row:
             raise BadInput(f"--task=cloze: {name} holds conversations; a cloze needs running text (--task=bpb or exact goes with them)")
     model = MiniCPM.from_pretrained(folder, pick_device(config.device)).eval()
+    change_rope(model, config)
     result = {"ckpt": str(folder), "data": config.questions_file or name, "block_size": block_size}
     if "bpb" in tasks:
         result |= bits_per_byte(model, corpus, tokenizer, config, block_size)
@@ -168,6 +208,10 @@ def main(argv):
         result |= cloze(model, corpus, tokenizer, config)
     if "exact" in tasks:
         result |= exact(model, tokenizer, config, file)
+    if config.task == "passkey":
+        result |= find_keys(model, corpus, tokenizer, config)
+    if config.task == "positions":
+        result["positions"] = passkey.loss_by_position(model, corpus, tokenizer, block_size, config.eval_tokens or corpus.n_tokens)
     if config.json:
         print(json.dumps(result))
         return
@@ -182,6 +226,13 @@ def main(argv):
               f"{result['answer_tokens']:.1f} tokens an answer")
         for family, (share, error, count) in result["families"].items():
             print(f"    {family:12}{100 * share:6.1f} +- {100 * error:.1f} % of {count}")
+    if "passkey" in result:
+        print(f"  keys found (%) by length and depth, {result['questions']} questions each (chance {100 * passkey.CHANCE:.2f})\n"
+              f"  {'tokens':>10}  " + "".join(f"{depth:>7g}" for depth in config.depths))
+        for length, shares in result["passkey"].items():
+            print(f"  {length:>10,}  " + "".join(f"{100 * share:7.1f}" for share in shares))
+    for first, last, nats in result.get("positions", []):
+        print(f"  {nats:.4f} nats per token at positions {first:,} to {last - 1:,}")
 
 
 if __name__ == "__main__":

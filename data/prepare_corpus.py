@@ -35,6 +35,19 @@ class PrepareOptions:
     tokenizer: str = "bpe4096"      # bpe4096, bytes, gpt2, cl100k_base, or a folder written by tokenizer.py train
     overwrite: bool = False         # prepare again what is there already
     data_dir: str = "data"          # output goes to DATA_DIR/NAME/TOKENIZER; relative to the project
+    min_doc_tokens: int = 0         # leave out documents of fewer tokens: with suffix=_long, the long part of a mixture
+    max_doc_tokens: int | None = None  # leave out documents of more
+    suffix: str | None = None       # added to NAME, so that a part stands beside the whole: data=speeches_long:0.44,pytorch:0.56
+
+    def problems(self):
+        out = []
+        if (self.min_doc_tokens or self.max_doc_tokens) and not self.suffix:
+            out.append("--min_doc_tokens, --max_doc_tokens: the part needs a name of its own; give --suffix, as in --suffix=_long")
+        if self.min_doc_tokens < 0 or self.max_doc_tokens is not None and self.max_doc_tokens < max(1, self.min_doc_tokens):
+            out.append("--min_doc_tokens, --max_doc_tokens: at least 0, and the second not below the first")
+        if self.suffix and not re.fullmatch(r"[\w-]+", self.suffix):
+            out.append(f"--suffix={self.suffix}: letters, digits, '_' and '-'")
+        return out
 
 
 def prepare(name, documents, options, units=None, tokens=math.inf, processes=1):
@@ -43,7 +56,10 @@ def prepare(name, documents, options, units=None, tokens=math.inf, processes=1):
     documents         iterable of (split, text); with units, a function of a unit that gives one
     units, tokens, processes    see write_units
     """
-    tokenizer = tokenizers.load(options.tokenizer)
+    tokenizer, name = tokenizers.load(options.tokenizer), name + (options.suffix or "")
+    if options.min_doc_tokens or options.max_doc_tokens:
+        by_length = functools.partial(of_length, options.tokenizer, options.min_doc_tokens, options.max_doc_tokens or math.inf)
+        documents = by_length(documents) if units is None else functools.partial(by_length, documents)
     folder = ROOT / options.data_dir / name / tokenizer.name
     if folder.exists() and not options.overwrite:
         open_corpus(options.data_dir, name, tokenizer, "train")          # BadInput where it is damaged or another tokenizer's
@@ -54,7 +70,8 @@ def prepare(name, documents, options, units=None, tokens=math.inf, processes=1):
     if units is None:
         meta = write_corpus(folder, tokenizer, documents, overwrite=options.overwrite)
     else:
-        meta = write_units(folder, options.tokenizer, units, documents, tokens, processes, options.overwrite)
+        meta = write_units(folder, options.tokenizer, units, documents, tokens, processes, options.overwrite,
+                           (options.min_doc_tokens, options.max_doc_tokens))
     n, size, total = (sum(split[key] for split in meta["splits"].values()) for key in ("documents", "bytes", "tokens"))
     val = meta["splits"]["val"]
     print(f"{name}: {n} documents ({val['documents']} held out), {size / 1e6:.1f} MB, {total / 1e6:.2f}M tokens, "
@@ -63,7 +80,7 @@ def prepare(name, documents, options, units=None, tokens=math.inf, processes=1):
 
 # ---- a corpus too large for one process and one go
 
-def write_units(folder, tokenizer_name, units, documents, tokens=math.inf, processes=1, overwrite=False):
+def write_units(folder, tokenizer_name, units, documents, tokens=math.inf, processes=1, overwrite=False, settings=()):
     """Write a corpus from units of work, in parallel. However often it is killed, the same command goes on where it was, and
     ends with the bytes of an undisturbed run by any number of processes.
 
@@ -74,6 +91,7 @@ def write_units(folder, tokenizer_name, units, documents, tokens=math.inf, proce
     units      iterable of what JSON can hold; together they say what there is to read
     documents  unit -> iterable of (split, text); a function that another process can import
     tokens     units are taken in order until there are so many
+    settings   what else the documents of a unit follow from: with another one, finished units are not gone on from
     returns    the meta.json as a dict
     """
     units, tokenizer, part = list(units), load_once(tokenizer_name), folder.with_name(f".{folder.name}.part")
@@ -82,10 +100,10 @@ def write_units(folder, tokenizer_name, units, documents, tokens=math.inf, proce
     lock = checkpoint.lock(part)
     try:
         if overwrite or not folder.exists():                             # else another process did it since we looked
-            asked = hashlib.sha256(json.dumps([tokenizer.hash, tokens, units]).encode()).hexdigest()
+            asked = hashlib.sha256(json.dumps([tokenizer.hash, tokens, units, settings]).encode()).hexdigest()
             if corpus.exists() and plan.read_text() != asked:
                 if not overwrite:
-                    raise BadInput(f"{part}: has finished units of another command (input, tokenizer or --tokens differ); "
+                    raise BadInput(f"{part}: has finished units of another command (input, tokenizer, --tokens or lengths differ); "
                                    "repeat that one, or --overwrite=True drops them")
                 shutil.rmtree(corpus)
             if not corpus.exists():
@@ -179,7 +197,15 @@ def merge(folder, corpus, tokenizer, parts):
     return write_meta(corpus, tokenizer, hashlib.sha256("".join(shas).encode()).hexdigest(), splits)
 
 
-# ---- holding out, fetching
+# ---- lengths, holding out, fetching
+
+def of_length(tokenizer_name, least, most, documents, unit=None):
+    """Those (split, text) of documents, or with a unit of documents(unit), that have from `least` to `most` tokens, marks not counted."""
+    tokenizer = load_once(tokenizer_name)
+    for split, text in documents if unit is None else documents(unit):
+        if least <= len(tokenizer.encode(text)) <= most:
+            yield split, text
+
 
 def held_out(identity, share):
     """Whether a document belongs to the validation split: decided by its name alone, so the same everywhere."""

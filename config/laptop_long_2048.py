@@ -1,0 +1,21 @@
+"""Long contexts, third rung: 1,024 to 2,048 tokens.
+
+    python data/speeches/prepare.py --min_doc_tokens=2048 --suffix=_long
+    python data/passkey/prepare.py --length=4096 --documents=4000
+"""
+init_from = "out/laptop-long-1024"
+out_dir = "out/laptop-long-2048"
+data = "passkey_4096:0.36,speeches_long:0.08,pytorch:0.56"   # 44 % long, 56 % short (paper section 7.2)
+doc_mask = True
+
+tie_word_embeddings = False
+rope_theta = 100_000.0
+max_position = 2048
+
+block_size = 2048
+batch_size = 1              # 2,048 tokens an update, as the rung before
+max_steps = 500
+learning_rate = 0.004
+min_lr = 0.0004
+eval_interval = 0
+save_interval = 0

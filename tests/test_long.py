@@ -1,0 +1,203 @@
+"""Long contexts: retrieval documents and their score, parts of a corpus by length, untying, limits, the rungs' configs."""
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from test_prepare import error_of, script
+
+import evaluate
+import passkey
+import plan
+import sample
+import tokenizer as tokenizers
+from configurator import ROOT, BadInput, configure
+from dataset import open_corpus, write_corpus
+from model import KVCache, MiniCPM, MiniCPMConfig
+from train import TrainConfig, main
+
+BPE = tokenizers.load("bpe4096")
+TEXT = (ROOT / "LICENSE").read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory):
+    """Corpus 'speeches': one text to train on, another one held out."""
+    folder = tmp_path_factory.mktemp("data")
+    write_corpus(folder / "speeches" / "bpe4096", BPE, [("train", TEXT * 3), ("val", TEXT.upper() * 3)])
+    return folder
+
+
+# ---- documents
+
+def key_of(statement):
+    return " " + statement.partition(" is ")[2].partition(".")[0]
+
+
+def test_keys_are_disjoint_and_each_word_is_one_token():
+    train, val = map(set, passkey.KEYS.values())
+    assert not train & val and len(train | val) == len(passkey.WORDS) ** 2 and 0.05 < passkey.CHANCE * len(val) < 0.15
+    assert all(len(BPE.encode(" " + word)) == 1 for word in passkey.NAMES + passkey.WORDS)
+    assert not set(passkey.NAMES) & set(passkey.WORDS)
+
+
+@pytest.mark.parametrize("length", [100, 256])
+@pytest.mark.parametrize("depths", [[0], [0.4], [1], [0.2, 0.9], [0.5, 0.1, 0.5]])
+def test_a_document_has_its_length_its_keys_at_their_depths_and_the_answers_at_its_end(length, depths):
+    filler = np.array(BPE.encode(TEXT))
+    ids, n = passkey.make_document(np.random.default_rng(1), "val", filler, BPE, length, depths)
+    again, _ = passkey.make_document(np.random.default_rng(1), "val", filler, BPE, length, depths)
+    assert len(ids) == length and ids[0] == BPE.bos and (ids == again).all()
+    parts = BPE.decode(ids[1:].tolist()).split("What is it? ")
+    body, asked = parts[0], parts[1:]
+    answer = BPE.decode(ids[-n:].tolist())
+    assert len(asked) == len(depths) and answer in passkey.KEYS["val"] and asked[-1].endswith(answer)
+    filler_tokens = len(BPE.encode(body)) - body.count("pass key") * 10
+    for text, depth in zip(asked, depths):                               # each question is its statement, word for word
+        statement = text.strip().rstrip(".") + ".\n"
+        before = body[:body.index(statement)]
+        place = len(BPE.encode(before)) - before.count("pass key") * 10
+        assert key_of(statement) in passkey.KEYS["val"] and abs(place - depth * filler_tokens) <= 3
+
+
+def test_prepare_writes_answers_whose_keys_and_filler_are_the_split_s_own(data_dir, capsys):
+    prepare = script("passkey")
+    prepare.main([f"--data_dir={data_dir}", "--length=300", "--documents=50"])
+    texts, most = {}, 0
+    for split in ("train", "val"):
+        corpus = open_corpus(data_dir, "passkey_300", BPE, split)
+        texts[split] = BPE.decode(corpus.read(0, corpus.n_tokens).tolist()).split("</s>")[:-1]
+        for text in texts[split]:
+            stated = [line for line in text.split("\n") if line.startswith("The pass key of")] + \
+                ([text[3:].split("\n")[0]] if text.startswith("<s>The pass key of") else [])
+            asked = [line.removeprefix("What is it? ") for line in text.split("\n") if line.startswith("What is it?")]
+            assert sorted(stated) == sorted(asked) and all(key_of(line) in passkey.KEYS[split] for line in asked)
+            most = max(most, len(asked))
+    assert len(texts["train"]) == 50 and most > 1
+    assert "software" not in "".join(texts["val"]) and "SOFTWARE" in "".join(texts["val"])
+    assert "--length=10: key and question take" in error_of(prepare, [f"--data_dir={data_dir}", "--length=10"], capsys)
+    assert "run python data/text/prepare.py" in error_of(prepare, [f"--data_dir={data_dir}", "--filler=nothing"], capsys)
+
+
+# ---- score
+
+class Stub:
+    """A model whose likeliest next token is answer(ids): identity as head, one-hot hidden states."""
+
+    def __init__(self, answer):
+        self.answer, self.wte = answer, SimpleNamespace(weight=torch.zeros(1))
+        self.head_weight = torch.eye(BPE.n_vocab)
+
+    def hidden(self, idx):
+        return torch.nn.functional.one_hot(self.answer(idx), BPE.n_vocab).float()
+
+
+def copied(idx):
+    """The key that the text states, at the two places where it is asked for."""
+    out = torch.zeros_like(idx)
+    for row, seen in zip(idx.tolist(), out):
+        stated = BPE.decode(row[1:]).split("The pass key of the ")[1]
+        seen[-2:] = torch.tensor(BPE.encode(key_of(stated)))
+    return out
+
+
+def test_a_model_that_finds_every_key_scores_all_and_one_that_names_the_same_always_scores_chance():
+    filler = np.array(BPE.encode(TEXT))
+    ask = lambda answer: passkey.retrieval(Stub(answer), BPE, filler, (64, 100), (0, 1), 12, 1, 512)     # noqa: E731
+    assert ask(copied) == {64: [1, 1], 100: [1, 1]}
+    word = BPE.encode(passkey.KEYS["val"][0])[0]
+    shares = ask(lambda idx: torch.full_like(idx, word))
+    assert max(map(max, shares.values())) == 0
+    half = ask(lambda idx: torch.where(torch.arange(idx.shape[1]) == idx.shape[1] - 2, copied(idx), 0))  # the first word alone
+    assert half == {64: [0, 0], 100: [0, 0]}
+
+
+def test_evaluate_prints_a_table_a_figure_and_loss_by_position_and_refuses_what_cannot_be(data_dir, tmp_path, capsys):
+    run(data_dir, tmp_path / "a")
+    common = [f"--ckpt={tmp_path / 'a'}", f"--data_dir={data_dir}", "--data=speeches"]
+    evaluate.main([*common, "--task=passkey", "--lengths=32,64", "--depths=0,1", "--questions=2", f"--figure={tmp_path / 'map.png'}"])
+    assert (tmp_path / "map.png").stat().st_size > 1000 and "chance 0.02" in capsys.readouterr().out
+    evaluate.main([*common, "--task=positions", "--block_size=64", "--json=True"])
+    plain = json.loads(capsys.readouterr().out)
+    evaluate.main([*common, "--task=positions", "--block_size=64", "--json=True", "--rope_scaling=dynamic", "--max_position=16",
+                   "--rope_factor=4"])
+    scaled = json.loads(capsys.readouterr().out)
+    assert [row[:2] for row in plain["positions"]] == [[0, 32], [32, 64]] and plain["positions"] != scaled["positions"]
+    evaluate.main([*common, "--task=bpb", "--block_size=64", "--json=True"])
+    whole = json.loads(capsys.readouterr().out)["loss"]
+    assert abs(np.mean([row[2] for row in plain["positions"]]) - whole) < 0.1
+    for options, said in ((["--task=passkey", "--lengths=8"], "8 tokens: keys and questions alone"),
+                          (["--task=passkey", "--lengths=99999"], "name a larger corpus"),
+                          (["--task=passkey", "--depths=2"], "--depths"), (["--task=passkey", "--figure=x.txt"], "--figure=x.txt"),
+                          (["--task=positions", "--block_size=16", "--rope_factor=2"], "--rope_factor=2.0: only with"),
+                          (["--task=positions", "--block_size=2033"], "has only 2033 tokens")):
+        assert said in error_of(evaluate, [*common, *options], capsys)
+
+
+# ---- parts of a corpus by length
+
+def test_a_part_by_length_stands_beside_the_whole(tmp_path, capsys):
+    prepare_corpus = script("speeches").prepare.__globals__
+    options = prepare_corpus["PrepareOptions"]
+    documents = [(split, "word " * n) for split in ("train", "val") for n in (10, 100, 1000)]
+    lengths = [len(BPE.encode(text)) for _, text in documents[:3]]
+    prepare = prepare_corpus["prepare"]
+    prepare("some", documents, options(data_dir=tmp_path))
+    prepare("some", documents, options(data_dir=tmp_path, min_doc_tokens=lengths[1], suffix="_long"))
+    prepare("some", documents, options(data_dir=tmp_path, max_doc_tokens=lengths[1] - 1, suffix="_short"))
+    count = {name: open_corpus(tmp_path, name, BPE, "train").n_tokens for name in ("some", "some_long", "some_short")}
+    assert count["some_short"] == lengths[0] + 2 and count["some_long"] == sum(lengths[1:]) + 4
+    assert count["some"] == count["some_long"] + count["some_short"]
+    assert "give --suffix" in error_of(script("speeches"), ["--min_doc_tokens=5"], capsys)
+
+
+# ---- extension
+
+TINY = ["--n_layer=1", "--n_head=2", "--n_embd=32", "--n_ff=48", "--dim_model_base=16", "--data=speeches", "--batch_size=2",
+        "--max_steps=2", "--block_size=32", "--sample_tokens=0", "--compile=False", "--quiet=True", "--eval_tokens=64"]
+
+
+def run(data_dir, out, *options):
+    main([*TINY, f"--data_dir={data_dir}", f"--out_dir={out}", *options])
+    return MiniCPM.from_pretrained(out)
+
+
+def test_the_next_rung_unties_the_head_as_a_copy_and_changes_the_base(data_dir, tmp_path):
+    before = run(data_dir, tmp_path / "a")
+    after = run(data_dir, tmp_path / "b", f"--init_from={tmp_path / 'a'}", "--tie_word_embeddings=False", "--rope_theta=50000",
+                "--rope_scaling=dynamic", "--rope_factor=4", "--max_position=64", "--block_size=64", "--doc_mask=True",
+                "--learning_rate=1e-9", "--min_lr=0", "--schedule=constant")
+    assert torch.allclose(after.lm_head.weight, before.wte.weight, atol=1e-6) and after.lm_head.weight is not after.wte.weight
+    assert (after.config.rope_theta, after.config.max_position, after.config.rope_factor) == (50000, 64, 4)
+    assert sample.context_length(after) == 256
+
+
+def test_generation_and_cache_beyond_the_context_are_refused_in_one_line(data_dir, tmp_path, capsys):
+    run(data_dir, tmp_path / "a", "--max_position=32", "--rope_scaling=dynamic", "--rope_factor=2")
+    sample.main([f"--ckpt={tmp_path / 'a'}", "--max_new_tokens=63"])      # beyond the trained length, not beyond the scaled one
+    assert "exceed the context of 64 tokens" in error_of(sample, [f"--ckpt={tmp_path / 'a'}", "--max_new_tokens=64"], capsys)
+    model = MiniCPM.from_pretrained(tmp_path / "a")
+    with pytest.raises(BadInput, match="the cache holds 64 tokens, 65 are needed"):
+        model(torch.zeros(1, 65, dtype=torch.long), cache=KVCache(model.config, 1, 64, torch.float32, "cpu"))
+
+
+# ---- configs
+
+RUNGS = [path.name for pattern in ("*_long_*.py", "*_128k*.py") for path in sorted((ROOT / "config").glob(pattern))]
+
+
+@pytest.mark.parametrize("name", RUNGS)
+def test_the_rungs_parse_and_each_begins_where_another_ends(name):
+    (train_config, model), given = configure([f"config/{name}"], TrainConfig, MiniCPMConfig, usage="")
+    starts = {"laptop_long_256.py": "out/laptop", "minicpm_128k_32k.py": "out/minicpm_2b/step-00261000"}
+    rungs = {configure([str(path)], TrainConfig, MiniCPMConfig, usage="")[0][0].out_dir for path in (ROOT / "config").glob("*.py")}
+    assert train_config.init_from == starts.get(name, train_config.init_from) and train_config.doc_mask
+    assert train_config.init_from in rungs | set(starts.values()) and not model.tie_word_embeddings
+    assert train_config.block_size <= model.max_position * model.rope_factor
+
+
+def test_a_128k_sequence_of_the_2b_fits_a_gpu_of_80_gb(capsys):
+    plan.main(["config/minicpm_128k.py", "--init_from=None", "--gpus=64", "--gpu=h100", "--recompute=1", "--json=True"])
+    found = json.loads(capsys.readouterr().out)
+    assert found["fits"] and found["block_size"] == 131072 and found["micro_batch_size"] == 1
