@@ -91,7 +91,7 @@ def share_right(model, documents, batch_size):
         group = documents[i:i + batch_size]
         ids = torch.from_numpy(np.stack([ids for ids, _ in group])).to(device)             # (B, T)
         last = max(n for _, n in group)
-        hidden = model.hidden(ids[:, :-1])[:, -last:]                                      # (B, last, C): no other logits are needed
+        hidden = model.hidden(ids[:, :-1])[0][:, -last:]                                   # (B, last, C): no other logits are needed
         wrong = F.linear(hidden, model.head_weight.to(hidden.dtype)).argmax(-1) != ids[:, -last:]
         right += [not row[last - n:].any() for row, (_, n) in zip(wrong.cpu(), group)]
     return sum(right) / len(right)
