@@ -3,7 +3,8 @@
     python data/passkey/prepare.py --length=256 [--documents=8000] [--filler=speeches]         then --data=passkey_256
 
 Lengths are spread evenly over their logarithm up to --length tokens: the short ones are where retrieval is learned, the long
-ones where it is stretched. The running text is that of a prepared corpus, split by split.
+ones where it is stretched. Keys stand near both ends more often than between. The running text is that of a prepared corpus, split by
+split.
 """
 import math
 import sys
@@ -46,7 +47,7 @@ def documents(options, passkeys):
         for _ in range(count):
             length = math.exp(rng.uniform(math.log(least), math.log(passkeys.length)))
             n_keys = int(rng.integers(1, 1 + max(1, min(MOST_KEYS, length // (3 * least)))))
-            ids, _ = passkey.make_document(rng, split, filler, tokenizer, round(length), rng.random(n_keys))
+            ids, _ = passkey.make_document(rng, split, filler, tokenizer, round(length), rng.beta(0.5, 0.5, n_keys))
             yield split, tokenizer.decode(ids[1:].tolist()) + ".\n"
 
 
