@@ -1,12 +1,15 @@
 """What plan.py says before take-off: the paper's numbers, a verdict that turns, and memory that the real code confirms."""
+import dataclasses
 import json
 
 import pytest
 import torch
 
+import memory
 import model as model_file
 import plan
 from model import MiniCPM, MiniCPMConfig
+from train import read_config
 
 TWO, ONE, EXPERTS = "config/minicpm_2b.py", "config/minicpm_1b.py", ("config/minicpm_2b.py", "--num_experts=8", "--num_experts_per_tok=2")
 SMALL = ("config/laptop.py", "--gpus=4", "--n_embd=256", "--n_head=4", "--n_kv_head=2", "--n_ff=640", "--n_layer=6", "--max_steps=100",
@@ -143,3 +146,16 @@ def test_estimate_and_simulation_agree_for_a_small_model(capsys, options):
 def test_estimate_and_simulation_agree_for_the_released_sizes(capsys, options):
     simulation = planned(capsys, *options, "--simulate=True")["simulation"]
     assert simulation["agrees"], simulation
+
+
+def test_a_gpu_s_micro_batch_is_the_largest_that_the_estimate_fits(monkeypatch):
+    """The rule of train.py, without a GPU: only its free memory is asked."""
+    config, model = read_config(["config/tunnel_500m.py"])[:2]
+    free, gpu = 40 * 2 ** 30, torch.device("cuda")
+    monkeypatch.setattr(memory, "free_memory", lambda device: free)
+    micro = memory.choose_micro_batch(model, config, 64, gpu)
+    room = memory.USABLE * free - 2 * model.n_params_non_embedding         # rounded matrices, of one process
+    peak = lambda m: memory.peak_of(model, config, m, 64, 1)[0]            # noqa: E731
+    assert 1 < micro < 64 and 64 % micro == 0 and peak(micro) <= room < peak(2 * micro)
+    assert memory.choose_micro_batch(model, dataclasses.replace(config, recompute=1), 64, gpu) > micro
+    assert memory.choose_micro_batch(model, config, 64, torch.device("cpu")) * config.block_size <= memory.MICRO_TOKENS_CPU

@@ -17,7 +17,8 @@ import train
 from configurator import ROOT
 
 FAMILY = ("dpo.py", "chat.py", "passkey.py", "upcycle.py", "convert.py", "plan.py", "bench.py", "evaluate.py", "parallel.py")
-LONG_OR_NETWORK = ("--to_gguf", "--task=sizes", "--simulate", "data/fineweb_edu", "config/gpu_124m.py", "data/plays", "data/speeches", "--data=plays")
+LONG_OR_NETWORK = ("--to_gguf", "--task=sizes", "--simulate", "data/fineweb_edu", "config/gpu_124m.py", "data/plays", "data/speeches", "--data=plays",
+                   "laptop_long", "laptop-long", "data/passkey")
 
 
 def run(*argv, cwd=None, code=0):
@@ -80,14 +81,15 @@ def test_readme_command_runs(laptop, command, tmp_path):
             words = [w for w in words if not w.startswith(("--max_steps", "--decay_steps=2"))]
             steps = "--decay_steps=2" if "branch" in command or "laptop_decay" in command or "laptop_anneal" in command else "--max_steps=2"
             words += ["--max_steps=4", "--decay_steps=0"] if "--decay_steps=0" in words else [steps]
+            words.append("--eval_tokens=4096")
             if "out_dir" not in command and not any(stage in command for stage in ("anneal", "sft", "moe")):   # others start from these
                 words.append(f"--out_dir={tmp_path / 'out'}")
             if "colab" in command:
-                words += ["--batch_size=1"]
+                words += ["--batch_size=1", "--n_layer=2"]
     if words[0] == "sample.py":
         words.append("--max_new_tokens=5")                               # of a conversation, the input is at its end
     if words[0] == "evaluate.py":
-        for file in ("evaluate.py", "chat.py"):
+        for file in ("evaluate.py", "chat.py", "passkey.py"):
             shutil.copy(ROOT / file, root)
         words += ["--questions=8", "--eval_tokens=4096"]
     if words[0] in ("convert.py", "bench.py", "plan.py", "dpo.py", "upcycle.py"):
