@@ -14,7 +14,7 @@ max_position = 1024
 
 block_size = 1024
 batch_size = 2              # 2 sequences * 1,024 tokens = 2,048 tokens an update, as the rung before
-max_steps = 1500
+max_steps = 2000
 learning_rate = 0.0025
 min_lr = 0.0003
 eval_interval = 0
