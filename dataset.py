@@ -175,7 +175,10 @@ class Split:
                 raise TypeError("counts")
         except FileNotFoundError:
             name = self.folder.parent.name
-            script = f"{name}/prepare.py" if (ROOT / "data" / name / "prepare.py").is_file() else f"text/prepare.py --input=PATH --name={name}"
+            shipped = [path.parent.name for path in (ROOT / "data").glob("*/prepare.py")]
+            owner = max((s for s in shipped if f"{name}_".startswith(f"{s}_")), key=len, default=None)   # of speeches_long: speeches
+            script = f"text/prepare.py --input=PATH --name={name}" if owner is None else f"{owner}/prepare.py" + \
+                ("" if owner == name else f" (with the --suffix or --length that makes it {name})")
             tokenizer = self.folder.name if self.folder.name in BUILT_IN else f"FOLDER (that of tokenizer {self.folder.name!r})"
             raise BadInput(f"{self.folder}: no corpus here; run python data/{script} --tokenizer={tokenizer}"
                            + (" --overwrite=True" if self.folder.exists() else "")) from None

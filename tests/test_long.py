@@ -1,5 +1,6 @@
 """Long contexts: retrieval documents and their score, parts of a corpus by length, untying, limits, the rungs' configs."""
 import json
+import re
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,7 +14,7 @@ import plan
 import sample
 import tokenizer as tokenizers
 from configurator import ROOT, BadInput, configure
-from dataset import open_corpus, write_corpus
+from dataset import Split, open_corpus, write_corpus
 from model import KVCache, MiniCPM, MiniCPMConfig
 from train import TrainConfig, main
 
@@ -202,3 +203,10 @@ def test_a_128k_sequence_of_the_2b_fits_a_gpu_of_80_gb(capsys):
     plan.main(["config/minicpm_128k.py", "--init_from=None", "--gpus=64", "--gpu=h100", "--recompute=1", "--json=True"])
     found = json.loads(capsys.readouterr().out)
     assert found["fits"] and found["block_size"] == 131072 and found["micro_batch_size"] == 1
+
+
+def test_a_missing_part_of_a_corpus_names_the_script_that_makes_it(tmp_path):
+    for name, maker in (("speeches_long", "data/speeches/prepare.py (with"), ("passkey_512", "data/passkey/prepare.py (with"),
+                         ("mine_long", "data/text/prepare.py --input=PATH --name=mine_long"), ("plays", "data/plays/prepare.py --tokenizer")):
+        with pytest.raises(BadInput, match=re.escape(maker)):
+            Split(tmp_path / name / "bpe4096", "train")
