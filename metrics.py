@@ -1,7 +1,7 @@
 """metrics.jsonl, the record of a run, one JSON object a line: read, cut back on a resume, drawn as loss.png, shown elsewhere.
 
-Training lines have step, loss, lr, tokens, grad_norm, tok_per_s; evaluation lines step, val_loss, val_bpb; further lines say
-what happened at a step.
+Training lines have step, loss, loss_max (the highest since the line before), lr, tokens, grad_norm, tok_per_s; evaluation lines
+step, val_loss, val_bpb; further lines say what happened at a step.
 """
 import hashlib
 import json
@@ -35,7 +35,11 @@ def lines_of(out_dir):
 
 def read(out_dir):
     """metrics.jsonl of a run as (training lines, evaluation lines)."""
-    lines = lines_of(out_dir)
+    return split(lines_of(out_dir))
+
+
+def split(lines):
+    """(training lines, evaluation lines)"""
     return [x for x in lines if "loss" in x], [x for x in lines if "val_loss" in x]
 
 
@@ -64,7 +68,8 @@ def open_boards(config, out_dir):
 
 def draw(out_dir):
     """loss.png from metrics.jsonl: training and held-out loss, and the learning rate, over tokens."""
-    lines, (training, held_out) = lines_of(out_dir), read(out_dir)
+    lines = lines_of(out_dir)
+    training, held_out = split(lines)
     if not training:
         return
     import matplotlib

@@ -1,4 +1,4 @@
-"""SFT of the laptop run: instructions with answers that can be checked. Two minutes on one CPU core."""
+"""SFT of the laptop run: instructions with answers that can be checked. Two and a half minutes on one CPU core."""
 init_from = "out/laptop-anneal"    # its weights alone: a run of its own, from step 0; out/laptop would do
 out_dir = "out/laptop-sft"
 data = "instruct"           # conversations, packed in rows of the default block_size; the loss is on their answers
