@@ -28,6 +28,7 @@ from configurator import BadInput
 EXPLICIT_ATTENTION_UP_TO = 1024   # keys; on CPU a written-out softmax beats the fused kernel's slow backward up to about here
 ROUTER_STD = 0.1                   # paper section 7.3: a normal draw of variance 0.01
 LOGITS_AT_ONCE = 2 ** 25          # logits held at a time (128 MiB in float32): a larger vocabulary goes through in chunks
+ROW_MULTIPLE = 32                  # rows of an expert on CPU, filled up: oneDNN builds a kernel for every count that it meets
 
 
 @dataclass(frozen=True)
@@ -478,17 +479,33 @@ class SwiGLU(nn.Module):
 
 
 class Reorder(torch.autograd.Function):
-    """Rows of x (M, C) in another order. Its gradient is the reverse order: a read, where that of indexing is a sum by scattering,
-    ten times slower on a CPU and in an order of its own on a GPU."""
+    """Rows of x (M, C) in another order (R,), where M stands for a row of zeros; inverse (M,) says where each row of x went. The
+    gradient is the same the other way: a read, where that of indexing is a sum by scattering, ten times slower on a CPU and in an
+    order of its own on a GPU."""
 
     @staticmethod
     def forward(ctx, x, order, inverse):
         ctx.save_for_backward(inverse)
-        return x.index_select(0, order)
+        return F.pad(x, (0, 0, 0, 1)).index_select(0, order)
 
     @staticmethod
     def backward(ctx, grad):
-        return grad.index_select(0, *ctx.saved_tensors), None, None
+        return F.pad(grad, (0, 0, 0, 1)).index_select(0, *ctx.saved_tensors), None, None
+
+
+def rows_by_expert(expert, E, multiple):
+    """Lay out (token, choice) pairs by expert, each expert's rows filled up with zeros to a multiple. expert (P,) int64 in [0, E)
+    -> row (P,): the row of each pair; pair (R,): the pair of each row, P where none; ends (E,) int32: behind the last row of each.
+    R = P + E (multiple - 1) does not depend on the choices; rows behind the last end stand for nothing."""
+    P, device = len(expert), expert.device
+    by_expert, order = expert.sort(stable=True)
+    ends = torch.searchsorted(by_expert, torch.arange(E, device=device), right=True)
+    padding = -ends.diff(prepend=ends.new_zeros(1)) % multiple             # (E,) zeros behind each expert's rows
+    ends = ends + padding.cumsum(0)
+    sorted_row = torch.arange(P, device=device) + (padding.cumsum(0) - padding)[by_expert]
+    row = torch.empty_like(order).scatter_(0, order, sorted_row)
+    pair = order.new_full((P + E * (multiple - 1),), P).scatter_(0, sorted_row, order)
+    return row, pair, ends.int()
 
 
 # Traced by torch.compile, this product takes bfloat16 only; left as it is, every dtype.
@@ -532,12 +549,11 @@ class MoE(nn.Module):
         logits = F.linear(x.float(), self.router.weight.to(x.dtype).float())
         weight, expert = logits.softmax(-1).topk(k)                        # (B, T, k)
         weight = weight / weight.sum(-1, keepdim=True)
-        by_expert, order = expert.flatten().sort(stable=True)              # (N k): order holds places of (token, choice)
-        inverse = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=device))
-        ends = torch.searchsorted(by_expert, torch.arange(E, device=device), right=True, out_int32=True)
+        multiple = ROW_MULTIPLE if device.type == "cpu" and B * T * k >= E * ROW_MULTIPLE else 1
+        row, pair, ends = rows_by_expert(expert.flatten(), E, multiple)
         choices = x.view(B * T, 1, C).expand(-1, k, -1).reshape(-1, C)     # (N k, C)
-        y = self.experts(Reorder.apply(choices, order, inverse), ends)
-        y = Reorder.apply(y, inverse, order).view(B, T, k, C)
+        y = self.experts(Reorder.apply(choices, pair, row), ends)
+        y = Reorder.apply(y, row, pair).view(B, T, k, C)
         return (y.float() * weight[..., None]).sum(2), (logits, expert)
 
 

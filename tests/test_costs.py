@@ -12,7 +12,8 @@ import convert
 import tokenizer as tokenizers
 from configurator import ROOT
 from dataset import make_batches, open_corpus, write_corpus
-from model import MiniCPM, MiniCPMConfig, init_weights
+from device import keep_memory
+from model import MiniCPM, MiniCPMConfig, init_weights, optimizer_groups
 from train import language_loss, read_config, train
 
 pytestmark = pytest.mark.slow
@@ -90,6 +91,42 @@ open("/proc/self/clear_refs", "w").write("5")                            # forge
 step()
 print((kib("VmHWM") - before) / 1024)
 """
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_step_of_experts_costs_at_most_1_6_dense_ones_of_equal_active_size(compiled):
+    """The laptop's model in bfloat16, rounds in turn: forward, backward, clipping and AdamW."""
+    keep_memory()
+    shape = dict(vocab_size=4096, n_layer=4, n_head=2, n_embd=128, dim_model_base=64)
+    tokens = torch.randint(0, 4096, (50, 8, 257), generator=torch.Generator().manual_seed(0))
+
+    def stepper(config):
+        model = MiniCPM(config)
+        init_weights(model, 0)
+        model.numerics.dtype = torch.bfloat16
+        optimizer = torch.optim.AdamW(optimizer_groups(model, 0.1), lr=1e-3, fused=True)
+        forward = torch.compile(model) if compiled else model
+
+        def step(batch):
+            nll, aux = forward(batch[:, :-1].contiguous(), batch[:, 1:].contiguous())
+            (nll.mean() + sum(value for name, value in aux.items() if name.endswith("_loss"))).backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+        return step
+
+    steppers = {"dense": stepper(MiniCPMConfig(**shape, n_ff=640)),
+                "experts": stepper(MiniCPMConfig(**shape, n_ff=320, num_experts=8, num_experts_per_tok=2))}
+    times = {name: [] for name in steppers}
+    for _ in range(10):                                                  # the first round compiles
+        for name, step in steppers.items():
+            clock = time.perf_counter()
+            for batch in tokens[torch.randint(0, len(tokens), (10,))]:
+                step(batch)
+            times[name].append((time.perf_counter() - clock) / 10)
+    dense, experts = (statistics.median(seconds[1:]) for seconds in times.values())
+    print(f"\ncompiled={compiled}: experts {1000 * experts:.1f} ms a step, dense {1000 * dense:.1f} ms: x {experts / dense:.2f}")
+    assert experts / dense <= 1.6
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="peak memory is read from /proc")
