@@ -6,7 +6,7 @@ A file holds one JSON object a line, or one JSON list of them:
     {"instruction": ..., "input": ..., "output": ...}                                          alpaca
     {"prompt": ..., "chosen": ..., "rejected": ...}                                            a pair; each text or messages
 
-A packed corpus is a corpus whose tokens come in rows of block_size + 1: whole conversations back to back, each from its <s>
+A packed corpus is a corpus whose tokens come in rows of block_size + 1: whole conversations (or documents) back to back, each from its <s>
 to the eos of its last answer, then eos as padding. Beside each split lies a second one, SPLIT_mask, that gives every token
 its class (dataset.py: PADDING, TEXT, ANSWER): whether it is to be predicted. A conversation's <s> never is: what comes next
 to it in a row is chance.
@@ -171,12 +171,13 @@ def place(rows, pairs, row):
     return rows.pop(max(range(len(rows)), key=lambda i: len(rows[i]))) if len(rows) > OPEN_ROWS else None
 
 
-def write_conversations(folder, tokenizer, conversations, block_size, shard_tokens=20_000_000, overwrite=False):
-    """Pack conversations into shards of rows, all or nothing.
+def write_rows(folder, tokenizer, documents, block_size, fit=fit, shard_tokens=20_000_000, overwrite=False):
+    """Pack documents into shards of rows, all or nothing.
 
-    conversations  iterable of (split, messages), split "train" or "val"
-    returns        the meta.json as a dict: per split documents, those truncated and dropped for their length, rows, tokens
-                   (padding included), filled (not included), and bytes (of answers alone)
+    documents  iterable of (split, document), split "train" or "val"; a document is whatever fit takes: messages
+    fit        (tokenizer, document, row) -> ([(id, class), ...] of at most row tokens, how much was left out)
+    returns    the meta.json as a dict: per split documents, those truncated and dropped for their length, rows, tokens
+               (padding included), filled (not included), and bytes (of answers alone)
     """
     row, sha = block_size + 1, hashlib.sha256()
     sums = ("documents", "truncated", "dropped", "rows", "filled", "bytes", "tokens")
@@ -200,12 +201,12 @@ def write_conversations(folder, tokenizer, conversations, block_size, shard_toke
         closed[split].clear()
 
     with complete_or_nothing(folder, overwrite) as temporary:
-        for n, (split, messages) in enumerate(conversations, 1):
-            sha.update(json.dumps([split, messages]).encode())
+        for n, (split, document) in enumerate(documents, 1):
+            sha.update(json.dumps([split, document]).encode())
             try:
-                pairs, left_out = fit(tokenizer, messages, row)
+                pairs, left_out = fit(tokenizer, document, row)
             except BadInput as error:
-                raise BadInput(f"conversation {n}: {error}") from None
+                raise BadInput(f"document {n}: {error}") from None
             entry = splits[split]
             if not pairs:
                 entry["dropped"] += 1
@@ -225,15 +226,15 @@ def write_conversations(folder, tokenizer, conversations, block_size, shard_toke
             if closed[split]:
                 add_shard(split)
             if not splits[split]["rows"]:
-                raise BadInput(f"{folder}: no {split} conversations of at most {row} tokens; a corpus needs both train and val")
-        meta = {"kind": "conversations", "row": row, "tokenizer": tokenizer.name, "tokenizer_hash": tokenizer.hash,
-                "vocab_size": tokenizer.n_vocab, "corpus_sha256": sha.hexdigest(), "splits": splits | masks}
+                raise BadInput(f"{folder}: no {split} documents of at most {row} tokens; a corpus needs both train and val")
+        meta = {"row": row, "tokenizer": tokenizer.name, "tokenizer_hash": tokenizer.hash, "vocab_size": tokenizer.n_vocab,
+                "corpus_sha256": sha.hexdigest(), "splits": splits | masks}
         (temporary / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
     return meta
 
 
-def prepare(name, conversations, block_size, options):
-    """Write data_dir/NAME/TOKENIZER from an iterable of (split, messages), which is not touched where the corpus is there.
+def prepare(name, documents, block_size, options, fit=fit):
+    """Write data_dir/NAME/TOKENIZER from an iterable of (split, document) (see write_rows), not touched where the corpus is there.
 
     options: tokenizer, data_dir, overwrite (data/prepare_corpus.py: PrepareOptions)
     """
@@ -248,9 +249,9 @@ def prepare(name, conversations, block_size, options):
         return
     print(f"preparing {folder}", flush=True)
     start = time.perf_counter()
-    meta = write_conversations(folder, tokenizer, conversations, block_size, overwrite=options.overwrite)
+    meta = write_rows(folder, tokenizer, documents, block_size, fit, overwrite=options.overwrite)
     train, val = meta["splits"]["train"], meta["splits"]["val"]
     both = {key: train[key] + val[key] for key in train if key not in ("shards", "counts")}
-    print(f"{name}: {both['documents']:,} conversations ({val['documents']:,} held out) in {both['rows']:,} rows of {meta['row']} "
+    print(f"{name}: {both['documents']:,} documents ({val['documents']:,} held out) in {both['rows']:,} rows of {meta['row']} "
           f"tokens, {100 * both['filled'] / both['tokens']:.1f} % filled; {both['truncated']:,} truncated at a turn and "
           f"{both['dropped']:,} dropped, being longer than a row; {time.perf_counter() - start:.1f} s")

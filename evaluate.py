@@ -191,6 +191,9 @@ def main(argv):
     tokenizer = tokenizers.of_model(folder, config.tokenizer, meta["model"]["vocab_size"])
     file = Path(config.questions_file) if config.questions_file else ROOT / config.data_dir / name / "test.jsonl"
     tasks, block_size = {config.task}, config.block_size
+    if config.task == "exact" and not file.is_file():
+        raise BadInput(f"--task=exact: no {file}; name conversations with --questions_file=FILE, or a corpus that has them "
+                       f"(--data=instruct after python data/instruct/prepare.py)")
     if config.task != "exact":
         corpus = open_corpus(config.data_dir, name, tokenizer, "val")
         block_size = block_size or (corpus.row - 1 if corpus.row else trained["block_size"])

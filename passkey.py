@@ -23,6 +23,7 @@ WORDS = ("peace power system service place point step copy base reason purpose l
          "control cost item progress program claim side strength treaty product care level bucket period death question health "
          "matter template commerce turn spirit authority faith security session issue justice debt labor property character honour "
          "hope cause mark number memory order interest class event guard sign path").split()
+END = ".\n"                                 # of an answer that another question or nothing follows
 HELD_OUT_KEYS = 0.1                         # share of the keys
 
 
@@ -54,12 +55,13 @@ def make_document(rng, split, filler, tokenizer, length, depths):
     from in so many tokens.
 
     depths   for each key, where it is stated: 0 before all running text, 1 after it. The questions are in the same order
-    returns  (ids (length,), n): the last n ids are the last answer. BadInput where length is too short or the filler is
+    returns  (ids (length,), answer (length,) bool: the tokens of the answers). BadInput where length is too short or the filler is
     """
-    end = tokenizer.encode(".\n")
+    end = tokenizer.encode(END)
     names = rng.permutation(NAMES)[:len(depths)]
     stated, asked, answers = zip(*[sentences(tokenizer, name, KEYS[split][rng.integers(len(KEYS[split]))]) for name in names])
-    questions = tokenizer.encode("\n") + sum((q + a + end for q, a in zip(asked, answers)), [])[:-len(end)]
+    pairs = sum(([(i, False) for i in q] + [(i, True) for i in a] + [(i, False) for i in end] for q, a in zip(asked, answers)), [])
+    questions, answer = zip(*[(i, False) for i in tokenizer.encode("\n")], *pairs[:-len(end)])
     room = length - 1 - len(questions) - sum(map(len, stated))
     if room < 0:
         raise BadInput(f"a document of {length} tokens: keys and questions alone take {length - room}")
@@ -72,7 +74,8 @@ def make_document(rng, split, filler, tokenizer, length, depths):
         if at > done:                                                    # the key has a line of its own
             ids += [*text[done:at - 1], *tokenizer.encode("\n")]
         ids, done = ids + statement, at
-    return np.array(ids + text[done:] + questions), len(answers[-1])
+    ids += text[done:]
+    return np.array([*ids, *questions]), np.array([False] * len(ids) + list(answer))
 
 
 def shortest(tokenizer):
@@ -84,16 +87,16 @@ def shortest(tokenizer):
 
 @torch.no_grad()
 def share_right(model, documents, batch_size):
-    """Share of (ids, n) documents, all of one length, whose every answer token is the model's likeliest one: what greedy
+    """Share of (ids, answer) documents, all of one length, whose every answer token is the model's likeliest one: what greedy
     decoding gets right."""
     device, right = model.wte.weight.device, []
     for i in range(0, len(documents), batch_size):
         group = documents[i:i + batch_size]
-        ids = torch.from_numpy(np.stack([ids for ids, _ in group])).to(device)             # (B, T)
-        last = max(n for _, n in group)
-        hidden = model.hidden(ids[:, :-1])[0][:, -last:]                                   # (B, last, C): no other logits are needed
-        wrong = F.linear(hidden, model.head_weight.to(hidden.dtype)).argmax(-1) != ids[:, -last:]
-        right += [not row[last - n:].any() for row, (_, n) in zip(wrong.cpu(), group)]
+        ids, answer = (torch.from_numpy(np.stack(arrays)).to(device) for arrays in zip(*group))        # (B, T) each
+        first = int(answer.any(0).nonzero()[0])                                                # no logits before it are needed
+        hidden = model.hidden(ids[:, :-1])[0][:, first - 1:]                                   # (B, T - first, C)
+        wrong = F.linear(hidden, model.head_weight.to(hidden.dtype)).argmax(-1) != ids[:, first:]
+        right += (~(wrong & answer[:, first:]).any(1)).tolist()
     return sum(right) / len(right)
 
 

@@ -1,11 +1,12 @@
 """Long contexts, second rung: 256 to 1,024 tokens by a larger RoPE base (ABF).
 
     python data/speeches/prepare.py --min_doc_tokens=2048 --suffix=_long
-    python data/passkey/prepare.py --length=2048
+    python data/passkey/prepare.py --block_size=1024
 """
 init_from = "out/laptop-long-256"
 out_dir = "out/laptop-long-1024"
-data = "passkey_2048:0.36,speeches_long:0.08,pytorch:0.56"  # 44 % long, 56 % short (paper section 7.2)
+data = "passkey_1024:0.36,speeches_long:0.08,pytorch:0.56"  # 44 % long, 56 % short (paper section 7.2)
+answers_only = False
 doc_mask = True
 
 tie_word_embeddings = False

@@ -1,11 +1,12 @@
 """Long contexts, first rung: the laptop model learns to retrieve at the length it was trained at. Three minutes on one CPU core.
 
     python data/speeches/prepare.py
-    python data/passkey/prepare.py --length=512         twice a sample, which is cut anywhere: more keys far from their questions
+    python data/passkey/prepare.py --block_size=256
 """
 init_from = "out/laptop"
 out_dir = "out/laptop-long-256"
-data = "passkey_512:0.44,speeches:0.28,pytorch:0.28"
+data = "passkey_256:0.44,speeches:0.28,pytorch:0.28"
+answers_only = False        # running text around the keys is learned too
 doc_mask = True             # a question must not see another document's key
 
 tie_word_embeddings = False # the head starts as a copy of the embedding (paper section 7.2)

@@ -1,11 +1,12 @@
 """Long contexts, fourth rung: 2,048 to 8,192 tokens by NTK-aware RoPE, as the released 128K model has it.
 
     python data/speeches/prepare.py --min_doc_tokens=2048 --suffix=_long
-    python data/passkey/prepare.py --length=16384 --documents=2000
+    python data/passkey/prepare.py --block_size=8192 --documents=1000
 """
 init_from = "out/laptop-long-2048"
 out_dir = "out/laptop-long-8192"
-data = "passkey_16384:0.36,speeches_long:0.08,pytorch:0.56"
+data = "passkey_8192:0.36,speeches_long:0.08,pytorch:0.56"
+answers_only = False
 doc_mask = True             # its mask doubles a step's time at this length on a CPU; samples within one document would not need it
 
 tie_word_embeddings = False

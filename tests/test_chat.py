@@ -12,7 +12,7 @@ import torch
 
 import evaluate
 import tokenizer as tokenizers
-from chat import read_conversations, read_pairs, read_questions, write_conversations
+from chat import read_conversations, read_pairs, read_questions, write_rows
 from configurator import ROOT, BadInput
 from dataset import ANSWER, PADDING, TEXT, Split, held_out_loss, make_batches, open_corpus, write_corpus
 from model import MiniCPM, MiniCPMConfig, init_weights
@@ -112,7 +112,7 @@ def conversations_in(split):
 
 def test_every_conversation_is_packed_whole_and_masked(tmp_path):
     said = talks(400)
-    meta = write_conversations(tmp_path / "a", TOK, said, 120, shard_tokens=40 * 121)
+    meta = write_rows(tmp_path / "a", TOK, said, 120, shard_tokens=40 * 121)
     for name in ("train", "val"):
         split, found, filled = Split(tmp_path / "a", name), Counter(), 0
         for ids, kinds in conversations_in(split):
@@ -135,18 +135,18 @@ def test_long_conversations_are_cut_at_a_turn_or_dropped(tmp_path):
     three = talk("q" * 10, "a" * 10, "r" * 10, "b" * 10, "s" * 10, "c" * 10)        # 1 + 3 * 23 ids
     said = [("train", three), ("train", talk("x" * 60, "y")), ("train", talk("x", "y" * 60, "q", "a")), ("val", three[:2])]
     for block_size, exchanges, counts in ((69, 3, (3, 0, 0)), (68, 2, (3, 2, 0)), (46, 2, (1, 1, 2)), (45, 1, (1, 1, 2))):
-        entry = write_conversations(tmp_path / str(block_size), TOK, said, block_size)["splits"]["train"]
+        entry = write_rows(tmp_path / str(block_size), TOK, said, block_size)["splits"]["train"]
         assert (entry["documents"], entry["truncated"], entry["dropped"]) == counts
         found = [ids for ids, _ in conversations_in(Split(tmp_path / str(block_size), "train"))]
         wanted = tokenizers.chat_ids(TOK, three[:2 * exchanges])[0]
         assert wanted + [TOK.eos] * (block_size + 1 - len(wanted)) in found
-    with pytest.raises(BadInput, match="no train conversations of at most 11 tokens"):
-        write_conversations(tmp_path / "none", TOK, said, 10)
+    with pytest.raises(BadInput, match="no train documents of at most 11 tokens"):
+        write_rows(tmp_path / "none", TOK, said, 10)
     assert not (tmp_path / "none").exists()
     one_mark = tokenizers.load("bytes")
     one_mark.bos = one_mark.eos                                          # as some released tokenizers have it: doc_ids would be wrong
-    with pytest.raises(BadInput, match="conversation 1: tokenizer 'bytes' uses its mark of a beginning inside"):
-        write_conversations(tmp_path / "none", one_mark, said, 69)
+    with pytest.raises(BadInput, match="document 1: tokenizer 'bytes' uses its mark of a beginning inside"):
+        write_rows(tmp_path / "none", one_mark, said, 69)
 
 
 def tiny():
@@ -159,7 +159,7 @@ def tiny():
 def test_a_packed_row_gives_every_conversation_what_it_gets_alone(tmp_path):
     """Attention and positions do not cross conversations: losses are equal, and bits per byte are of answers alone."""
     said, model = talks(40), tiny()
-    write_conversations(tmp_path / "a", TOK, said, 120)
+    write_rows(tmp_path / "a", TOK, said, 120)
     split = Split(tmp_path / "a", "train")
     batch, n = make_batches(lambda name: split, 0, 120, TOK.bos)([[0, "a"]], 0, split.n_tokens // split.row)
     nll, _ = model(batch["idx"], batch["targets"], doc_ids=batch["doc_ids"])
@@ -179,7 +179,7 @@ def test_a_packed_row_gives_every_conversation_what_it_gets_alone(tmp_path):
 
 
 def test_batches_mix_text_and_conversations(tmp_path):
-    write_conversations(tmp_path / "talk", TOK, talks(200), 64)
+    write_rows(tmp_path / "talk", TOK, talks(200), 64)
     write_corpus(tmp_path / "text", TOK, [(split, "plain words " * 300) for split in ("train", "val")])
     splits = {name: Split(tmp_path / name, "train") for name in ("talk", "text")}
     plan = [[0, "text"], [8, "text:0.5,talk:0.5"]]
@@ -210,7 +210,7 @@ def test_the_block_size_must_be_the_corpus_s(tmp_path, capsys):
     script("chat").main(prepare)
     said = capsys.readouterr().out
     corpus = open_corpus(tmp_path, "mine", TOK, "train")
-    assert corpus.row == 65 and re.search(r"mine: 60 conversations \(\d+ held out\) in \d+ rows of 65 tokens, \d\d\.\d % filled; 0 trunc", said)
+    assert corpus.row == 65 and re.search(r"mine: 60 documents \(\d+ held out\) in \d+ rows of 65 tokens, \d\d\.\d % filled; 0 trunc", said)
     train_on = ["--data=mine", "--tokenizer=bytes", f"--data_dir={tmp_path}", "--doc_mask=True", f"--out_dir={tmp_path / 'run'}", "--n_layer=1", "--n_head=2",
                 "--n_embd=32", "--n_ff=32", "--max_steps=2", "--sample_tokens=0", "--quiet=True", "config/laptop.py"]
     for main, argv, says in (
@@ -227,9 +227,10 @@ def test_the_block_size_must_be_the_corpus_s(tmp_path, capsys):
     evaluate.main([f"--ckpt={tmp_path / 'run'}", f"--data_dir={tmp_path}", "--json=True"])          # all that goes with it: no cloze
     result = json.loads(capsys.readouterr().out)
     assert result["bpb"] > 1 and result["block_size"] == 64 and "cloze" not in result and "exact" not in result
-    with pytest.raises(SystemExit):
-        evaluate.main([f"--ckpt={tmp_path / 'run'}", f"--data_dir={tmp_path}", "--task=cloze"])
-    assert capsys.readouterr().err.startswith("--task=cloze: mine holds conversations")
+    for task, says in (("cloze", "--task=cloze: mine holds conversations"), ("exact", f"--task=exact: no {tmp_path / 'mine' / 'test.jsonl'}; name")):
+        with pytest.raises(SystemExit):
+            evaluate.main([f"--ckpt={tmp_path / 'run'}", f"--data_dir={tmp_path}", f"--task={task}"])
+        assert capsys.readouterr().err.startswith(says)
     evaluate.main([f"--ckpt={tmp_path / 'run'}", f"--questions_file={tmp_path / 'in.jsonl'}", "--task=exact", "--questions=4", "--answer_tokens=3"])
     assert re.search(r"exact 0.0 \+- 0.0 % of 4 questions, \d\.\d tokens an answer\n$", capsys.readouterr().out)
 

@@ -14,7 +14,7 @@ import plan
 import sample
 import tokenizer as tokenizers
 from configurator import ROOT, BadInput, configure
-from dataset import Split, open_corpus, write_corpus
+from dataset import ANSWER, PADDING, Split, open_corpus, write_corpus
 from model import KVCache, MiniCPM, MiniCPMConfig
 from train import TrainConfig, main
 
@@ -47,13 +47,13 @@ def test_keys_are_disjoint_and_each_word_is_one_token():
 @pytest.mark.parametrize("depths", [[0], [0.4], [1], [0.2, 0.9], [0.5, 0.1, 0.5]])
 def test_a_document_has_its_length_its_keys_at_their_depths_and_the_answers_at_its_end(length, depths):
     filler = np.array(BPE.encode(TEXT))
-    ids, n = passkey.make_document(np.random.default_rng(1), "val", filler, BPE, length, depths)
+    ids, asked_for = passkey.make_document(np.random.default_rng(1), "val", filler, BPE, length, depths)
     again, _ = passkey.make_document(np.random.default_rng(1), "val", filler, BPE, length, depths)
     assert len(ids) == length and ids[0] == BPE.bos and (ids == again).all()
     parts = BPE.decode(ids[1:].tolist()).split("What is it? ")
     body, asked = parts[0], parts[1:]
-    answer = BPE.decode(ids[-n:].tolist())
-    assert len(asked) == len(depths) and answer in passkey.KEYS["val"] and asked[-1].endswith(answer)
+    assert len(asked) == len(depths) and asked_for[-1]
+    assert BPE.decode(ids[asked_for].tolist()) == "".join(key_of(text) for text in asked)
     filler_tokens = len(BPE.encode(body)) - body.count("pass key") * 10
     for text, depth in zip(asked, depths):                               # each question is its statement, word for word
         statement = text.strip().rstrip(".") + ".\n"
@@ -64,11 +64,16 @@ def test_a_document_has_its_length_its_keys_at_their_depths_and_the_answers_at_i
 
 def test_prepare_writes_answers_whose_keys_and_filler_are_the_split_s_own(data_dir, capsys):
     prepare = script("passkey")
-    prepare.main([f"--data_dir={data_dir}", "--length=300", "--documents=50"])
+    prepare.main([f"--data_dir={data_dir}", "--block_size=300", "--documents=50"])
     texts, most = {}, 0
     for split in ("train", "val"):
         corpus = open_corpus(data_dir, "passkey_300", BPE, split)
-        texts[split] = BPE.decode(corpus.read(0, corpus.n_tokens).tolist()).split("</s>")[:-1]
+        tokens, classes = corpus.read(0, corpus.n_tokens), corpus.classes.read(0, corpus.n_tokens)
+        assert corpus.row == 301 and (tokens.reshape(-1, 301)[:, 0] == BPE.bos).all()     # no document is cut
+        assert ((classes == PADDING) | (tokens != BPE.bos)).all()
+        texts[split] = [text for text in BPE.decode(tokens.tolist()).split("</s>") if text]
+        answers = BPE.decode(tokens[classes == ANSWER].tolist())
+        assert answers == "".join(key_of(line.removeprefix("What is it?")) for text in texts[split] for line in text.split("\n") if line.startswith("What is it?"))
         for text in texts[split]:
             stated = [line for line in text.split("\n") if line.startswith("The pass key of")] + \
                 ([text[3:].split("\n")[0]] if text.startswith("<s>The pass key of") else [])
@@ -77,7 +82,7 @@ def test_prepare_writes_answers_whose_keys_and_filler_are_the_split_s_own(data_d
             most = max(most, len(asked))
     assert len(texts["train"]) == 50 and most > 1
     assert "software" not in "".join(texts["val"]) and "SOFTWARE" in "".join(texts["val"])
-    assert "--length=10: key and question take" in error_of(prepare, [f"--data_dir={data_dir}", "--length=10"], capsys)
+    assert "--block_size=10: key, question and answer take" in error_of(prepare, [f"--data_dir={data_dir}", "--block_size=10"], capsys)
     assert "run python data/text/prepare.py" in error_of(prepare, [f"--data_dir={data_dir}", "--filler=nothing"], capsys)
 
 

@@ -1,0 +1,230 @@
+"""What the labs share: a run is made once, and read from labs/results/NAME.jsonl from then on.
+
+A result is kept by the settings of its run and by a hash of the code that its numbers come from: MATTERS, and of the lab the function
+that makes the run with all that it calls and names. Comments and docstrings do not count. A changed setting or changed code
+makes the runs that it affects again; an interrupted lab goes on with the run that it was in.
+"""
+import ast
+import dataclasses
+import hashlib
+import inspect
+import json
+import multiprocessing
+import os
+import sys
+import time
+import types
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+import tokenizer as tokenizers
+import train
+from configurator import ROOT, BadInput
+from model import MiniCPM, init_weights
+
+MATTERS = ("dataset", "model", "start", "tokenizer", "train", "wsd")     # modules that every run's numbers come from
+
+
+@dataclass
+class LabConfig:
+    quick: bool = False         # True: seconds, to try the machinery; files go to out/labs, nothing that is committed changes
+    draw: bool = False          # True: run nothing, draw what is there, that of earlier code marked as such
+    workers: int = 0            # runs at a time, a thread each; 0: one a core
+
+    def problems(self):
+        return [f"--workers={self.workers}: must not be negative"] if self.workers < 0 else []
+
+
+def path(lab, kind, config):
+    """Of a lab's results ("results") or figure ("figures")."""
+    folder = ROOT / "out" / "labs" if config.quick else ROOT / "labs" / kind
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder / f"{lab}.{'png' if kind == 'figures' else 'jsonl'}"
+
+
+def folder(lab, job):
+    """Where a run that writes checkpoints does so: the same for the same job, so that it goes on after an interruption."""
+    return str(ROOT / "out" / "labs" / lab / hashlib.sha256(json.dumps(job, sort_keys=True).encode()).hexdigest()[:12])
+
+
+# ---- from the cache, or run
+
+def collect(lab, work, jobs, config):
+    """([work(**job), ...] in the order of jobs, stale).
+
+    work    a function at the top of a lab's file: keyword arguments -> a dict for JSON
+    jobs    dicts of keyword arguments, for JSON
+    stale   whether one of the results is of earlier code; only with --draw=True
+    """
+    file, code, keys = path(lab, "results", config), code_hash(work), [json.dumps([work.__name__, job]) for job in jobs]
+    known = {key: line for line in read(file) if (key := json.dumps([line["work"], line["job"]])) in keys}     # the last one counts
+    if config.draw:
+        lacking = len(set(keys) - known.keys())
+        if lacking:
+            raise BadInput(f"{file}: lacks {lacking} of {len(set(keys))} runs; without --draw=True the lab makes them")
+    else:
+        missing = {key: job for key, job in zip(keys, jobs) if key not in known or known[key]["code"] != code}
+        with open(file, "a", encoding="utf-8") as f:
+            for key, result, seconds in run(work, missing, config.workers or os.cpu_count()):
+                known[key] = {"work": work.__name__, "job": missing[key], "code": code, "seconds": round(seconds, 1), "result": result}
+                f.write(json.dumps(known[key]) + "\n")
+                f.flush()
+        tidy(file)
+    return [json.loads(json.dumps(known[key]["result"])) for key in keys], any(known[key]["code"] != code for key in keys)
+
+
+def read(file):
+    """Lines of a results file as dicts; the last may be the half line of a killed lab, and is left out then."""
+    raw = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+    lines = []
+    for number, line in enumerate(raw, 1):
+        try:
+            lines.append(json.loads(line))
+        except ValueError:
+            if number < len(raw):
+                raise BadInput(f"{file}:{number}: not JSON; mend or delete the line") from None
+    return lines
+
+
+def tidy(file):
+    """Leave the last line of each job, and no half one."""
+    lines = {json.dumps([line["work"], line["job"]]): line for line in read(file)}
+    temporary = file.with_suffix(f".{os.getpid()}.tmp")
+    temporary.write_text("".join(json.dumps(line) + "\n" for line in lines.values()), encoding="utf-8")
+    os.replace(temporary, file)
+
+
+def run(work, jobs, workers):
+    """Yield (key, work(**job), seconds) of jobs {key: job} as they finish, with a line each."""
+    workers = min(workers, len(jobs))
+    if workers > 1 and not getattr(sys.modules["__main__"], "__file__", None):
+        print("one run at a time: processes need a lab that was started as a file (python -m labs.NAME)")
+        workers = 1
+    if workers > 1:
+        os.environ["OMP_NUM_THREADS"] = "1"                              # of the processes to come: a thread each
+        pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), one_thread)
+        finished = (future.result() for future in as_completed([pool.submit(timed, key, work, job) for key, job in jobs.items()]))
+    else:
+        finished = (timed(key, work, job) for key, job in jobs.items())
+    try:
+        for n, (key, result, seconds) in enumerate(finished, 1):
+            print(f"[{n}/{len(jobs)}] {' '.join(f'{name}={value}' for name, value in jobs[key].items())}: {seconds:.0f} s", flush=True)
+            yield key, result, seconds
+    finally:
+        if workers > 1:
+            pool.shutdown(cancel_futures=True)
+            del os.environ["OMP_NUM_THREADS"]
+
+
+def timed(key, work, job):
+    began = time.perf_counter()
+    return key, work(**job), time.perf_counter() - began
+
+
+def one_thread():
+    torch.set_num_threads(1)
+
+
+# ---- what a result depends on
+
+def code_hash(work):
+    """sha256 over the code that work's numbers come from: see the top of this file."""
+    seen, modules = {}, set(MATTERS)
+
+    def visit(thing):
+        """A function or class of the lab, with what it names."""
+        if thing.__qualname__ in seen:
+            return
+        tree = ast.parse(inspect.getsource(thing))
+        seen[thing.__qualname__] = bare(tree)
+        space = vars(sys.modules[thing.__module__])
+        for name in sorted({node.id for node in ast.walk(tree) if isinstance(node, ast.Name)} & space.keys()):
+            value = space[name]
+            if isinstance(value, types.ModuleType):
+                modules.add(value.__name__)
+            elif getattr(value, "__module__", None) != thing.__module__:
+                if inspect.isfunction(value) or inspect.isclass(value):
+                    modules.add(value.__module__)
+                elif not callable(value):
+                    seen[name] = repr(value)
+            elif inspect.isfunction(value) or inspect.isclass(value):
+                visit(value)
+    visit(work)
+    for module in sorted(modules - {"labs.runs"}):
+        file = ROOT / f"{module.replace('.', '/')}.py"
+        if file.exists():                                                # of the project
+            seen[module] = bare(ast.parse(file.read_text(encoding="utf-8")))
+    return hashlib.sha256(json.dumps(seen, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def bare(tree):
+    """Source without comments and docstrings."""
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node, clean=False) is not None:
+            node.body[0].value = ast.Constant("")
+    return ast.unparse(tree)
+
+
+# ---- a run
+
+def prepare(**settings):
+    """Make the corpora of these settings (data, tokenizer) where they are not there yet, before runs side by side want them."""
+    config = train.TrainConfig(**{"data": "pytorch", "tokenizer": "bytes", **settings})
+    train.prepare_missing(config, tokenizers.load(config.tokenizer))
+
+
+def begin(config_file, **settings):
+    """(model, updates, validate) of `python train.py CONFIG_FILE --name=value ...` in memory alone: updates is train.py's loop, to
+    be drained and looked into; validate() -> {"val_loss", "val_bpb"} once it is."""
+    config, shape, given = train.read_config([str(ROOT / config_file), "--quiet=True", *options(**settings)])
+    tokenizer = tokenizers.load(config.tokenizer)
+    if "vocab_size" not in given:
+        shape = dataclasses.replace(shape, vocab_size=tokenizer.n_vocab)
+    batches, validate = train.open_data(config, tokenizer)
+    model = MiniCPM(shape)
+    init_weights(model, config.seed)
+    return model, train.train(config, batches, train.language_loss, model), lambda: validate(model.eval())
+
+
+def options(**settings):
+    """["--name=value", ...]"""
+    return [f"--{name}={value}" for name, value in settings.items()]
+
+
+# ---- what a lab says
+
+@dataclass
+class Check:
+    """A statement of a lab about its results: a row of labs/README.md."""
+    claim: str
+    ours: str                   # what was measured
+    paper: str                  # the paper's number, or "-"
+    holds: bool
+
+
+def report(checks, stale):
+    """Print what was found."""
+    if stale:
+        print("some results are of earlier code: without --draw=True the lab makes them again")
+    for check in checks:
+        print(f"{'holds   ' if check.holds else 'DOES NOT'} | {check.claim}: {check.ours}" + (f" (paper: {check.paper})" if check.paper != "-" else ""))
+
+
+def figure(rows, columns, title, stale, width=4.2, height=3.4):
+    """(figure, axes (rows, columns)) to draw into, with a line where results are of earlier code."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    made, axes = plt.subplots(rows, columns, figsize=(width * columns, height * rows), squeeze=False, layout="constrained")
+    made.suptitle(title + (" [results of earlier code]" if stale else ""))
+    for each in axes.flat:
+        each.grid(alpha=0.3)
+    return made, axes
+
+
+STYLES = [{"color": color, "marker": marker, "linestyle": line} for color, marker, line in zip(
+    ("black", "tab:red", "tab:blue", "tab:green", "tab:orange", "tab:purple", "tab:brown", "tab:gray"), "os^vDPX*",
+    ("-", "--", "-.", ":", "-", "--", "-.", ":"))]                       # told apart without colour too
