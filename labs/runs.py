@@ -20,6 +20,7 @@ from pathlib import Path
 
 import torch
 
+import checkpoint
 import tokenizer as tokenizers
 import train
 from configurator import ROOT, BadInput
@@ -46,8 +47,8 @@ def path(lab, kind, config):
 
 
 def folder(lab, job):
-    """Where a run that writes checkpoints does so: the same for the same job, so that it goes on after an interruption."""
-    return str(ROOT / "out" / "labs" / lab / hashlib.sha256(key_of(job).encode()).hexdigest()[:12])
+    """Where a run that writes checkpoints does so: the same for the same job and code, so that it goes on after an interruption."""
+    return str(ROOT / "out" / "labs" / lab / hashlib.sha256((key_of(job) + checkpoint.code_hash()).encode()).hexdigest()[:12])
 
 
 # ---- from the cache, or run
