@@ -6,6 +6,7 @@ makes the runs that it affects again; an interrupted lab goes on with the run th
 """
 import ast
 import dataclasses
+import functools
 import hashlib
 import inspect
 import json
@@ -65,6 +66,7 @@ def collect(lab, work, jobs, config):
     if config.draw and any(key not in known for key in missing):
         raise BadInput(f"{file}: lacks {sum(key not in known for key in missing)} of {len(jobs)} runs; without --draw=True the lab makes them")
     if not config.draw:
+        tidy(file)                                                       # a half line must not be continued
         with open(file, "a", encoding="utf-8") as f:
             for key, result, seconds in run(work, missing, config.workers or os.cpu_count()):
                 f.write(json.dumps({"work": work.__name__, "job": missing[key], "code": code, "seconds": round(seconds, 1), "result": result}) + "\n")
@@ -170,8 +172,14 @@ def code_hash(work):
     for module in sorted(modules - {"labs.runs"}):
         file = ROOT / f"{module.replace('.', '/')}.py"
         if file.exists():                                                # of the project
-            seen[module] = bare(ast.parse(file.read_text(encoding="utf-8")))
+            seen[module] = bare_file(file, file.stat().st_mtime_ns, file.stat().st_size)
     return hashlib.sha256(json.dumps(seen, sort_keys=True).encode()).hexdigest()[:12]
+
+
+@functools.lru_cache
+def bare_file(file, changed, size):
+    """bare() of a file as it is since `changed`."""
+    return bare(ast.parse(file.read_text(encoding="utf-8")))
 
 
 def bare(tree):

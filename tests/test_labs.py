@@ -1,0 +1,117 @@
+"""Labs: a run is made once, again when what it comes from changes, and not lost when a lab is interrupted."""
+import importlib
+import json
+import sys
+
+import pytest
+from test_prepare import error_of
+
+from configurator import BadInput
+from labs import mup_coordinates, runs
+
+LAB = '''"""A lab."""
+import numpy as np
+
+FACTOR = 3
+
+def note(x, made=[]):
+    made.append(x)
+    return made
+
+def times(x):
+    """Doc."""
+    return FACTOR * x       # a comment
+
+def work(x):
+    note(x)
+    if x < 0:
+        raise KeyboardInterrupt
+    return {"y": times(x), "z": float(np.sqrt(x))}
+
+def unrelated():
+    return 1
+'''
+
+
+@pytest.fixture
+def lab(tmp_path, monkeypatch):
+    """lab(old, new, ...) -> the module of a lab with these changes to its text."""
+    monkeypatch.setattr(runs, "path", lambda lab, kind, config: tmp_path / f"{lab}.{kind}")
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def make(*changes):
+        text = LAB
+        for old, new in zip(changes[::2], changes[1::2]):
+            assert old in text
+            text = text.replace(old, new)
+        name = f"a_lab_{len(list(tmp_path.glob('*.py')))}"
+        (tmp_path / f"{name}.py").write_text(text)
+        importlib.invalidate_caches()
+        return importlib.import_module(name)
+    yield make
+    for name in [name for name in sys.modules if name.startswith("a_lab_")]:
+        del sys.modules[name]
+
+
+def made_by(lab):
+    return lab.note.__defaults__[0]
+
+
+ONE = runs.LabConfig(workers=1)
+DRAW = runs.LabConfig(draw=True)
+
+
+def test_a_run_is_made_once_and_a_new_setting_runs_alone(lab):
+    first = lab()
+    assert runs.collect("lab", first.work, [{"x": 4}, {"x": 9}], ONE) == ([{"y": 12, "z": 2}, {"y": 27, "z": 3}], False)
+    assert runs.collect("lab", first.work, [{"x": 9}, {"x": 1}, {"x": 9}], ONE)[0] == [{"y": 27, "z": 3}, {"y": 3, "z": 1}, {"y": 27, "z": 3}]
+    assert made_by(first) == [4, 9, 1] and not runs.lacking("lab", first.work, [{"x": 1}], ONE)
+
+
+@pytest.mark.parametrize("changes, runs_again", [
+    (("FACTOR = 3", "FACTOR = 4"), True), (("FACTOR * x", "FACTOR + x"), True), (("np.sqrt", "np.square"), True),
+    (("a comment", "another"), False), (('"""Doc."""', '"""Text."""'), False), (("return 1", "return 2"), False)])
+def test_changed_code_runs_again_what_comes_from_it_and_comments_do_not(lab, changes, runs_again):
+    runs.collect("lab", lab().work, [{"x": 4}], ONE)
+    changed = lab(*changes)
+    results, stale = runs.collect("lab", changed.work, [{"x": 4}], DRAW)
+    assert stale == runs_again and results == [{"y": 12, "z": 2}] and made_by(changed) == []
+    runs.collect("lab", changed.work, [{"x": 4}], ONE)
+    assert made_by(changed) == ([4] if runs_again else []) and not runs.collect("lab", changed.work, [{"x": 4}], DRAW)[1]
+
+
+def test_the_code_that_trains_counts_and_what_the_lab_imports(lab, tmp_path, monkeypatch):
+    module, importing = lab(), lab("import numpy as np", "import numpy as np\nimport passkey", "FACTOR * x", "FACTOR * x + 0 * len(passkey.NAMES)")
+    monkeypatch.setattr(runs, "ROOT", tmp_path)
+    for name in (*runs.MATTERS, "passkey"):
+        (tmp_path / f"{name}.py").write_text("RULE = 1\n")
+    before = [runs.code_hash(each.work) for each in (module, importing)]
+    (tmp_path / "passkey.py").write_text("RULE = 22\n")
+    assert [runs.code_hash(each.work) == was for each, was in zip((module, importing), before)] == [True, False]
+    (tmp_path / "wsd.py").write_text("RULE = 22\n")
+    assert runs.code_hash(module.work) != before[0]
+
+
+def test_an_interrupted_lab_keeps_what_it_has_and_goes_on(lab, tmp_path):
+    module = lab()
+    with pytest.raises(KeyboardInterrupt):
+        runs.collect("lab", module.work, [{"x": 4}, {"x": -1}, {"x": 9}], ONE)
+    with open(tmp_path / "lab.results", "a") as f:
+        f.write('{"work": "work", "job": {"x": 9')                         # killed while writing
+    assert [r["y"] for r in runs.collect("lab", module.work, [{"x": 4}, {"x": 9}], ONE)[0]] == [12, 27]
+    assert made_by(module) == [4, -1, 9]
+    assert [json.loads(line)["job"] for line in (tmp_path / "lab.results").read_text().splitlines()] == [{"x": 4}, {"x": 9}]
+    with pytest.raises(BadInput, match=r"lab.results: lacks 1 of 2 runs; without --draw=True"):
+        runs.collect("lab", module.work, [{"x": 4}, {"x": 25}], DRAW)
+    (tmp_path / "lab.results").write_text("{\n{}\n")
+    with pytest.raises(BadInput, match=r"lab.results:1: not JSON"):
+        runs.collect("lab", module.work, [{"x": 4}], ONE)
+
+
+def test_the_coordinate_check_runs_quickly_and_tells_a_rule_that_is_off(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(runs, "path", lambda lab, kind, config: tmp_path / f"{lab}.{kind}.png")
+    mup_coordinates.main(["--quick=True", "--workers=1"])
+    said = capsys.readouterr().out
+    assert said.count("holds    |") + said.count("DOES NOT |") == 8 and (tmp_path / "mup_coordinates.figures.png").stat().st_size > 10_000
+    assert "holds    | standard: they grow from the start" in said and "holds    | without the learning-rate rule" in said
+    assert "--widht: unknown option" in error_of(mup_coordinates, ["--widht=64"], capsys)
