@@ -6,6 +6,7 @@ import sys
 import pytest
 from test_prepare import error_of
 
+import checkpoint
 from configurator import ROOT, BadInput
 from labs import course, mup_coordinates, runs
 
@@ -103,6 +104,8 @@ def test_an_interrupted_lab_keeps_what_it_has_and_goes_on(lab, tmp_path):
     assert [json.loads(line)["job"] for line in (tmp_path / "lab.results").read_text().splitlines()] == [{"x": 4}, {"x": 9}]
     with pytest.raises(BadInput, match=r"lab.results: lacks 1 of 2 runs; without --draw=True"):
         runs.collect("lab", module.work, [{"x": 4}, {"x": 25}], DRAW)
+    with checkpoint.lock(ROOT / "out" / "labs" / "lab"), pytest.raises(BadInput, match="in use by another process"):
+        runs.collect("lab", module.work, [{"x": 25}], ONE)
     (tmp_path / "lab.results").write_text("{\n{}\n")
     with pytest.raises(BadInput, match=r"lab.results:1: not JSON"):
         runs.collect("lab", module.work, [{"x": 4}], ONE)
