@@ -57,9 +57,9 @@ class Settings:
 def trained(*stages):
     """Folder of the last run of a list of stages (config files and options, how it starts from the one before); what is there is
     not run again, what was interrupted goes on."""
-    folder, code = None, runs.code_hash(trained)
+    folder = None
     for n, (words, start) in enumerate(stages, 1):
-        before, folder = folder, runs.folder("annealing", {"stages": stages[:n], "code": code})
+        before, folder = folder, runs.folder("annealing", stages[:n])
         if not ended(folder):
             train.main([*words, *([f"--{start}={before}"] if start else []), f"--out_dir={folder}", "--eval_interval=0", "--eval_tokens=2048",
                         "--save_interval=500", "--keep_last=1", "--sample_tokens=0", "--compile=False", "--quiet=True"])
@@ -96,9 +96,9 @@ def labels(seed, decay_data, times, trunk, decay, sft, questions, eval_tokens, s
     folder = trained(*stages)
     out = {"bpb": bits_per_byte(folder, PLAIN, eval_tokens, shape), "decay": exact_answers(folder, questions, shape)}
     for n in times:
-        tuned = trained(*stages, (["config/laptop_sft.py", *runs.options(
-            seed=seed, max_steps=n * sft, batch_size=shape["batch_size"], data_dir=shape["data_dir"], learning_rate=0.001, min_lr=0.0001)], "init_from"))
-        out[str(n)] = exact_answers(tuned, questions, shape)
+        tuning = ["config/laptop_sft.py", *runs.options(seed=seed, max_steps=n * sft, batch_size=shape["batch_size"],
+                                                        data_dir=shape["data_dir"], learning_rate=0.001, min_lr=0.0001)]
+        out[str(n)] = exact_answers(trained(*stages, (tuning, "init_from")), questions, shape)
     return out
 
 
@@ -129,7 +129,7 @@ def bits_per_byte(folder, corpus, eval_tokens, shape):
 
 
 def experiment(settings, config):
-    """({decay_data: [labels of each seed]}, {(start, steps): [adaptation of each seed]}, stale)"""
+    """(({decay_data: [labels of each seed]}, {(start, steps): [adaptation of each seed]}), stale)"""
     shape = {name: getattr(settings, name) for name in ("width", "batch_size", "data_dir")}
     rest = {"trunk": settings.trunk, "eval_tokens": settings.eval_tokens, "shape": shape}
     decays = [dict(seed=seed, decay_data=data, times=times, decay=settings.decay, sft=settings.sft, questions=settings.questions, **rest)
@@ -144,7 +144,7 @@ def experiment(settings, config):
     (by_decay, old), (by_place, older) = runs.collect("annealing", labels, decays, config), runs.collect("annealing", adaptation, domains, config)
     of_each = len(settings.seeds)
     return ({data: by_decay[i * of_each:][:of_each] for i, data in enumerate((PLAIN, LABELLED))},
-            {place: by_place[i * of_each:][:of_each] for i, place in enumerate(places(settings))}, old or older)
+            {place: by_place[i * of_each:][:of_each] for i, place in enumerate(places(settings))}), old or older
 
 
 def places(settings):
@@ -154,21 +154,22 @@ def places(settings):
 
 # %% The figure
 
-def draw(by_decay, by_place, settings, path, stale):
+def draw(results, settings, path, stale):
+    by_decay, by_place = results
     figure, axes = runs.figure(2, 2, "Labelled data in the decay, and a new domain for a stable trunk", stale, width=6, height=3.8)
     (answers, families), (new, old) = axes
     for x, (data, times) in enumerate(ROWS.values()):
         for style, stage in ((runs.STYLES[1], "decay"), (runs.STYLES[0], str(times))):
             values = [result[stage]["exact"] for result in by_decay[data]]
-            answers.plot([x - 0.12] * len(values), values, color=style["color"], marker=style["marker"], linestyle="", fillstyle="none")
-            answers.plot([x - 0.12], [np.mean(values)], color=style["color"], marker="_", markersize=22, linestyle="",
+            answers.plot([x - 0.12] * len(values), values, color=style["color"], marker=style["marker"], linestyle="", fillstyle="none",
                          label=("after the decay" if stage == "decay" else "after SFT") if x == 0 else None)
+            answers.plot([x - 0.12], [np.mean(values)], color=style["color"], marker="_", markersize=22, linestyle="")
     for run, x, marker in (("A-1", 0, "D"), ("A-2", 2, "D"), ("B-1", 0, "^"), ("B-2", 1, "^"), ("B-3", 2, "^")):
         answers.plot([x + 0.15], [np.mean(PAPER[run])], color="0.5", marker=marker, linestyle="",
                      label={"A-1": "paper's A (2.4B), mean of its seven", "B-1": "paper's B (1.2B)"}.get(run))
     answers.set_xticks(range(3), [f"{row}\ndecay: {data.replace(',', ' ')}\nSFT x {times}" for row, (data, times) in ROWS.items()], fontsize=7)
-    answers.set(ylabel="right answers (%)", title=f"{len(settings.seeds)} seeds and their mean", ylim=(0, None), xlim=(-0.5, 2.5))
-    answers.legend(fontsize=7)
+    answers.set(ylabel="right answers (%)", title="questions answered exactly: each seed, and the mean", ylim=(0, None), xlim=(-0.5, 2.5))
+    answers.legend(fontsize=7, loc="upper left", bbox_to_anchor=(0, 0.9))
 
     names = list(by_decay[PLAIN][0]["1"]["families"])
     for offset, style, (row, (data, times)) in zip((-0.2, 0, 0.2), runs.STYLES, ROWS.items()):
@@ -194,7 +195,8 @@ def draw(by_decay, by_place, settings, path, stale):
 
 # %% The checks
 
-def checks(by_decay, by_place, settings):
+def checks(results, settings):
+    by_decay, by_place = results
     exact = {row: [result[str(times)]["exact"] for result in by_decay[data]] for row, (data, times) in ROWS.items()}
     mean = {run: np.mean(scores) for run, scores in PAPER.items()}
     plain, twice, labelled = exact.values()
@@ -232,9 +234,9 @@ def main(argv):
         settings = dataclasses.replace(
             Settings(seeds=(0,), width=32, batch_size=2, trunk=4, decay=2, sft=2, domain=(4,), questions=8, eval_tokens=1024),
             **{name: given[name] for name in given if hasattr(settings, name)})
-    by_decay, by_place, stale = experiment(settings, config)
-    draw(by_decay, by_place, settings, runs.path("annealing", "figures", config), stale)
-    runs.report(checks(by_decay, by_place, settings), stale)
+    results, stale = experiment(settings, config)
+    draw(results, settings, runs.path("annealing", "figures", config), stale)
+    runs.report(checks(results, settings), stale)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,8 @@ Claim       At batch 1 every weight is read once for a token and used for one mu
             values (without one every token before is computed again). A batch reads the weights once for all its sequences.
 Write down  before you run it: at 20 GB/s, how many tokens/s can a model of 500M float32 parameters write? Eight experts, two a token:
             nearer to the dense model of what it holds, or of what a token uses? At batch 16?
-Command     python -m labs.serving      about five minutes on an otherwise quiet machine: these are timings; --quick=True: seconds
+Command     python -m labs.serving      about five minutes and 4 GB of memory, on an otherwise quiet machine: these are timings;
+            --quick=True: seconds, to see that it works
 
 The wind tunnel's shapes with random weights, which cost what trained ones do (a random router, though, spreads tokens evenly), in float32,
 through MiniCPM.generate. In every round the bandwidth is measured too, by the same product of a row with a matrix far too large for the
@@ -100,7 +101,8 @@ def generation(model, point, tokens):
 def bytes_read(shape, batch, context, tokens):
     """(of weights, of the cache) that one decoded token of all rows reads. Experts: those that at least one of the rows chooses, if all
     are as likely. The table of embeddings counts as the head, which it is."""
-    experts = shape.num_experts * (1 - (1 - shape.num_experts_per_tok / max(shape.num_experts, shape.num_experts_per_tok)) ** batch)
+    E, k = shape.num_experts, shape.num_experts_per_tok
+    experts = E * (1 - (1 - k / E) ** batch) if E else 0
     weights = shape.count(experts) + VOCAB * shape.n_embd
     cache = batch * (context + tokens / 2) * 2 * shape.n_layer * shape.kv_heads * shape.head_size
     return weights * BYTES, cache * BYTES
@@ -144,10 +146,12 @@ def curve(ax, xs, points, style, label):
 
 def draw(found, settings, path, stale):
     figure, ((sizes, batches), (contexts, experts)) = runs.figure(
-        2, 2, "Tokens/s of generating, random weights, float32; bars: slowest and fastest round", stale, width=6, height=3.8)
+        2, 2, "Tokens/s of generating, random weights, float32; bars: slowest and fastest round of writing", stale, width=6, height=3.8)
     part = found["sizes"]
     moved = np.array([p["weights"] + p["cache"] for p in part["points"]])
-    curve(sizes, moved / 1e6, part["points"], {**runs.STYLES[0], "linestyle": ""}, "batch 1")
+    curve(sizes, moved / 1e6, part["points"], {**runs.STYLES[0], "linestyle": ""}, "writing, batch 1")
+    sizes.plot(moved / 1e6, [p["prefill"] for p in part["points"]], label=f"reading a prompt of {settings.prompt}",
+               **{**runs.STYLES[1], "linestyle": "", "fillstyle": "none"})
     line = np.array([min(moved), max(*moved, PHONE[0])])
     sizes.plot(line / 1e6, part["bandwidth"] / line, color="0.4", linestyle="--", label=f"{part['bandwidth'] / 1e9:.1f} GB/s, measured beside it")
     sizes.plot([PHONE[0] / 1e6], [PHONE[1]], marker="D", color="0.4", linestyle="", label="paper: 2.4B in int4, a phone")
@@ -165,14 +169,18 @@ def draw(found, settings, path, stale):
 
     points = found["contexts"]["points"]
     for style, use_cache in zip(runs.STYLES, (True, False)):
-        curve(contexts, settings.contexts, [p for p in points if p["use_cache"] == use_cache], style, "with a cache" if use_cache else "without")
+        curve(contexts, settings.contexts, [p for p in points if p["use_cache"] == use_cache], style,
+              "with a cache" if use_cache else "without")
+    contexts.plot(settings.contexts, [p["prefill"] for p in points if p["use_cache"]], label="reading the prompt",
+                  **{**runs.STYLES[2], "fillstyle": "none"})
     contexts.set(xscale="log", yscale="log", xlabel="tokens before (context)", ylabel="tokens/s", title=f"context, {settings.context_model}")
     contexts.set_xticks(settings.contexts, settings.contexts)
 
     points = found["experts"]["points"]
     for style, kind in zip(runs.STYLES, EXPERTS):
         curve(experts, settings.expert_batches, [p for p in points if p["kind"] == kind], style, kind)
-    experts.set(xscale="log", yscale="log", xlabel="sequences at a time", ylabel="tokens/s of all", title=f"experts: the feed-forward of {settings.expert_model}")
+    experts.set(xscale="log", yscale="log", xlabel="sequences at a time", ylabel="tokens/s of all",
+                title=f"experts: the feed-forward of {settings.expert_model}")
     experts.set_xticks(settings.expert_batches, settings.expert_batches)
     for ax in (sizes, batches, contexts, experts):
         ax.minorticks_off()
