@@ -218,9 +218,10 @@ def spread(values, digits=1):
     return f"{np.mean(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
 
 
-# %% What it means: the paper's decay is 18,500 updates of 4M tokens, a fifteenth of all it reads, and the only part of it that decides
-# what the model is good at. A trunk is kept, and each new domain, mixture or deadline costs a decay, not a pre-training.
-# Unlike the paper's benchmarks, our questions are of the kind that SFT trains on: SFT alone gets further here than it would there.
+# %% What it means: the 2.4B's decay is 18,500 updates of 4M tokens, a fifteenth of all that it reads and twelve times its SFT; what is in the
+# data then, it learns while the rate falls. The comparison is fair in one way: B-2 sees more conversations than A-2 does in decay and SFT
+# together. It is not in another: our questions are of the kind that SFT trains on, the paper's benchmarks are not, so SFT alone gets further
+# here. And a trunk is kept: each new mixture or domain costs a decay, not a pre-training.
 #
 # Exercises
 # 1. `learning_rate=0.001, min_lr=0.0001` of the SFT: at 0.003, ten times where config/laptop.py's decay ends, what is left of the difference?

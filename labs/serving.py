@@ -28,7 +28,7 @@ from labs import runs
 from labs.runs import Check
 from model import MiniCPM, MiniCPMConfig, init_weights, project
 
-VOCAB, BYTES = 4096, 4                      # tokens; of a float32
+VOCAB, BYTES = 4096, 4                      # tokens; of a weight and of an entry of the cache
 KINDS = {"dense": {}, "8 experts, 2 a token": {"num_experts": 8, "num_experts_per_tok": 2}, "dense, size of 2": {}, "dense, size of 8": {}}
 EXPERTS = list(KINDS)[1:]
 PHONE = (2e9, 18)                           # appendix D: the 2.4B in int4 on an iPhone 15 Pro: bytes, tokens/s
@@ -66,7 +66,7 @@ def measure(points, tokens, rounds, probe_mb):
         model = models[name, kind] = MiniCPM(shape_of(name, kind)).eval()
         init_weights(model, 0)
         list(model.generate([[1]], 2))                                   # warms up
-    row, matrix = torch.ones(1, 4096), torch.ones(probe_mb * 2 ** 20 // (BYTES * 4096), 4096)
+    row, matrix = torch.ones(1, 4096), torch.ones(probe_mb * 2 ** 20 // (4 * 4096), 4096)
     out = {"bandwidth": [], "threads": torch.get_num_threads(), "prefill": [[] for _ in points], "decode": [[] for _ in points]}
     for _ in range(rounds):
         out["bandwidth"].append(bandwidth(row, matrix))
@@ -85,7 +85,7 @@ def bandwidth(row, matrix):
         clock = time.perf_counter()
         project(row, matrix)
         seconds.append(time.perf_counter() - clock)
-    return matrix.numel() * BYTES / min(seconds)
+    return matrix.nbytes / min(seconds)
 
 
 def generation(model, point, tokens):
