@@ -25,7 +25,7 @@ def data_dir(tmp_path):
 
 def test_the_quick_run_goes_from_corpora_to_checks_and_trains_nothing_twice(tmp_path, data_dir, monkeypatch, capsys):
     monkeypatch.setattr(runs, "path", lambda lab, kind, config: tmp_path / f"{lab}.{'png' if kind == 'figures' else 'jsonl'}")
-    monkeypatch.setattr(runs, "folder", lambda lab, job: str(tmp_path / "runs" / runs.key_of(job).replace("/", "")[-40:]))
+    monkeypatch.setattr(runs, "folder", lambda lab, job: str(tmp_path / "runs" / str(hash(runs.key_of(job)))))
     monkeypatch.setattr(annealing.train.metrics, "draw", lambda folder: None)      # a figure a run, which takes longest
     words = ["--quick=True", "--workers=1", f"--data_dir={data_dir}"]
     annealing.main(words)
