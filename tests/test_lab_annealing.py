@@ -33,6 +33,7 @@ def test_the_quick_run_goes_from_corpora_to_checks_and_trains_nothing_twice(tmp_
     assert out.count("% exact") == 2 and "4 updates" in out and (tmp_path / "annealing.png").exists()
 
     monkeypatch.setattr(annealing.train, "main", lambda words: pytest.fail(f"trained again: {words}"))
+    monkeypatch.setattr(annealing, "draw", lambda *a: None)
     annealing.main([*words, "--draw=True"])                              # from the results
     (tmp_path / "annealing.jsonl").unlink()
     annealing.main(words)                                                # from the finished runs

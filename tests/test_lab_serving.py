@@ -14,6 +14,7 @@ def test_the_quick_run_measures_draws_checks_and_reads_its_results_again(tmp_pat
     first = [line for line in capsys.readouterr().out.splitlines() if " | " in line]
     assert len(first) == 5 and (tmp_path / "serving.png").exists()
     monkeypatch.setattr(serving, "generation", lambda *a: pytest.fail("measured again"))
+    monkeypatch.setattr(serving, "draw", lambda *a: None)
     serving.main(["--quick=True", "--draw=True"])
     assert [line for line in capsys.readouterr().out.splitlines() if " | " in line] == first
 
