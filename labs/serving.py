@@ -183,7 +183,7 @@ def draw(found, settings, path, stale):
                 title=f"experts: the feed-forward of {settings.expert_model}")
     experts.set_xticks(settings.expert_batches, settings.expert_batches)
     for ax in (sizes, batches, contexts, experts):
-        ax.minorticks_off()
+        ax.tick_params(axis="x", which="minor", bottom=False, labelbottom=False)
         ax.legend(fontsize=7)
     figure.savefig(path, dpi=110)
 
