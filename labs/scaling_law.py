@@ -7,7 +7,7 @@ Claim       The loss of a model of N parameters (without the embedding) after D 
             cost O(m) and not O(m^2). The paper finds 192 tokens a parameter the best use of 1e21 FLOPs; Hoffmann et al. (Chinchilla) said 20.
 Write down  before you run it: six runs of 10N, 20N, ... 60N tokens from scratch cost 210N. What do one trunk and six decays of a tenth cost?
             Which of the two terms is larger for the smallest model here, and which for the largest?
-Command     python -m labs.scaling_law          --quick=True: seconds, to see that it works
+Command     python -m labs.scaling_law          about 25 minutes by the speed of its updates; --quick=True: seconds, to see that it works
             python -m labs.scaling_law --runs='out/scale-*'     fits your own runs instead: folders of train.py, or their metrics.jsonl. A
             run counts with the loss at the end of its decay
 
@@ -43,9 +43,9 @@ DECAY_SHARE = 0.1                       # of a run's tokens, the paper's
 @dataclass
 class Settings:
     widths: tuple[int, ...] = (16, 32, 48, 64, 96)      # sizes of the fit: 12 to 425 thousand parameters
-    ratios: tuple[float, ...] = (10, 20, 30, 40, 50, 60)        # ends of decays, in tokens a parameter
+    ratios: tuple[float, ...] = (10.0, 20.0, 30.0, 40.0, 50.0, 60.0)      # ends of decays, in tokens a parameter
     held_out_width: int = 128           # a larger model, predicted and then measured
-    held_out_ratio: float = 10          # and its tokens a parameter
+    held_out_ratio: float = 10.0        # and its tokens a parameter
     seed: int = 0
     eval_tokens: int = 262144           # held-out bytes behind each loss
     resamples: int = 200                # of the bootstrap
@@ -53,7 +53,8 @@ class Settings:
     runs: str | None = None             # fit these runs of your own: folders or metrics.jsonl files, * and ** allowed
 
     def problems(self):
-        out = [f"--widths or --held_out_width: {width} is no multiple of {HEAD}" for width in (*self.widths, self.held_out_width) if width % HEAD or width < 1]
+        out = [f"--widths or --held_out_width: {width} is no multiple of {HEAD}" for width in (*self.widths, self.held_out_width)
+               if width % HEAD or width < 1]
         out += [f"--{name}: must be above 0" for name in ("ratios", "budgets") if min(getattr(self, name)) <= 0]
         return out + ([f"--resamples={self.resamples}: must be at least 10"] if self.resamples < 10 else [])
 
@@ -76,7 +77,8 @@ def trunk_and_decays(width, ratios, seed, eval_tokens):
         """Held-out loss after a decay that begins here and ends at an update; the trunk stays as it is."""
         branch = copy.deepcopy(update.model)
         optimizer = [(name, tensor.clone()) for name, tensor in train.optimizer_tensors_of(update.optimizer).items()]
-        state = RunState(step=update.step, samples_seen=update.step * BATCH, max_steps=end, decay_steps=end - update.step, plan=[[0, config.data]])
+        state = RunState(step=update.step, samples_seen=update.step * BATCH, max_steps=end, decay_steps=end - update.step,
+                         plan=[[0, config.data]])
         for _ in train.train(config, batches, train.language_loss, branch, state, optimizer):
             pass
         return validate(branch.eval())["val_loss"]
@@ -114,7 +116,7 @@ def fit(points):
     """The Law of least squares of points (m, 3); no constant is negative, since each stands for a loss that one cannot do without."""
     n, d, loss = points.T
     n_mid, d_mid = np.exp(np.log([n, d]).mean(1))                        # in these units the constants are of the size of a loss
-    low, high = np.full(2, 0.02), np.full(2, 2.0)
+    low, high = least, most = np.array([[0.02, 0.02], [2.0, 2.0]])       # of the exponents
     for _ in range(12):
         a, b = np.meshgrid(*np.geomspace(low, high, 15).T)
         terms = np.stack([(n / n_mid) ** -a[..., None], (d / d_mid) ** -b[..., None], np.ones((*a.shape, len(n)))], -1)    # (15, 15, m, 3)
@@ -130,7 +132,7 @@ def fit(points):
                 best = error[at], a[at], b[at], constants[at]
         _, alpha, beta, (c_n, c_d, l_0) = best
         middle, reach = np.array([alpha, beta]), (high / low) ** (4 / 14)         # four cells to each side
-        low, high = middle / reach, middle * reach
+        low, high = np.maximum(middle / reach, least), np.minimum(middle * reach, most)
     return Law(*map(float, (c_n * n_mid ** alpha, alpha, c_d * d_mid ** beta, beta, l_0)))
 
 
@@ -162,7 +164,7 @@ def enough(points):
 
 def interval(values):
     """The middle 95 %."""
-    return tuple(np.percentile(values, (2.5, 97.5)))
+    return tuple(np.percentile(values, (2.5, 97.5), method="nearest"))   # some may be infinite
 
 
 def best_ratio(law, flops, unit=1.0):
@@ -170,9 +172,10 @@ def best_ratio(law, flops, unit=1.0):
 
     On C = 6 N D the loss is least where alpha C_N N^-alpha = beta C_D D^-beta, which gives N / D = K^2 (C / 6)^eta.
     """
-    k = (law.alpha * law.c_n / (law.beta * law.c_d)) ** (1 / (law.alpha + law.beta))
     eta = (law.beta - law.alpha) / (law.alpha + law.beta)
-    return 1 / (k ** 2 * (flops / 6 / unit ** 2) ** eta)
+    with np.errstate(divide="ignore"):                                   # a term that is 0 leaves nothing to weigh: infinity, or 0
+        k = np.divide(law.alpha * law.c_n, law.beta * law.c_d) ** (1 / (law.alpha + law.beta))
+        return np.divide(1, k ** 2 * (flops / 6 / unit ** 2) ** eta)
 
 
 # The paper's fits (figure 17; N and D in 1e9), each with its tokens a parameter at 1e21 FLOPs; and that of Hoffmann et al. (2022).
@@ -203,9 +206,9 @@ def read_runs(pattern):
                       if path.is_dir() and (path / "metrics.jsonl").is_file() or path.name == "metrics.jsonl"})
     points, kinds = [], set()
     for folder in folders:
-        if not (folder / "config.json").is_file():
-            raise BadInput(f"{folder}: metrics.jsonl without config.json, which says how large the model is")
-        config = checkpoint.read_json(folder / "config.json")
+        config = checkpoint.read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+        if not {"train", "model"} <= config.keys():
+            raise BadInput(f"{folder}: metrics.jsonl without the config.json that train.py writes beside it, so without the model's size")
         n = model_config(config, folder).n_params_non_embedding
         lines = metrics.lines_of(folder)
         tokens = {line["step"]: line["tokens"] for line in lines if "tokens" in line}
@@ -216,11 +219,11 @@ def read_runs(pattern):
             kinds.add((config["train"]["data"], config["train"]["tokenizer"]))
     points = np.array(points, dtype=float).reshape(-1, 3)
     if len(kinds) > 1:
-        raise BadInput(f"--runs={pattern}: runs of several data or tokenizers ({'; '.join(' with '.join(kind) for kind in sorted(kinds))}), whose "
-                       "losses do not compare: fit them apart")
+        raise BadInput(f"--runs={pattern}: runs of several data or tokenizers ({'; '.join(map(' with '.join, sorted(kinds)))}), "
+                       "whose losses do not compare: fit them apart")
     if not enough(points):
-        raise BadInput(f"--runs={pattern}: too few points: {len(points)} ends of decays in {len(folders)} runs, of {len(set(points[:, 0]))} sizes and "
-                       f"{len(set(points[:, 1]))} lengths; a fit needs more than {len(Law._fields)}, of at least 3 sizes and 3 lengths")
+        raise BadInput(f"--runs={pattern}: too few points: {len(points)} ends of decays in {len(folders)} runs, of {len(set(points[:, 0]))} "
+                       f"sizes and {len(set(points[:, 1]))} lengths; a fit needs more than {len(Law._fields)}, of at least 3 sizes and 3 lengths")
     return points
 
 
@@ -247,21 +250,24 @@ def draw(points, held_out, law, laws, settings, path, stale):
     over_d.set(xscale="log", xlabel="D (tokens)", ylabel="held-out loss (nats a token)", title="measured (marks) and law (lines)")
     over_d.legend(fontsize=7)
     error.axhline(0, color="0.5", linewidth=0.8)
-    error.set(xscale="log", xlabel="D (tokens)", ylabel="measured - law (% of the loss)", title="what the law misses; bar: 95 % of its prediction")
+    error.set(xscale="log", xlabel="D (tokens)", ylabel="measured - law (% of the loss)",
+              title="what the law misses; bar: 95 % of its prediction")
 
-    grid_n, grid_d = np.meshgrid(np.geomspace(sizes.min() / 1.5, max(sizes.max(), *held_out[:, 0], 0) * 1.5, 80), np.geomspace(low / 2, high * 2, 80))
+    grid_n, grid_d = np.meshgrid(np.geomspace(sizes.min() / 1.5, max(sizes.max(), *held_out[:, 0], 0) * 1.5, 80),
+                                 np.geomspace(low / 2, high * 2, 80))
     lines = plane.contour(grid_n, grid_d, loss_of(law, grid_n, grid_d), levels=14, colors="0.45", linewidths=0.9)
     plane.clabel(lines, fontsize=7)
     plane.plot(n, d, "ko", markersize=4, label="runs of the fit")
     plane.plot(*held_out[:, :2].T, "k*", markersize=13, markerfacecolor="white", label="held out")
     budget = np.geomspace(min(6 * n * d) / 10, max(6 * n * d) * 100, 60)
-    best = best_ratio(law, budget)
-    plane.plot(np.sqrt(budget / 6 / best), np.sqrt(budget / 6 * best), color="tab:red", linestyle="--", linewidth=2, label="best use of compute")
-    plane.set(xscale="log", yscale="log", xlabel="N (parameters without the embedding)", ylabel="D (tokens)", title="the law: lines of equal loss",
-              xlim=(grid_n.min(), grid_n.max()), ylim=(grid_d.min(), grid_d.max()))
+    best = np.clip(best_ratio(law, budget), 1e-6, 1e9)
+    plane.plot(np.sqrt(budget / 6 / best), np.sqrt(budget / 6 * best), color="tab:red", linestyle="--", linewidth=2,
+               label="best use of compute")
+    plane.set(xscale="log", yscale="log", xlabel="N (parameters without the embedding)", ylabel="D (tokens)",
+              title="the law: lines of equal loss", xlim=(grid_n.min(), grid_n.max()), ylim=(grid_d.min(), grid_d.max()))
     plane.legend(fontsize=7, loc="upper left")
 
-    band = np.array([interval(column) for column in np.array([best_ratio(each, budget) for each in laws]).T])
+    band = np.array([interval(column) for column in np.clip([best_ratio(each, budget) for each in laws], 1e-6, 1e9).T])
     ratio.fill_between(budget, *band.T, color="tab:red", alpha=0.2, label="95 % of the resampled fits")
     ratio.plot(budget, best, color="tab:red", linestyle="--", linewidth=2, label="ours")
     wide = np.geomspace(budget[0], 1e24, 60)
@@ -269,7 +275,8 @@ def draw(points, held_out, law, laws, settings, path, stale):
     ratio.plot(wide, best_ratio(CHINCHILLA, wide), color="tab:blue", linestyle="-.", label="Hoffmann et al.'s law")
     ratio.axhline(CHINCHILLA_RATIO, color="0.5", linestyle=":", label=f"Chinchilla: {CHINCHILLA_RATIO}")
     ratio.plot(PAPER_FLOPS, PAPER["Average"][1], "kD", markersize=8, label=f"paper: {PAPER['Average'][1]:.0f} at {PAPER_FLOPS:.0e} FLOPs")
-    ratio.set(xscale="log", yscale="log", xlabel="compute 6 N D (FLOPs)", ylabel="D / N (tokens a parameter)", title="best use of compute",
+    ratio.set(xscale="log", yscale="log", xlabel="compute 6 N D (FLOPs)", ylabel="D / N (tokens a parameter)",
+              title="best use of compute",
               ylim=(max(1, band[:, 0].min() / 2), min(1e5, max(2000, band[:, 1].max() * 2))))
     ratio.legend(fontsize=7)
     figure.savefig(path, dpi=110)
@@ -279,14 +286,16 @@ def draw(points, held_out, law, laws, settings, path, stale):
 
 def tell(law, laws, points, settings):
     """Print the fit with its intervals, and the best use of each budget, by the other laws too."""
-    print(f"L(N, D) = C_N N^-alpha + C_D D^-beta + L_0 of {len(points)} runs, R^2 {r_squared(law, points):.4f}; in brackets 95 % of {len(laws)} resampled fits")
+    print(f"L(N, D) = C_N N^-alpha + C_D D^-beta + L_0 of {len(points)} runs, R^2 {r_squared(law, points):.4f}; "
+          f"in brackets 95 % of {len(laws)} resampled fits")
     for name, value, values in zip(Law._fields, law, zip(*laws)):
         print(f"  {name:>5} {value:10.4g}  [{interval(values)[0]:.4g}, {interval(values)[1]:.4g}]")
     print("best tokens a parameter:   ours [95 %]         paper's law   Hoffmann et al.'s law")
     for flops in (*settings.budgets, PAPER_FLOPS):
         low, high = interval([best_ratio(each, flops) for each in laws])
-        print(f"  {flops:8.0e} FLOPs   {best_ratio(law, flops):8.4g} [{low:.4g}, {high:.4g}]   {best_ratio(PAPER['Average'][0], flops, PAPER_UNIT):8.4g}   "
-              f"{best_ratio(CHINCHILLA, flops):8.4g}" + ("   far outside of what was fitted" if flops > 100 * (6 * points[:, 0] * points[:, 1]).max() else ""))
+        theirs, chinchilla = best_ratio(PAPER["Average"][0], flops, PAPER_UNIT), best_ratio(CHINCHILLA, flops)
+        far = "   far outside of what was fitted" if flops > 100 * (6 * points[:, 0] * points[:, 1]).max() else ""
+        print(f"  {flops:8.0e} FLOPs   {best_ratio(law, flops):8.4g} [{low:.4g}, {high:.4g}]   {theirs:8.4g}   {chinchilla:8.4g}{far}")
 
 
 def paper_check():
@@ -312,7 +321,8 @@ def checks(points, held_out, law, laws, settings):
     low, high = interval(etas)
     paper = PAPER["Average"][0]
     out.append(Check("the more compute, the larger the share of data (beta < alpha, so eta < 0, in 95 % of the resampled fits)",
-                     f"alpha {law.alpha:.2f}, beta {law.beta:.2f}, eta in [{low:.2f}, {high:.2f}]", f"{paper.alpha}, {paper.beta}, -0.10", bool(high < 0)))
+                     f"alpha {law.alpha:.2f}, beta {law.beta:.2f}, eta in [{low:.2f}, {high:.2f}]", f"{paper.alpha}, {paper.beta}, -0.10",
+                     bool(high < 0)))
     ratios = {flops: (best_ratio(law, flops), interval([best_ratio(each, flops) for each in laws])[0]) for flops in settings.budgets}
     out.append(Check("more tokens a parameter than Chinchilla's 20 are best, at every budget and in 95 % of the resampled fits",
                      ", ".join(f"{value:.0f} (from {low:.0f}) at {flops:.0e}" for flops, (value, low) in ratios.items()),
@@ -320,7 +330,7 @@ def checks(points, held_out, law, laws, settings):
     return out
 
 
-# %% What it means: at full scale the same law, fitted to models that cost a thousandth, told MiniCPM's makers that a 2.4B model is worth 1T
+# %% What it means: one trunk and six decays of a tenth cost 75N tokens, where six runs from scratch cost 210N. At full scale the same law, fitted to models that cost a thousandth, told MiniCPM's makers that a 2.4B model is worth 1T
 # tokens and more. Our constants do not carry over: bytes are not tokens (a token of the paper is about four bytes), the corpus is Python
 # code, and N and D are a millionth. The method does: fit, predict a larger model, then train it and see.
 #
@@ -334,7 +344,8 @@ def main(argv):
     (settings, config), given = configure(argv, Settings, runs.LabConfig, usage=__doc__)
     if config.quick:
         settings = dataclasses.replace(
-            Settings(widths=(16, 32, 48), ratios=(1, 2, 3), held_out_width=64, held_out_ratio=0.5, eval_tokens=4096, resamples=10, budgets=(1e10,)),
+            Settings(widths=(16, 32, 48), ratios=(0.2, 0.3, 0.4), held_out_width=64, held_out_ratio=0.1, eval_tokens=4096, resamples=10,
+                     budgets=(1e10,)),
             **{name: given[name] for name in given if hasattr(settings, name)})
     if settings.runs:
         points, held_out, stale = read_runs(settings.runs), np.empty((0, 3)), False
@@ -343,7 +354,7 @@ def main(argv):
         points, held_out, stale = experiment(settings, config)
         path = runs.path("scaling_law", "figures", config)
         if not enough(points):
-            raise BadInput(f"{len(points)} runs, too few for a fit: it needs more than {len(Law._fields)}, of at least 3 --widths and 3 lengths (--ratios)")
+            raise BadInput(f"{len(points)} runs, too few for a fit: it needs more than {len(Law._fields)}, of at least 3 --widths and 3 --ratios")
     law, laws = fit(points), bootstrap(points, settings.resamples)
     tell(law, laws, points, settings)
     draw(points, held_out, law, laws, settings, path, stale)
