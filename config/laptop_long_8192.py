@@ -13,7 +13,7 @@ tie_word_embeddings = False
 rope_theta = 100_000.0
 rope_scaling = "dynamic"    # the base grows with the length of the input
 rope_factor = 4.0
-max_position = 4096         # from here on: half the length and factor 4, as the released 128K model has it
+max_position = 2048         # the length trained so far: from here on the base grows, up to four times that length
 
 block_size = 8192
 batch_size = 1              # 8,192 tokens an update

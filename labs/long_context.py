@@ -21,6 +21,7 @@ import numpy as np
 
 import checkpoint
 import evaluate
+import metrics
 import passkey
 import tokenizer as tokenizers
 import train
@@ -64,6 +65,8 @@ def trained(config_file, steps, **settings):
     out_dir = runs.folder("long_context", [config_file, steps, settings])
     train.main([str(ROOT / "config" / config_file), *runs.options(max_steps=steps, out_dir=out_dir, sample_tokens=0, quiet=True,
                                                                       eval_tokens=4096, **settings)])
+    if not metrics.read(out_dir)[1]:                                     # stopped by a signal: saved, to go on the next time
+        raise KeyboardInterrupt
     return out_dir
 
 

@@ -66,12 +66,15 @@ def collect(lab, work, jobs, config):
     if config.draw and any(key not in known for key in missing):
         raise BadInput(f"{file}: lacks {sum(key not in known for key in missing)} of {len(jobs)} runs; without --draw=True the lab makes them")
     if not config.draw:
-        tidy(file)                                                       # a half line must not be continued
-        with open(file, "a", encoding="utf-8") as f:
-            for key, result, seconds in run(work, missing, config.workers or os.cpu_count()):
-                f.write(json.dumps({"work": work.__name__, "job": missing[key], "code": code, "seconds": round(seconds, 1), "result": result}) + "\n")
-                f.flush()
-        tidy(file)
+        held = ROOT / "out" / "labs" / lab
+        held.mkdir(parents=True, exist_ok=True)
+        with checkpoint.lock(held):
+            with open(tidy(file), "a", encoding="utf-8") as f:
+                for key, result, seconds in run(work, missing, config.workers or os.cpu_count()):
+                    line = {"work": work.__name__, "job": missing[key], "code": code, "seconds": round(seconds, 1), "result": result}
+                    f.write(json.dumps(line) + "\n")
+                    f.flush()
+            tidy(file)
         known = there(lab, work, config)
     lines = [known[key_of(job)] for job in jobs]
     return [line["result"] for line in lines], any(line["code"] != code for line in lines)
@@ -106,11 +109,12 @@ def read(file):
 
 
 def tidy(file):
-    """Leave the last line of each job, and no half one."""
+    """Leave the last line of each job, and no half one, which a new one would continue; returns the file."""
     lines = {(line["work"], key_of(line["job"])): line for line in read(file)}
     temporary = file.with_suffix(f".{os.getpid()}.tmp")
     temporary.write_text("".join(json.dumps(line) + "\n" for line in lines.values()), encoding="utf-8")
     os.replace(temporary, file)
+    return file
 
 
 def run(work, jobs, workers):

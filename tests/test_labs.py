@@ -6,8 +6,9 @@ import sys
 import pytest
 from test_prepare import error_of
 
-from configurator import BadInput
-from labs import mup_coordinates, runs
+import checkpoint
+from configurator import ROOT, BadInput
+from labs import course, mup_coordinates, runs
 
 LAB = '''"""A lab."""
 import numpy as np
@@ -103,6 +104,8 @@ def test_an_interrupted_lab_keeps_what_it_has_and_goes_on(lab, tmp_path):
     assert [json.loads(line)["job"] for line in (tmp_path / "lab.results").read_text().splitlines()] == [{"x": 4}, {"x": 9}]
     with pytest.raises(BadInput, match=r"lab.results: lacks 1 of 2 runs; without --draw=True"):
         runs.collect("lab", module.work, [{"x": 4}, {"x": 25}], DRAW)
+    with checkpoint.lock(ROOT / "out" / "labs" / "lab"), pytest.raises(BadInput, match="in use by another process"):
+        runs.collect("lab", module.work, [{"x": 25}], ONE)
     (tmp_path / "lab.results").write_text("{\n{}\n")
     with pytest.raises(BadInput, match=r"lab.results:1: not JSON"):
         runs.collect("lab", module.work, [{"x": 4}], ONE)
@@ -115,3 +118,31 @@ def test_the_coordinate_check_runs_quickly_and_tells_a_rule_that_is_off(tmp_path
     assert said.count("holds    |") + said.count("DOES NOT |") == 8 and (tmp_path / "mup_coordinates.figures.png").stat().st_size > 10_000
     assert "holds    | standard: they grow from the start" in said and "holds    | without the learning-rate rule" in said
     assert "--widht: unknown option" in error_of(mup_coordinates, ["--widht=64"], capsys)
+
+
+# ---- the course
+
+def test_the_course_is_what_the_results_say():
+    assert (ROOT / "labs" / "README.md").read_text(encoding="utf-8") == course.page(), "run python -m labs.course"
+
+
+def test_a_changed_result_changes_the_course(tmp_path, monkeypatch):
+    lines = runs.read(ROOT / "labs" / "results" / "mup_coordinates.jsonl")
+    for line in lines:
+        if line["job"]["rule"] == "muP":
+            line["result"]["10"]["mlp"] *= line["job"]["width"]
+    monkeypatch.setattr(runs, "path", lambda lab, kind, config: tmp_path / f"{lab}.{kind}")
+    (tmp_path / "mup_coordinates.results").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert "steepest power 0.9" in course.page() and "| **no** |" in course.page().split("steepest power")[1].split("\n")[0]
+
+
+def test_every_lab_reads_from_its_question_to_its_exercises_and_the_notebook_runs_one():
+    for name, module in course.modules().items():
+        text = (ROOT / "labs" / f"{name}.py").read_text(encoding="utf-8")
+        parts = [text.index(part) for part in ("Question", "Claim", "Write down", f"python -m labs.{name}", "# %%", "def experiment",
+                                               "def draw", "def checks", "# Exercises", "# 1. ", "# 2. ", "# 3. ", "def main")]
+        assert parts == sorted(parts), name
+        assert module.__doc__.startswith("Lab: ") and "section" in module.__doc__ or name == "serving"
+    cells = ["".join(cell["source"]) for cell in json.loads((ROOT / "labs" / "colab.ipynb").read_text())["cells"]]
+    (chosen,) = [cell.split('"')[1] for cell in cells if cell.startswith("LAB = ")]
+    assert chosen in course.modules() and any("!python -m labs.$LAB --draw=True" in cell for cell in cells)
