@@ -96,7 +96,7 @@ def trunk_and_decays(width, ratios, seed, eval_tokens):
 
 
 def experiment(settings, config):
-    """(points of the fit, held-out point, stale), points being arrays (m, 3) of N, D in bytes, loss in nats a byte."""
+    """((points, held out, law, laws), stale): arrays (m, 3) of N, D in bytes, loss in nats a byte; what was fitted, and that resampled."""
     runs.prepare()
     jobs = [dict(width=w, ratios=r, seed=settings.seed, eval_tokens=settings.eval_tokens)
             for w, r in [*((w, settings.ratios) for w in settings.widths), (settings.held_out_width, (settings.held_out_ratio,))]]
@@ -105,7 +105,10 @@ def experiment(settings, config):
         if point["loss"] is None:
             print(f"N {point['n']:,}: diverged before {point['tokens']:,} tokens; left out")
     arrays = [np.array([(p["n"], p["tokens"], p["loss"]) for p in result if p["loss"] is not None]).reshape(-1, 3) for result in results]
-    return np.concatenate(arrays[:-1]), arrays[-1], stale
+    points = np.concatenate(arrays[:-1])
+    if not enough(points):
+        raise BadInput(f"{len(points)} runs, too few for a fit: it needs more than {len(Law._fields)}, of at least 3 --widths and 3 --ratios")
+    return (points, arrays[-1], fit(points), bootstrap(points, settings.resamples)), stale
 
 
 # %% The fit. For given exponents the law is linear in its other three constants, and those of least squares are a formula. So only two
@@ -231,7 +234,8 @@ def read_runs(pattern):
 
 # %% The figure
 
-def draw(points, held_out, law, laws, settings, path, stale):
+def draw(results, path, stale):
+    points, held_out, law, laws = results
     figure, axes = runs.figure(2, 2, "loss over size and tokens, and the best use of compute", stale, width=5.4, height=4)
     (over_d, plane), (error, ratio) = axes
     n, d, loss = points.T
@@ -286,8 +290,9 @@ def draw(points, held_out, law, laws, settings, path, stale):
 
 # %% What is found, and the checks
 
-def tell(law, laws, points, settings):
+def tell(results, settings):
     """Print the fit with its intervals, and the best use of each budget, by the other laws too."""
+    points, _, law, laws = results
     print(f"L(N, D) = C_N N^-alpha + C_D D^-beta + L_0 of {len(points)} runs, R^2 {r_squared(law, points):.4f}; "
           f"in brackets 95 % of {len(laws)} resampled fits")
     for name, value, values in zip(Law._fields, law, zip(*laws)):
@@ -308,7 +313,8 @@ def paper_check():
                  all(spans[name][0] <= ratio <= spans[name][1] for name, (_, ratio) in PAPER.items()))
 
 
-def checks(points, held_out, law, laws, settings):
+def checks(results, settings):
+    points, held_out, law, laws = results
     r2, etas = r_squared(law, points), [(each.beta - each.alpha) / (each.beta + each.alpha) for each in laws]
     out = [paper_check(), Check("one law holds for all sizes and lengths: R^2 above 0.98", f"{r2:.4f}, {len(points)} runs", "-", r2 > 0.98)]
     if len(held_out):
@@ -334,7 +340,7 @@ def checks(points, held_out, law, laws, settings):
 
 
 # %% What it means: one trunk and six decays of a tenth cost 75N tokens, where six runs from scratch cost 210N. At full scale the paper's 192
-# would give MiniCPM-2.4B 0.47T tokens; it had 1.1T, because what is best for the cost of training alone is a larger model than one wants
+# would give MiniCPM-2.4B 0.47T tokens; it had 1.1T: the law weighs the cost of training alone, and a smaller model is cheaper
 # to serve. Our constants do not carry over: bytes are not tokens (one of the paper's is three to four bytes), the corpus is Python code,
 # N and D are a millionth. The method does: fit, predict a larger model, then train it and see.
 #
@@ -352,19 +358,17 @@ def main(argv):
                      budgets=(1e10,)),
             **{name: given[name] for name in given if hasattr(settings, name)})
     if settings.runs:
-        points, held_out, stale = read_runs(settings.runs), np.empty((0, 3)), False
+        points, stale = read_runs(settings.runs), False
+        results = points, np.empty((0, 3)), fit(points), bootstrap(points, settings.resamples)
         path = runs.path("scaling_law-runs", "figures", dataclasses.replace(config, quick=True))
     else:
-        points, held_out, stale = experiment(settings, config)
+        results, stale = experiment(settings, config)
         path = runs.path("scaling_law", "figures", config)
-        if not enough(points):
-            raise BadInput(f"{len(points)} runs, too few for a fit: it needs more than {len(Law._fields)}, of at least 3 --widths and 3 --ratios")
-    law, laws = fit(points), bootstrap(points, settings.resamples)
-    tell(law, laws, points, settings)
-    draw(points, held_out, law, laws, settings, path, stale)
+    tell(results, settings)
+    draw(results, path, stale)
     print(f"drew {path}")
     if not settings.runs:
-        runs.report(checks(points, held_out, law, laws, settings), stale)
+        runs.report(checks(results, settings), stale)
 
 
 if __name__ == "__main__":

@@ -59,16 +59,16 @@ def test_the_papers_constants_give_its_192_as_far_as_they_are_rounded(monkeypatc
 def test_checks_fail_where_the_claim_does():
     points, held_out = made_up(TRUE._replace(alpha=0.35, beta=0.25, c_d=12.0), noise=0.002)
     law, laws = scaling_law.fit(points), scaling_law.bootstrap(points, 10)
-    assert [check.holds for check in scaling_law.checks(points, held_out, law, laws, Settings())] == [True] * 5
+    assert [check.holds for check in scaling_law.checks((points, held_out, law, laws), Settings())] == [True] * 5
     held_out[0, 2] *= 1.03
-    assert [check.holds for check in scaling_law.checks(points, held_out, law, laws, Settings())] == [True, True, False, True, True]
-    assert not scaling_law.checks(points, held_out[:0], law, laws, Settings())[2].holds                      # it diverged
+    assert [check.holds for check in scaling_law.checks((points, held_out, law, laws), Settings())] == [True, True, False, True, True]
+    assert not scaling_law.checks((points, held_out[:0], law, laws), Settings())[2].holds                      # it diverged
     points[:, 2] = np.random.default_rng(0).permutation(points[:, 2])
     law = scaling_law.fit(points)
-    assert not scaling_law.checks(points, held_out, law, [law._replace(alpha=0.2, beta=0.3)] * 10, Settings())[1].holds
+    assert not scaling_law.checks((points, held_out, law, [law] * 10), Settings())[1].holds
     points, held_out = made_up()                                         # beta above alpha
     law = scaling_law.fit(points)
-    assert [check.holds for check in scaling_law.checks(points, held_out, law, [law] * 10, Settings())] == [True, True, True, False, False]
+    assert [check.holds for check in scaling_law.checks((points, held_out, law, [law] * 10), Settings())] == [True, True, True, False, False]
 
 
 def test_a_decay_from_the_trunk_is_the_run_of_that_length_and_a_divergence_is_a_result(monkeypatch):
