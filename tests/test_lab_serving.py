@@ -1,0 +1,66 @@
+"""labs/serving.py: the quick run, the bytes that it counts, and checks that can fail."""
+import copy
+from dataclasses import replace
+
+import pytest
+
+from labs import runs, serving
+from model import KVCache, MiniCPM
+
+
+def test_the_quick_run_measures_draws_checks_and_reads_its_results_again(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(runs, "path", lambda lab, kind, config: tmp_path / f"{lab}.{'png' if kind == 'figures' else 'jsonl'}")
+    serving.main(["--quick=True"])
+    first = [line for line in capsys.readouterr().out.splitlines() if " | " in line]
+    assert len(first) == 5 and (tmp_path / "serving.png").exists()
+    monkeypatch.setattr(serving, "generation", lambda *a: pytest.fail("measured again"))
+    monkeypatch.setattr(serving, "draw", lambda *a: None)
+    serving.main(["--quick=True", "--draw=True"])
+    assert [line for line in capsys.readouterr().out.splitlines() if " | " in line] == first
+
+
+def test_bytes_are_those_of_the_tensors_that_a_token_reads():
+    for kind in serving.KINDS:
+        shape = replace(serving.shape_of("lab", kind), n_kv_head=1)
+        model = MiniCPM(shape)
+        stored = 4 * sum(p.numel() for p in model.parameters())
+        weights, cache = serving.bytes_read(shape, 1, 10, 4)
+        experts = 4 * sum(p.numel() for name, p in model.named_parameters() if ".experts." in name)
+        assert weights == pytest.approx(stored - experts * 6 / 8)        # two of eight
+        held = KVCache(shape, 3, 12, model.numerics.dtype, "cpu")
+        assert serving.bytes_read(shape, 3, 10, 4)[1] == 4 * (held.k.numel() + held.v.numel()) == 3 * cache
+        assert weights <= serving.bytes_read(shape, 4, 10, 4)[0] < serving.bytes_read(shape, 64, 10, 4)[0] + 1 <= stored + 1
+    of_two, of_eight, held = (serving.shape_of("lab", kind) for kind in ("dense, size of 2", "dense, size of 8", "8 experts, 2 a token"))
+    routers = held.n_layer * 8 * held.n_embd
+    assert held.n_params_active == of_two.n_params_non_embedding + routers and held.n_params_non_embedding == of_eight.n_params_non_embedding + routers
+
+
+def ideal(settings, bandwidth=2e10, prefill=1e4):
+    """What the lab would find on a machine that is limited by its bandwidth alone."""
+    found = {}
+    for name, points in serving.series(settings).items():
+        rates = []
+        for p in points:
+            weights, cache = serving.bytes_read(serving.shape_of(p["model"], p["kind"]), p["batch"], p["context"], settings.tokens)
+            rate = p["batch"] * bandwidth / (weights + cache) if p["use_cache"] else prefill / p["context"]
+            rates.append({**p, "weights": weights, "cache": cache, "prefill": prefill, "decode": rate, "slowest": rate, "fastest": rate})
+        found[name] = {"bandwidth": bandwidth, "spread": (bandwidth, bandwidth), "points": rates}
+    return found
+
+
+def test_checks_hold_on_an_ideal_machine_and_fail_each_where_it_is_not():
+    settings = serving.Settings()
+    found = ideal(settings)
+    assert [check.holds for check in serving.checks(found, settings)] == [True] * 5
+    assert "power -1.00" in serving.checks(found, settings)[0].ours and "could write 3.7 tokens/s" in serving.checks(found, settings)[1].ours
+
+    def slow(part, places, by):
+        def change(found):
+            for i in places:
+                found[part]["points"][i]["decode"] *= by
+        return change
+    for i, change in enumerate((slow("sizes", [-3], 0.5), lambda found: found["sizes"].update(bandwidth=5e10), slow("batches", [3], 0.4),
+                                slow("contexts", [3], 0.01), slow("experts", [0], 0.35))):
+        broken = copy.deepcopy(found)
+        change(broken)
+        assert [check.holds for check in serving.checks(broken, settings)] == [j != i for j in range(5)]
