@@ -168,7 +168,7 @@ def code_hash(work):
             elif getattr(value, "__module__", None) != thing.__module__:
                 if inspect.isfunction(value) or inspect.isclass(value):
                     modules.add(value.__module__)
-                elif not callable(value):
+                elif not callable(value) and not isinstance(value, Path):         # a path is the machine's
                     seen[name] = repr(value)
             elif inspect.isfunction(value) or inspect.isclass(value):
                 visit(value)

@@ -93,6 +93,12 @@ def test_the_code_that_trains_counts_and_what_the_lab_imports(lab, tmp_path, mon
     assert runs.code_hash(module.work) != before[0]
 
 
+def test_the_place_of_a_clone_does_not_count(monkeypatch, tmp_path):
+    before = runs.code_hash(mup_coordinates.activations)
+    monkeypatch.setattr(mup_coordinates, "ROOT", tmp_path)
+    assert runs.code_hash(mup_coordinates.activations) == before
+
+
 def test_an_interrupted_lab_keeps_what_it_has_and_goes_on(lab, tmp_path):
     module = lab()
     with pytest.raises(KeyboardInterrupt):
