@@ -44,7 +44,7 @@ class Settings:
     widths: tuple[int, ...] = (32, 64, 128)
     batches: tuple[int, ...] = (2, 4, 8, 16, 32, 64)    # sequences of 128 bytes an update
     seeds: tuple[int, ...] = (0, 1, 2)
-    tokens: int = 160 * 8192                            # bytes of a run
+    tokens: int = 96 * 8192                             # bytes of a run
     runs: str | None = None                             # fit these run folders (or their metrics.jsonl) instead of training
 
 
@@ -198,7 +198,10 @@ def draw(groups, points, found, path, stale):
             lowest = [(batch, tokens) for size, _, at, batch, tokens in points if size == params and at == level]
             ax.plot(*zip(*lowest), "*", color="gold", markeredgecolor="black", markersize=11, zorder=5) if lowest else None
         ax.set(xscale="log", yscale="log", xlabel="batch (tokens)", ylabel="tokens to the loss", title=f"{params:,} parameters")
-        ax.legend(fontsize=7, title="loss; star: best, each seed", title_fontsize=7) if chosen else None
+        tried = sorted({batch for (size, _), curves in groups.items() if size == params for batch in curves})
+        ax.set_xticks([], minor=True)
+        ax.set_xticks(tried, [f"{batch:,}" for batch in tried], rotation=30, fontsize=8)
+        ax.legend(fontsize=6, ncols=2, title="loss; star: best, each seed", title_fontsize=7) if chosen else None
     ax = axes.flat[-1]
     for style, params in zip(runs.STYLES, sizes):
         ax.plot([p[2] for p in points if p[0] == params], [p[3] for p in points if p[0] == params], label=f"{params:,} parameters",
@@ -208,10 +211,13 @@ def draw(groups, points, found, path, stale):
         middle = math.sqrt(x[0] * x[1])
         ax.plot(x, found["a"] / x ** found["b"], "k-", label=f"fit: {found['a']:.3g} / L^{found['b']:.2f}")
         ax.plot(x, found["a"] / middle ** found["b"] * (middle / x) ** PAPER_B, "k:", label=f"the paper's exponent, {PAPER_B}")
-    ax.set(xscale="log", yscale="log", xlabel="loss (nats per token)", ylabel="best batch (tokens)", title="best batch over loss")
-    ax.minorticks_off()
-    ticks = np.round(np.geomspace(*ax.get_xlim(), 5)[1:-1], 2)
-    ax.set_xticks(ticks, ticks)
+    ax.set(xlabel="loss (nats per token)", ylabel="best batch (tokens)", title="best batch over loss")
+    if points:
+        ax.set(xscale="log", yscale="log")
+        ax.minorticks_off()
+        for axis, digits in ((ax.xaxis, 3), (ax.yaxis, 2)):
+            ticks = [float(f"{tick:.{digits}g}") for tick in np.geomspace(*axis.get_view_interval(), 6)[1:-1]]
+            axis.set_ticks(ticks, [f"{tick:,g}" for tick in ticks])
     ax.legend(fontsize=7)
     figure.savefig(path, dpi=110)
 
