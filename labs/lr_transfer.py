@@ -5,7 +5,7 @@ Claim       Under muP the best rate is the same at every size: about 0.01 from 0
             (scale_emb, scale_depth, init_std), which the paper found once, on a model of 0.009B.
 Write down  before you run it: with one rate for all parameters (no muP), does the best one go up or down as the model gets wider? By
             labs/mup_coordinates.py an update by Adam moves the output of a matrix with the first power of the width: how far then?
-Command     python -m labs.lr_transfer          about 16 minutes on two cores; --quick=True: seconds, to see that it works
+Command     python -m labs.lr_transfer          about 20 minutes on two cores; --quick=True: seconds, to see that it works
 
 Loss over learning rate, in steps of a factor of 2, for four widths under muP, for the same widths without it, and for three depths. Where
 a curve is lowest and beside that the runs are repeated with other seeds. Then a random search at the smallest width, and a test of what it
@@ -137,6 +137,7 @@ def experiment(settings, config):
 def draw(curves, trials, settings, path, stale):
     figure, axes = runs.figure(2, 2, f"held-out loss after {settings.steps} updates", stale, width=5, height=3.8)
     titles = {"muP": "muP: widths", "control": "one rate, one init, no scalings: widths", "depth": f"muP: layers, at width {settings.widths[0]}"}
+    ticks = {}
     for ax, kind in zip(axes.flat, titles):
         for style, ((_, size), curve) in zip(runs.STYLES, ((of, curve) for of, curve in curves.items() if of[0] == kind)):
             shown = [rate for rate in curve if math.isfinite(mean(curve[rate]))]
@@ -145,10 +146,8 @@ def draw(curves, trials, settings, path, stale):
             ax.errorbar(shown, middle, off, label=f"{size}", capsize=3, markersize=5, **style)
             ax.plot(best_rate(curve), mean(curve[best_rate(curve)]), "o", markersize=13, markerfacecolor="none", color=style["color"])
         ax.set(xscale="log", xlabel="learning rate", ylabel="loss (nats per byte)", title=titles[kind])
+        ticks[kind] = sorted(curve)
         ax.legend(fontsize=8, title="ring: lowest; bars: seeds", title_fontsize=7)
-    low, high = np.nanmin([axes.flat[i].get_ylim()[0] for i in (0, 1)]), np.nanmax([axes.flat[i].get_ylim()[1] for i in (0, 1)])
-    axes[0, 0].set_ylim(low, high)
-    axes[0, 1].set_ylim(low, high)
 
     ax, small, large = axes[1, 1], settings.widths[0], settings.widths[-1]
     tried = [(constants["learning_rate"], mean(results[small])) for constants, results in trials[:-1] if math.isfinite(mean(results[small]))]
@@ -159,7 +158,9 @@ def draw(curves, trials, settings, path, stale):
                     label=f"{name} constants, width {width}")
     ax.set(xscale="log", xlabel="learning rate", ylabel="loss (nats per byte)", title="search over four constants")
     ax.legend(fontsize=7)
-    for ax in axes.flat:
+    for ax, marked in zip(axes.flat, (*ticks.values(), settings.rates)):
+        ax.set_xticks([], minor=True)
+        ax.set_xticks(marked, [f"{rate:g}" for rate in marked])
         ax.axvline(PAPER["learning_rate"], color="0.5", linewidth=1, linestyle=":")
         ax.annotate("paper", (PAPER["learning_rate"], 0.01), xycoords=("data", "axes fraction"), fontsize=7, color="0.3")
     figure.savefig(path, dpi=110)
@@ -203,22 +204,25 @@ def checks(curves, trials, settings):
     ]
 
 
-# %% What it means: figure 3's models are up to 10 times apart in parameters, and a test at 2.1B, twenty times beyond, found 0.01 again. The
-# 2.4B model's matrices then learn with 0.01 / 9. Without muP the search would have to be made at the full size, or its drift be
-# fitted over sizes and trusted beyond them.
+# %% What it means: figure 3's models are up to 10 times apart in parameters, and a test at 2.1B, far beyond, found 0.01 again. The 2.4B
+# model's matrices then learn with 0.01 / 9. Without muP the search would have to be made at the full size, or its drift be fitted over sizes
+# and trusted beyond them.
+#
+# The last check does not hold: a few random draws in four dimensions find nothing as good as the paper's constants, which come from a
+# Bayesian search. But the small width says so as well: the best draw loses there by nearly as much as at the large one. So what the small width
+# says does hold at the large; what fails is the search, and a longer one costs seconds a run.
 #
 # Exercises
 # 1. `mup=mup`: add `mup_lr=False`, muP's init and scalings with one rate for all. Over which widths does the best rate still hold?
 # 2. `warmup_steps=steps // 10`: none at all. Which end of the curves changes, and does the lowest point move?
-# 3. `for _ in range(trials)`: the same number of draws that change one constant at a time. Which one matters most at width 32?
+# 3. `4 ** rng.uniform(-1, 1)`: draw up to a factor of 2 from the paper's, or take --trials=100. Does the last check hold then?
 
 @exits_cleanly
 def main(argv):
     (settings, config), given = configure(argv, Settings, runs.LabConfig, usage=__doc__)
     if config.quick:
         settings = dataclasses.replace(
-            Settings(widths=(32, 64), depths=(2, 4), rates=(0.005, 0.01), control_rates=(0.001, 0.002), seeds=(0, 1), trials=3, steps=2,
-                     eval_tokens=2048), **{name: given[name] for name in given if hasattr(settings, name)})
+            Settings(widths=(32, 64), depths=(2,), rates=(0.005, 0.01), control_rates=(0.002,), seeds=(0, 1), trials=2, steps=2, eval_tokens=2048), **{name: given[name] for name in given if hasattr(settings, name)})
     curves, trials, stale = experiment(settings, config)
     draw(curves, trials, settings, runs.path("lr_transfer", "figures", config), stale)
     runs.report(checks(curves, trials, settings), stale)
