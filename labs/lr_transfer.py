@@ -222,7 +222,8 @@ def main(argv):
     (settings, config), given = configure(argv, Settings, runs.LabConfig, usage=__doc__)
     if config.quick:
         settings = dataclasses.replace(
-            Settings(widths=(32, 64), depths=(2,), rates=(0.005, 0.01), control_rates=(0.002,), seeds=(0, 1), trials=2, steps=2, eval_tokens=2048), **{name: given[name] for name in given if hasattr(settings, name)})
+            Settings(widths=(32, 64), depths=(2,), rates=(0.005, 0.01), control_rates=(0.002,), seeds=(0, 1), trials=2, steps=2,
+                     eval_tokens=2048), **{name: given[name] for name in given if hasattr(settings, name)})
     curves, trials, stale = experiment(settings, config)
     draw(curves, trials, settings, runs.path("lr_transfer", "figures", config), stale)
     runs.report(checks(curves, trials, settings), stale)
