@@ -139,9 +139,8 @@ def stages(results, settings):
 
 def line_facts(losses):
     """(place of the minimum, its depth under place 0, largest rise between neighbours from 0 to 1, smallest second difference from 0 to 1)"""
-    losses, places = np.array(losses), np.array(LINE)
-    inside = losses[(places >= 0) & (places <= 1)]
-    return places[losses.argmin()], inside[0] - losses.min(), np.diff(inside).max(), np.diff(inside, 2).min()
+    inside = losses[LINE.index(0.0):LINE.index(1.0) + 1]
+    return LINE[losses.index(min(losses))], inside[0] - min(losses), float(np.diff(inside).max()), float(np.diff(inside, 2).min())
 
 
 # %% The figure
@@ -166,11 +165,15 @@ def draw(results, settings, path, stale):
             rates = np.array(results[0]["lr"])
             scale = np.mean([np.array(r[name])[steps <= begins].mean() for r in results]) / rates.max()
             ax.plot(steps, rates * scale, color="0.4", linestyle=":", label="learning rate, scaled")
+        if name == "cosine":
+            ax.axhline(0, color="0.4", linewidth=0.8)
         ax.axvspan(begins, settings.steps, color="0.9", zorder=0)
         ax.set(xlabel="update (gray: decay)", ylabel=label, title=name, xlim=(begins - 2 * (settings.steps - begins), settings.steps))
         seen = np.array([r[name] for r in results] + [r[beside] for r in results if beside])[:, steps >= ax.get_xlim()[0]]
         if name == "curvature":
             ax.set(yscale="log")
+            before = np.mean(stages(results, settings)[name][0])
+            ax.hlines(10 * before, begins, settings.steps, color="0.4", linestyle=":", label="paper: x 10")
         else:
             ax.set(ylim=(min(0, seen.min() * 1.05), max(seen.max() * 1.05, 0.02)))
         if ax.get_legend_handles_labels()[0]:
@@ -189,9 +192,11 @@ def draw(results, settings, path, stale):
 
 def checks(results, settings):
     found = stages(results, settings)
-    ratio = {name: end.mean() / before.mean() for name, (before, end) in found.items()}
-    change = lambda name, digits=3: "{1:.{0}g} to {2:.{0}g}, x {3:.2g} ({4:.2g} to {5:.2g})".format(        # noqa: E731
-        digits, found[name][0].mean(), found[name][1].mean(), ratio[name], min(found[name][1] / found[name][0]), max(found[name][1] / found[name][0]))
+    ratio = {name: float(end.mean() / before.mean()) for name, (before, end) in found.items()}
+
+    def change(name):
+        before, end = found[name]
+        return f"{before.mean():.3g} to {end.mean():.3g}, x {ratio[name]:.2g} ({min(end / before):.2g} to {max(end / before):.2g})"
     cosines = {name: "{:+.3f} to {:+.3f}".format(*(x.mean() for x in found[name])) for name in ("cosine", "cosine in training")}
     down = [line_facts(r["lines"]["stable to decayed"]) for r in results]
     across = [r["lines"]["stable to stable"] for r in results]
@@ -202,7 +207,7 @@ def checks(results, settings):
         Check("the gradient norm falls in the decay", f"{change('gradient norm')}; of training batches {change('norm in training')}", "falls",
               ratio["gradient norm"] < 1),
         Check("successive gradients begin to point the same way", f"{cosines['cosine']}; of training batches {cosines['cosine in training']}",
-              "mostly above 0", found["cosine"][1].mean() > max(0, found["cosine"][0].mean())),
+              "mostly above 0", bool(found["cosine"][1].mean() > max(0, found["cosine"][0].mean()))),
         Check("the slope along the update shrinks, |D1| to below a half", change("D1"), "shrinks with the rate", ratio["D1"] < 0.5),
         Check("the curvature along the update grows", change("curvature"), "about x 10", ratio["curvature"] > 1),
         Check("from the stable weights to the decayed the loss falls all the way, without a hill",

@@ -46,6 +46,16 @@ class Settings:
     block_size: int = 128
     eval_tokens: int = 65536
 
+    def problems(self):
+        out = []
+        if len(self.horizons) < 2 or list(self.horizons) != sorted(set(self.horizons)):
+            out.append(f"--horizons={self.horizons}: must be two or more, ascending")
+        if not self.shares or list(self.shares) != sorted(set(self.shares)) or not 0 < self.shares[0] <= self.shares[-1] < 1:
+            out.append(f"--shares={self.shares}: must be ascending, above 0 and below 1")
+        if not self.forms or set(self.forms) - set(DECAYS):
+            out.append(f"--forms={self.forms}: are of {', '.join(DECAYS)}")
+        return out
+
     def common(self, seed):
         """What is the same in all runs of a seed: options of train.py."""
         return dict(n_embd=self.width, n_head=self.width // 32, n_ff=self.width * 5 // 2, seed=seed, warmup_steps=self.warmup,
@@ -102,13 +112,13 @@ def loss_of_mean(folders, common):
 
 # %% A cosine that ends at T, watched until the last horizon: before T it is one with T > S, after it one with T < S
 
-def cosine(common, T, loop, end, every):
+def cosine(common, T, loop, horizons, every):
     """[[step, val_loss], ...]. loop: after T the rate rises again."""
-    model, updates, validate = runs.begin("config/lab.py", **common, schedule="cosine_loop" if loop else "cosine", max_steps=end)
+    model, updates, validate = runs.begin("config/lab.py", **common, schedule="cosine_loop" if loop else "cosine", max_steps=horizons[-1])
     rows = []
     with mock.patch.object(train, "lr_at", lambda step, **known: lr_at(step, **{**known, "max_steps": T})):
         for update in updates:
-            if update.step % every == 0:
+            if update.step % every == 0 or update.step in horizons:
                 rows.append([update.step, validate()["val_loss"]])
                 model.train()
     return rows
@@ -128,7 +138,7 @@ def experiment(settings, config):
         dict(common=s.common(seed), horizons=s.horizons, shares=s.shares, forms=s.forms, every=s.every) for seed in s.seeds], config)
     which = [(T, False) for T in s.horizons] + [(s.horizons[0], True)]
     cosines, stale_too = runs.collect("wsd_vs_cosine", cosine, [
-        dict(common=s.common(seed), T=T, loop=loop, end=s.horizons[-1], every=s.every) for T, loop in which for seed in s.seeds], config)
+        dict(common=s.common(seed), T=T, loop=loop, horizons=s.horizons, every=s.every) for T, loop in which for seed in s.seeds], config)
     found = {name: over_seeds([t[name] for t in trunks]) for name in ("trunk", "averaged")}
     found["decays"] = {(d["horizon"], d["share"], d["form"]): over_seeds([t["decays"][i]["curve"] for t in trunks])
                        for i, d in enumerate(trunks[0]["decays"])}
@@ -220,7 +230,8 @@ def checks(found, settings):
     decays, cosines = ends(found, settings)
     S, form, last, shortest, longest = settings.horizons, settings.forms[0], settings.horizons[-1], settings.shares[0], settings.shares[-1]
     spread = lambda x: f"{x.mean():+.3f} ({x.min():+.3f} to {x.max():+.3f})"                                # noqa: E731
-    worst = lambda differences: max(differences, key=lambda x: x.mean())                                    # noqa: E731
+    mean = lambda x: float(x.mean())                                                                        # noqa: E731
+    worst = lambda differences: max(differences, key=mean)                                                  # noqa: E731
     share = 0.1 if 0.1 in settings.shares else longest
 
     drop = worst(decays[share, form][T] - found["trunk"][T] for T in S)
@@ -229,25 +240,24 @@ def checks(found, settings):
     wsd, separate = (spent[-1] * settings.batch_size * settings.block_size / 1e6 for spent in updates_spent(settings, longest))
     short = decays[shortest, form][last] - decays[share, form][last]
     rivals = {(T, end): cosines[T][end] - cosines[end][end] for T in S for end in S if T != end}
-    closest = min(rivals, key=lambda key: rivals[key].mean())
-    loop = min((found["cosines"][S[0], True][T] - cosines[T][T] for T in S[1:]), key=lambda x: x.mean()) if len(S) > 1 else np.zeros(1)
-    by_form = [decays[share, each][last].mean() for each in settings.forms]
-    gained = [(found["trunk"][last] - losses).mean() for losses in (found["averaged"][last], decays[longest, form][last])]
+    closest = min(rivals, key=lambda key: mean(rivals[key]))
+    loop = min((found["cosines"][S[0], True][T] - cosines[T][T] for T in S[1:]), key=mean)
+    by_form, at_last = [mean(decays[share, each][last]) for each in settings.forms], mean(found["trunk"][last] - decays[share, form][last])
+    gained = [mean(found["trunk"][last] - losses) for losses in (found["averaged"][last], decays[longest, form][last])]
     return [
-        Check(f"the loss drops sharply in a decay of {share:.0%}", f"at least {-drop.mean():.3f} nats below the trunk at every horizon", "-",
-              -drop.mean() > 0.05),
+        Check(f"the loss drops sharply in a decay of {share:.0%}", f"at least {-mean(drop):.3f} nats below the trunk at every horizon", "-",
+              mean(drop) < -0.05),
         Check(f"a decay of {longest:.0%} is at no horizon worse than the cosine with T = S (margin {MARGIN})",
               f"{at_horizons(longest)} nats; worst {spread(worst(against[longest]))}; {len(S)} lengths for {wsd:.1f}M tokens, not {separate:.1f}M",
-              "-", worst(against[longest]).mean() <= MARGIN),
+              "-", mean(worst(against[longest])) <= MARGIN),
         Check(f"a decay of {share:.0%} is enough for that", f"{at_horizons(share)} nats; worst {spread(worst(against[share]))}", "10 %",
-              worst(against[share]).mean() <= MARGIN),
-        Check(f"a decay of {shortest:.1%} falls short", f"{spread(short)} nats from {share:.0%}, at the last horizon", "2.5 %", short.mean() > MARGIN),
+              mean(worst(against[share])) <= MARGIN),
+        Check(f"a decay of {shortest:.1%} falls short", f"{spread(short)} nats from {share:.0%}, at the last horizon", "2.5 %", mean(short) > MARGIN),
         Check(f"a cosine is best at its own end (margin {MARGIN})",
-              f"closest at S = {closest[1]}: T = {closest[0]} with {spread(rivals[closest])} nats", "T = S", rivals[closest].mean() >= -MARGIN),
-        Check("a cosine that rises again is worse than the cosine with T = S", f"{spread(loop)} nats where it is closest", "worse", loop.mean() > 0),
+              f"closest at S = {closest[1]}: T = {closest[0]} with {spread(rivals[closest])} nats", "T = S", mean(rivals[closest]) >= -MARGIN),
+        Check("a cosine that rises again is worse than the cosine with T = S", f"{spread(loop)} nats where it is closest", "worse", mean(loop) > 0),
         Check("the form of the decay matters less than the decay", f"forms differ by {max(by_form) - min(by_form):.3f} nats at {share:.0%}, the drop is "
-              f"{(found['trunk'][last] - decays[share, form][last]).mean():.3f}", "-",
-              max(by_form) - min(by_form) < 0.5 * (found["trunk"][last] - decays[share, form][last]).mean()),
+              f"{at_last:.3f}", "-", max(by_form) - min(by_form) < at_last / 2),
         Check("averaging the trunk's weights gives a part of what decaying gives",
               f"{gained[0]:.3f} of {gained[1]:.3f} nats", "-", 0 < gained[0] < gained[1]),
     ]

@@ -82,3 +82,10 @@ def test_what_four_lengths_cost():
     wsd, cosines = lab.updates_spent(lab.Settings(horizons=(100, 200, 300, 400)), 0.1)
     assert wsd.tolist() == [90 + 10, 180 + 10 + 20, 270 + 10 + 20 + 30, 360 + 10 + 20 + 30 + 40]
     assert cosines.tolist() == [100, 300, 600, 1000]
+
+
+def test_settings_that_cannot_be_compared_are_refused(capsys):
+    with pytest.raises(SystemExit) as stop:
+        lab.main(["--horizons=100", "--shares=0.2,0.1", "--forms=steep"])
+    said = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2 and [line.split("=")[0] for line in said] == ["--horizons", "--shares", "--forms"]
