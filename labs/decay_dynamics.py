@@ -45,8 +45,8 @@ class Settings:
 
     def problems(self):
         out = [f"--every={self.every}: must be at least 2, a measurement takes two updates"] if self.every < 2 else []
-        if not self.every * 8 <= self.decay_share * self.steps <= self.steps / 2:
-            out.append(f"--decay_share={self.decay_share}: of --steps={self.steps} the decay must be a half at most, and 8 x --every={self.every} "
+        if not self.every * 4 <= self.decay_share * self.steps <= self.steps / 2:
+            out.append(f"--decay_share={self.decay_share}: of --steps={self.steps} the decay must be a half at most, and 4 x --every={self.every} "
                        f"updates at least: its last quarter is compared with as much before it")
         return out
 
@@ -153,8 +153,8 @@ def draw(results, settings, path, stale):
         values = np.array([r[name] for r in results])
         ax.plot(steps, values.mean(0), color=style["color"], linestyle=style["linestyle"], **more)
         ax.fill_between(steps, values.min(0), values.max(0), color=style["color"], alpha=0.15)
-    panels = (("largest update", "largest change of a weight in\n" + f"{settings.every} updates (q, k, v, gate, up)"), ("gradient norm", "gradient norm (nats)"),
-              ("cosine", "cosine of successive gradients"), ("D1", "D1 (nats per unit of weight)"), ("D2", "D2 (nats per unit squared)"),
+    panels = (("largest update", f"largest change of a weight in\n{settings.every} updates (q, k, v, gate, up)"),
+              ("gradient norm", "gradient norm (nats)"), ("cosine", "cosine of successive gradients"), ("D1", "D1 (nats per unit of weight)"), ("D2", "D2 (nats per unit squared)"),
               ("curvature", "curvature"))
     for ax, (name, label) in zip(axes.flat, panels):
         series(ax, name, runs.STYLES[0], label="large batch" if name in ("gradient norm", "cosine") else None)
@@ -184,7 +184,8 @@ def draw(results, settings, path, stale):
         ax.fill_between(LINE, values.min(0), values.max(0), color=style["color"], alpha=0.15)
         for place in (0, 1):
             ax.axvline(place, color="0.6", linewidth=0.8)
-        ax.set(xlabel="place on the line (0: " + name.replace(" to ", ", 1: ") + ")", ylabel="held-out loss (nats a byte)", title=f"river valley: {name}")
+        ax.set(xlabel=f"place on the line (0: {name.replace(' to ', ', 1: ')})", ylabel="held-out loss (nats a byte)",
+               title=f"river valley: {name}")
     figure.savefig(path, dpi=110)
 
 
@@ -206,19 +207,28 @@ def checks(results, settings):
               "follows it", 0.5 < ratio["largest update"] / ratio["lr"] < 2),
         Check("the gradient norm falls in the decay", f"{change('gradient norm')}; of training batches {change('norm in training')}", "falls",
               ratio["gradient norm"] < 1),
-        Check("successive gradients begin to point the same way", f"{cosines['cosine']}; of training batches {cosines['cosine in training']}",
+        Check("successive gradients point the same way more than before", f"{cosines['cosine']}; of training batches {cosines['cosine in training']}",
               "mostly above 0", bool(found["cosine"][1].mean() > max(0, found["cosine"][0].mean()))),
         Check("the slope along the update shrinks, |D1| to below a half", change("D1"), "shrinks with the rate", ratio["D1"] < 0.5),
-        Check("the curvature along the update grows", change("curvature"), "about x 10", ratio["curvature"] > 1),
+        Check("the curvature along the update grows", change("curvature"), "grows", ratio["curvature"] > 1),
+        Check("and by about ten times (at least 3)", f"x {ratio['curvature']:.2g}", "about x 10", ratio["curvature"] > 3),
         Check("from the stable weights to the decayed the loss falls all the way, without a hill",
-              f"by {np.mean([x[1] for x in down]):.3f} nats, lowest at {', '.join(f'{x[0]:.1f}' for x in down)}", "-", max(x[2] for x in down) < 0.002),
+              f"by {np.mean([x[1] for x in down]):.3f} nats, lowest at {', '.join(f'{x[0]:.1f}' for x in down)}", "-",
+              max(x[2] for x in down) < 0.002),
         Check("and the line is convex", f"smallest second difference {min(x[3] for x in down):+.4f} nats", "-", min(x[3] for x in down) > -0.002),
         Check("between two stable checkpoints lies lower ground", f"half way {', '.join(f'{x:.3f}' for x in dips)} nats under the lower end", "-",
               min(dips) > 0),
     ]
 
 
-# %% What it means: PLACEHOLDER
+# %% What it means. Most of section 4.4 is there in a model a thousand times smaller: the weights move as far as the rate lets them while nothing
+# shows in the loss, D1 is above 0 before the decay (an update ends uphill: it went across the valley, past the bottom) and about 0 after it, and
+# the straight lines are those of a valley: lower ground between two stable checkpoints, which is why a mean of them is better than each
+# (labs/wsd_vs_cosine.py), and one convex slope down to the decayed weights, which lie at its bottom.
+# Two things are not as in the paper. Its cosines turn positive in the decay; here those of training batches are positive before and shrink,
+# because the mean gradient falls faster than the noise that a batch of this size has, and on a large batch they are near 1 all along. And the
+# curvature grows, but not tenfold: with a |D1| far below 1 it is |D2|, which rises slightly in the paper too. Tenfold takes
+# the denominator, so slopes of the order of 1, which a network of this size does not have.
 #
 # Exercises
 # 1. `v = x - x_then`: take the direction of a random vector of the same length instead. What is the curvature there, before and in the decay?
@@ -229,7 +239,7 @@ def checks(results, settings):
 def main(argv):
     (settings, config), given = configure(argv, Settings, runs.LabConfig, usage=__doc__)
     if config.quick:
-        settings = dataclasses.replace(Settings(width=32, steps=80, every=2, probe_tokens=512, seeds=(0,), batch_size=4), **{
+        settings = dataclasses.replace(Settings(width=32, steps=40, every=2, probe_tokens=256, seeds=(0,), batch_size=4), **{
             name: given[name] for name in given if hasattr(settings, name)})
     results, stale = experiment(settings, config)
     draw(results, settings, runs.path("decay_dynamics", "figures", config), stale)

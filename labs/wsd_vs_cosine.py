@@ -256,8 +256,8 @@ def checks(found, settings):
         Check(f"a cosine is best at its own end (margin {MARGIN})",
               f"closest at S = {closest[1]}: T = {closest[0]} with {spread(rivals[closest])} nats", "T = S", mean(rivals[closest]) >= -MARGIN),
         Check("a cosine that rises again is worse than the cosine with T = S", f"{spread(loop)} nats where it is closest", "worse", mean(loop) > 0),
-        Check("the form of the decay matters less than the decay", f"forms differ by {max(by_form) - min(by_form):.3f} nats at {share:.0%}, the drop is "
-              f"{at_last:.3f}", "-", max(by_form) - min(by_form) < at_last / 2),
+        Check("the form of the decay matters less than the decay",
+              f"forms differ by {max(by_form) - min(by_form):.3f} nats at {share:.0%}, the drop is {at_last:.3f}", "-", max(by_form) - min(by_form) < at_last / 2),
         Check("averaging the trunk's weights gives a part of what decaying gives",
               f"{gained[0]:.3f} of {gained[1]:.3f} nats", "-", 0 < gained[0] < gained[1]),
     ]
