@@ -275,7 +275,7 @@ def main(argv):
     (settings, config), given = configure(argv, Settings, runs.LabConfig, usage=__doc__)
     if config.quick:
         settings = dataclasses.replace(Settings(
-            width=32, horizons=(20, 40), shares=(0.2,), forms=DECAYS[:2], seeds=(0,), every=20, warmup=2, batch_size=4, block_size=32,
+            width=32, horizons=(8, 16), shares=(0.2,), forms=DECAYS[:2], seeds=(0,), every=8, warmup=2, batch_size=4, block_size=32,
             eval_tokens=2048), **{name: given[name] for name in given if hasattr(settings, name)})
     found, stale = experiment(settings, config)
     draw(found, settings, runs.path("wsd_vs_cosine", "figures", config), stale)

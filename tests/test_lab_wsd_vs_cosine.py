@@ -20,10 +20,10 @@ def test_the_quick_run_and_its_cache(tmp_path, monkeypatch, capsys):
     lines = runs.read(tmp_path / "wsd_vs_cosine.results.png")
     (trunk,) = [line["result"] for line in lines if line["work"] == "trunk_and_decays"]
     on_trunk = dict(trunk["trunk"])
-    assert {20, 40} <= on_trunk.keys() and [d["curve"][-1][0] for d in trunk["decays"]] == [d["horizon"] for d in trunk["decays"]]
+    assert {8, 16} <= on_trunk.keys() and [d["curve"][-1][0] for d in trunk["decays"]] == [d["horizon"] for d in trunk["decays"]]
     short, long, loop = (dict(line["result"]) for line in lines if line["work"] == "cosine")
-    assert short[20] == loop[20] != long[20], "until T a loop is a cosine, and T is what tells two cosines apart"
-    assert short[40] != loop[40], "after T it is not"
+    assert short[8] == loop[8] != long[8], "until T a loop is a cosine, and T is what tells two cosines apart"
+    assert short[16] != loop[16], "after T it is not"
 
     monkeypatch.setattr(train, "main", None)
     monkeypatch.setattr(train, "train", None)
