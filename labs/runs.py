@@ -6,7 +6,6 @@ makes the runs that it affects again; an interrupted lab goes on with the run th
 """
 import ast
 import dataclasses
-import functools
 import hashlib
 import inspect
 import json
@@ -21,7 +20,6 @@ from pathlib import Path
 
 import torch
 
-import checkpoint
 import tokenizer as tokenizers
 import train
 from configurator import ROOT, BadInput
@@ -48,8 +46,8 @@ def path(lab, kind, config):
 
 
 def folder(lab, job):
-    """Where a run that writes checkpoints does so: the same for the same job and code, so that it goes on after an interruption."""
-    return str(ROOT / "out" / "labs" / lab / hashlib.sha256((key_of(job) + checkpoint.code_hash()).encode()).hexdigest()[:12])
+    """Where a run that writes checkpoints does so: the same for the same job, so that it goes on after an interruption."""
+    return str(ROOT / "out" / "labs" / lab / hashlib.sha256(json.dumps(job, sort_keys=True).encode()).hexdigest()[:12])
 
 
 # ---- from the cache, or run
@@ -61,35 +59,21 @@ def collect(lab, work, jobs, config):
     jobs    dicts of keyword arguments, for JSON
     stale   whether one of the results is of earlier code; only with --draw=True
     """
-    file, code, known = path(lab, "results", config), code_hash(work), there(lab, work, config)
-    missing = lacking(lab, work, jobs, config)
-    if config.draw and any(key not in known for key in missing):
-        raise BadInput(f"{file}: lacks {sum(key not in known for key in missing)} of {len(jobs)} runs; without --draw=True the lab makes them")
-    if not config.draw:
-        tidy(file)                                                       # a half line must not be continued
+    file, code, keys = path(lab, "results", config), code_hash(work), [json.dumps([work.__name__, job]) for job in jobs]
+    known = {key: line for line in read(file) if (key := json.dumps([line["work"], line["job"]])) in keys}     # the last one counts
+    if config.draw:
+        lacking = len(set(keys) - known.keys())
+        if lacking:
+            raise BadInput(f"{file}: lacks {lacking} of {len(set(keys))} runs; without --draw=True the lab makes them")
+    else:
+        missing = {key: job for key, job in zip(keys, jobs) if key not in known or known[key]["code"] != code}
         with open(file, "a", encoding="utf-8") as f:
             for key, result, seconds in run(work, missing, config.workers or os.cpu_count()):
-                f.write(json.dumps({"work": work.__name__, "job": missing[key], "code": code, "seconds": round(seconds, 1), "result": result}) + "\n")
+                known[key] = {"work": work.__name__, "job": missing[key], "code": code, "seconds": round(seconds, 1), "result": result}
+                f.write(json.dumps(known[key]) + "\n")
                 f.flush()
         tidy(file)
-        known = there(lab, work, config)
-    lines = [known[key_of(job)] for job in jobs]
-    return [line["result"] for line in lines], any(line["code"] != code for line in lines)
-
-
-def lacking(lab, work, jobs, config):
-    """{key: job} of the jobs that the code as it is has not run."""
-    code, known = code_hash(work), there(lab, work, config)
-    return {key: job for job in jobs if (key := key_of(job)) not in known or known[key]["code"] != code}
-
-
-def there(lab, work, config):
-    """{key: line} of the results of a work."""
-    return {key_of(line["job"]): line for line in read(path(lab, "results", config)) if line["work"] == work.__name__}
-
-
-def key_of(job):
-    return json.dumps(job, sort_keys=True)
+    return [json.loads(json.dumps(known[key]["result"])) for key in keys], any(known[key]["code"] != code for key in keys)
 
 
 def read(file):
@@ -107,7 +91,7 @@ def read(file):
 
 def tidy(file):
     """Leave the last line of each job, and no half one."""
-    lines = {(line["work"], key_of(line["job"])): line for line in read(file)}
+    lines = {json.dumps([line["work"], line["job"]]): line for line in read(file)}
     temporary = file.with_suffix(f".{os.getpid()}.tmp")
     temporary.write_text("".join(json.dumps(line) + "\n" for line in lines.values()), encoding="utf-8")
     os.replace(temporary, file)
@@ -172,14 +156,8 @@ def code_hash(work):
     for module in sorted(modules - {"labs.runs"}):
         file = ROOT / f"{module.replace('.', '/')}.py"
         if file.exists():                                                # of the project
-            seen[module] = bare_file(file, file.stat().st_mtime_ns, file.stat().st_size)
+            seen[module] = bare(ast.parse(file.read_text(encoding="utf-8")))
     return hashlib.sha256(json.dumps(seen, sort_keys=True).encode()).hexdigest()[:12]
-
-
-@functools.lru_cache
-def bare_file(file, changed, size):
-    """bare() of a file as it is since `changed`."""
-    return bare(ast.parse(file.read_text(encoding="utf-8")))
 
 
 def bare(tree):
