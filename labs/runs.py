@@ -1,7 +1,7 @@
 """What the labs share: a run is made once, and read from labs/results/NAME.jsonl from then on.
 
 A result is kept by the settings of its run and by a hash of the code that its numbers come from: MATTERS, and of the lab the function
-that makes the run with all that it calls and names. Comments and docstrings do not count. A changed setting or changed code
+that makes the run with all that it calls and names, config files included. Comments and docstrings do not count. A changed setting or changed code
 makes the runs that it affects again; an interrupted lab goes on with the run that it was in.
 """
 import ast
@@ -160,6 +160,10 @@ def code_hash(work):
             return
         tree = ast.parse(inspect.getsource(thing))
         seen[thing.__qualname__] = bare(tree)
+        for text in {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and str(node.value).endswith(".py")}:
+            config_file = ROOT / "config" / Path(text).name
+            if config_file.exists():
+                seen[config_file.name] = bare_file(config_file, config_file.stat().st_mtime_ns, config_file.stat().st_size)
         space = vars(sys.modules[thing.__module__])
         for name in sorted({node.id for node in ast.walk(tree) if isinstance(node, ast.Name)} & space.keys()):
             value = space[name]

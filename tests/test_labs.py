@@ -91,6 +91,11 @@ def test_the_code_that_trains_counts_and_what_the_lab_imports(lab, tmp_path, mon
     assert [runs.code_hash(each.work) == was for each, was in zip((module, importing), before)] == [True, False]
     (tmp_path / "wsd.py").write_text("RULE = 22\n")
     assert runs.code_hash(module.work) != before[0]
+    named = lab("note(x)", "note(x), 'config/some.py'")
+    before = runs.code_hash(named.work)
+    (tmp_path / "config").mkdir()
+    (tmp_path / "config" / "some.py").write_text("width = 1")
+    assert runs.code_hash(named.work) != before
 
 
 def test_the_place_of_a_clone_does_not_count(monkeypatch, tmp_path):
