@@ -15,7 +15,6 @@ share of held-out questions that are answered exactly, in either form of the ans
 """
 # %%
 import dataclasses
-import json
 import os
 import shutil
 from dataclasses import dataclass
@@ -142,13 +141,6 @@ def aligned(start, beta, sft_coef, seed, pairs, batch_size, questions):
     return result
 
 
-def to_run(work, jobs, config):
-    """Whether one of the jobs is not in the results yet."""
-    code, lines = runs.code_hash(work), runs.read(runs.path("preferences", "results", config))
-    known = [line["job"] for line in lines if line["work"] == work.__name__ and line["code"] == code]
-    return any(json.loads(json.dumps(job)) not in known for job in jobs)
-
-
 def experiment(settings, config):
     """(results of the model before DPO, {(sft_coef, beta): [results of each seed, None where it diverged]}, stale)"""
     runs.prepare(data="pytorch", decay_data="instruct", tokenizer="bpe4096")
@@ -158,7 +150,7 @@ def experiment(settings, config):
     places = [(sft_coef, beta) for sft_coef in settings.sft_coefs for beta in settings.betas for _ in settings.seeds]
     jobs = [dict(start=start, beta=beta, sft_coef=sft_coef, seed=seed, pairs=settings.pairs, batch_size=settings.batch_size,
                  questions=settings.questions) for sft_coef in settings.sft_coefs for beta in settings.betas for seed in settings.seeds]
-    if not config.draw and to_run(aligned, jobs, config):
+    if not config.draw and runs.lacking("preferences", aligned, jobs, config):
         started(start)                                                  # once, before runs side by side want it
     results, stale_too = runs.collect("preferences", aligned, jobs, config)
     after = {}
@@ -184,7 +176,7 @@ def draw(before, after, settings, path, stale):
             axes[0].plot([0, *curves[0]["step"]], margins.mean(0), label=f"beta {beta:g}", **style)
             axes[0].fill_between([0, *curves[0]["step"]], margins.min(0), margins.max(0), color=style["color"], alpha=0.15)
     axes[0].set(xlabel="updates", ylabel="nats", title=f"margin of the pairs in training, SFT term x {settings.sft_coefs[-1]:g}")
-    panels = [("accuracy", 100, "held-out pairs whose short answer gained more (%)"), ("kl", 1, "KL(policy || reference), nats an answer"),
+    panels = [("accuracy", 100, "accuracy on held-out pairs (%)"), ("kl", 1, "KL(policy || reference), nats an answer"),
               ("tokens", 1, "tokens an answer"), ("exact", 100, "questions answered exactly (%)")]
     for ax, (name, scale, title) in zip(axes[1:], panels):
         for style, sft_coef in zip(runs.STYLES, settings.sft_coefs):
@@ -203,7 +195,7 @@ def draw(before, after, settings, path, stale):
         for name, filled in (("chosen_reward", style["color"]), ("rejected_reward", "white")):
             gains = [np.mean(values(after[sft_coef, beta], name)) / beta for beta in betas]
             axes[5].plot(betas, gains, label=f"{name.split('_')[0]}, SFT term x {sft_coef:g}", markerfacecolor=filled, **style)
-    axes[5].set(title="log-probability gained, held-out answers (nats)", xlabel="beta", xscale="log", xticks=betas,
+    axes[5].set(title="log-probability gained, held-out (nats)", xlabel="beta", xscale="log", xticks=betas,
                 xticklabels=[f"{beta:g}" for beta in betas])
     axes[5].minorticks_off()
     for ax in axes:

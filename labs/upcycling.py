@@ -80,11 +80,11 @@ def family(seed, width, experts, trunk_steps, steps, eval_tokens):
     dense, sparse = (MiniCPM.from_pretrained(place[name]).config for name in ("trunk", "start"))
     flops = [config.flops_per_token(128) for config in (dense, sparse)]
     longer, leave = round(steps * flops[1] / flops[0]), steps - steps // 5          # updates of the longer run; where the shorter decay leaves it
-    new = dict(seed=seed + 100, **every)                                # and with it the order of the data
+    new = dict(seed=seed + 100, **shape, **every)                        # and with the seed the order of the data
     if not (done(init_from=place["trunk"], out_dir=place["longer"], max_steps=longer, save_interval=leave, keep_every=leave, **new)
             and done(branch_from=place["longer"] / f"step-{leave:08d}", out_dir=place["dense"], decay_steps=steps - leave)
             and done(init_from=place["start"], out_dir=place["experts"], max_steps=steps, **new)
-            and done(out_dir=place["scratch"], max_steps=steps, num_experts=experts, **shape, **new)):
+            and done(out_dir=place["scratch"], max_steps=steps, num_experts=experts, **new)):
         return None
     lines = {name: metrics.read(place[name]) for name in ("trunk", *NAMES)}
     curves = {name: [[line["step"], line["val_loss"]] for line in held_out] for name, (_, held_out) in lines.items()}
@@ -122,7 +122,7 @@ def draw(results, settings, path, stale):
     results = [result for result in results if result]
     if not results:
         return
-    figure, axes = runs.figure(1, 4, f"a dense model, and {settings.experts} experts made of it, two a token ({len(results)} seeds)", stale)
+    figure, axes = runs.figure(2, 2, f"a dense model, and {settings.experts} experts made of it, two a token ({len(results)} seeds)", stale, width=5.5)
     axes, tokens, flops = axes.flat, results[0]["tokens"], dict(zip(("dense", "experts"), results[0]["flops"]))
     for style, name in zip(runs.STYLES, NAMES):
         steps = np.array([step for step, _ in results[0]["curves"][name]])
