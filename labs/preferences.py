@@ -45,6 +45,7 @@ class Settings:
     sft_coefs: tuple[float, ...] = (0.0, 1.0)   # weight of the SFT term: without, with
     seeds: tuple[int, ...] = (0, 1, 2)          # of the order of the pairs
     pairs: int = 800
+    val_pairs: str | None = "data/instruct/pairs_test.jsonl"        # unset: those of a twentieth of the prompts
     batch_size: int = 16                        # pairs an update
     questions: int = 800                        # held out
     ckpt: str | None = None                     # an SFT run to start from; unset: the lab trains one
@@ -55,10 +56,10 @@ class Settings:
 
 # %% The model to start from
 
-def done(main, config_file, **settings):
+def done(script, config_file, **settings):
     """Whether a run came to its end; False where its loss was no number."""
     try:
-        main([config_file, "--compile=False", "--quiet=True", "--eval_interval=0", "--save_interval=0", *runs.options(**settings)])
+        script([config_file, "--compile=False", "--quiet=True", "--eval_interval=0", "--save_interval=0", *runs.options(**settings)])
     except SystemExit as end:
         if end.code != 3:
             raise
@@ -74,7 +75,7 @@ def started(start):
     if not (Path(folder) / "done").exists():
         width = start["width"]
         done(train.main, "config/laptop.py", out_dir=folder + "-trunk", minutes=None, max_steps=start["trunk_steps"], sample_tokens=0,
-             decay_share=0.4, decay_data="pytorch:0.7,instruct:0.3", n_embd=width, n_head=max(1, width // 64), n_ff=width * 5 // 2)
+             decay_share=0.4, decay_data="pytorch:0.7,instruct:0.3", eval_tokens=16384, n_embd=width, n_head=max(1, width // 64), n_ff=width * 5 // 2)
         done(train.main, "config/laptop_sft.py", init_from=folder + "-trunk", out_dir=folder, max_steps=start["sft_steps"])
         (Path(folder) / "done").touch()
     return folder
@@ -126,12 +127,12 @@ def tuned(start, questions):
     return answers(started(start), questions)
 
 
-def aligned(start, beta, sft_coef, seed, pairs, batch_size, questions):
+def aligned(start, beta, sft_coef, seed, pairs, val_pairs, batch_size, questions):
     """Of a run of DPO: its curve, what it measured on held-out pairs, and what its model answers."""
-    job = dict(start=start, beta=beta, sft_coef=sft_coef, seed=seed, pairs=pairs, batch_size=batch_size)
+    job = dict(start=start, beta=beta, sft_coef=sft_coef, seed=seed, pairs=pairs, val_pairs=val_pairs, batch_size=batch_size)
     folder, origin = runs.folder("preferences", [runs.code_hash(aligned), job]), started(start)
     if not done(dpo.main, "config/laptop_dpo.py", init_from=origin, out_dir=folder, beta=beta, sft_coef=sft_coef, seed=seed,
-                max_pairs=pairs, batch_size=batch_size, log_interval=5):
+                max_pairs=pairs, val_pairs=val_pairs, batch_size=batch_size, log_interval=5):
         return None
     training, held_out = metrics.read(folder)
     result = {"curve": {name: [line[name] for line in training] for name in ("step", "margin", "accuracy")},
@@ -148,8 +149,9 @@ def experiment(settings, config):
         dict(trunk_steps=settings.trunk_steps, sft_steps=settings.sft_steps, width=settings.width)
     before, stale = runs.collect("preferences", tuned, [dict(start=start, questions=settings.questions)], config)
     places = [(sft_coef, beta) for sft_coef in settings.sft_coefs for beta in settings.betas for _ in settings.seeds]
-    jobs = [dict(start=start, beta=beta, sft_coef=sft_coef, seed=seed, pairs=settings.pairs, batch_size=settings.batch_size,
-                 questions=settings.questions) for sft_coef in settings.sft_coefs for beta in settings.betas for seed in settings.seeds]
+    jobs = [dict(start=start, beta=beta, sft_coef=sft_coef, seed=seed, pairs=settings.pairs, val_pairs=settings.val_pairs,
+                 batch_size=settings.batch_size, questions=settings.questions)
+            for sft_coef in settings.sft_coefs for beta in settings.betas for seed in settings.seeds]
     if not config.draw and runs.lacking("preferences", aligned, jobs, config):
         started(start)                                                  # once, before runs side by side want it
     results, stale_too = runs.collect("preferences", aligned, jobs, config)
@@ -239,7 +241,7 @@ def checks(before, after, settings):
 def main(argv):
     (settings, config), given = configure(argv, Settings, runs.LabConfig, usage=__doc__)
     if config.quick:
-        settings = dataclasses.replace(Settings(betas=(0.1, 1.0), seeds=(0,), pairs=32, questions=16, trunk_steps=10, sft_steps=5, width=32),
+        settings = dataclasses.replace(Settings(betas=(0.1, 1.0), seeds=(0,), pairs=64, val_pairs=None, questions=16, trunk_steps=10, sft_steps=5, width=32),
                                        **{name: given[name] for name in given if hasattr(settings, name)})
     before, after, stale = experiment(settings, config)
     draw(before, after, settings, runs.path("preferences", "figures", config), stale)

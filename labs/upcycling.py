@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+import checkpoint
 import metrics
 import train
 import upcycle
@@ -72,11 +73,12 @@ def family(seed, width, experts, trunk_steps, steps, eval_tokens):
     folder = Path(runs.folder("upcycling", [runs.code_hash(family), job]))
     place = {name: folder / name for name in ("trunk", "start", *NAMES)}
     shape = dict(n_embd=width, n_head=width // 32, n_ff=width * 5 // 2)
-    every = dict(eval_tokens=eval_tokens, eval_interval=steps // 15)
+    every = dict(eval_tokens=eval_tokens, eval_interval=steps // 15, log_interval=max(1, steps // 150))
     if not done(out_dir=place["trunk"], seed=seed, max_steps=trunk_steps, decay_steps=0, **shape, **every):
         return None
-    if not place["start"].exists():
-        upcycle.upcycle(upcycle.UpcycleConfig(ckpt=str(place["trunk"]), out=str(place["start"]), num_experts=experts, seed=seed))
+    if not checkpoint.checkpoints(place["start"]):
+        upcycle.upcycle(upcycle.UpcycleConfig(ckpt=str(place["trunk"]), out=str(place["start"]), num_experts=experts, seed=seed,
+                                              overwrite=True))          # what an interrupted one left
     dense, sparse = (MiniCPM.from_pretrained(place[name]).config for name in ("trunk", "start"))
     flops = [config.flops_per_token(128) for config in (dense, sparse)]
     longer, leave = round(steps * flops[1] / flops[0]), steps - steps // 5          # updates of the longer run; where the shorter decay leaves it
