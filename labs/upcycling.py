@@ -56,6 +56,9 @@ def done(**settings):
         if end.code != 3:
             raise
         return False
+    run = checkpoint.read_meta(checkpoint.resolve(settings["out_dir"]))["run"]
+    if run["step"] < run["max_steps"]:                                  # stopped by a signal: saved, to go on the next time
+        raise KeyboardInterrupt
     return True
 
 
