@@ -6,7 +6,7 @@ Claim       DPO makes the model answer as was preferred, for a small loss of wha
             the model near to where it began: the larger, the smaller the KL divergence.
 Write down  before you run it: both answers of each pair are correct, the preferred one is short ("7", not "The answer is 7."). Will the
             model give fewer right answers afterwards? At which beta most: 0.05 or 1? What does an SFT term on the preferred answers change?
-Command     python -m labs.preferences              a quarter of an hour on two CPU cores; --quick=True: seconds, to see that it works
+Command     python -m labs.preferences              --quick=True: seconds, to see that it works
             python -m labs.preferences --ckpt=PATH  the same from your own SFT run (results are kept by the hash of its weights)
 
 The lab trains the model that it starts from: a short laptop run with instructions in its decay, then SFT (started). Every run of DPO starts

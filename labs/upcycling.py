@@ -5,7 +5,7 @@ Claim       Upcycled experts compute what the dense model computed, at step 0. T
             one on the same tokens; starting from nothing, the same training gets less far. The balance loss keeps all experts at work.
 Write down  before you run it: at first, will the experts be ahead of the dense model that goes on, level, or behind? Each token goes through
             two experts of eight: how much more does a token cost, and does that pay against a dense model that is given the same FLOPs?
-Command     python -m labs.upcycling                about ten minutes on two CPU cores; --quick=True: seconds, to see that it works
+Command     python -m labs.upcycling                --quick=True: seconds, to see that it works
 
 From a stable trunk of each seed, with new optimizers and the next data, WSD with the last fifth decaying: the dense model on as many tokens
 as the experts and on as many FLOPs (one run, and a decay that leaves it earlier), the upcycled model, and experts drawn at random.
