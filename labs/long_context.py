@@ -14,8 +14,9 @@ speeches.
 """
 # %%
 import dataclasses
+import subprocess
+import sys
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
@@ -39,54 +40,55 @@ VARIANTS = {"no change": {"rope_theta": 10_000.0, "max_position": SHORT}, "base"
 
 @dataclass
 class Settings:
-    code_steps: int = 1500      # of the model that knows no keys yet
+    code_steps: int = 5000      # of the model that knows no keys yet: of 1,500 none learns to find them in the next stage
     short_steps: int = 1500     # at 256 tokens
-    long_steps: int = 1200      # at 1,024
+    long_steps: int = 1000      # at 1,024
     seeds: tuple[int, ...] = (0, 1, 2)          # of the order of the data in the last of these
     lengths: tuple[int, ...] = (SHORT, 512, LONG, 2 * LONG)
     depths: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
     questions: int = 20         # for each length and depth
     windows: int = 64           # of 1,024 held-out tokens, for the loss by position
+    data_dir: str = "data"      # where the corpora are; relative to the project
 
 
 # %% The experiment
 
-def prepare():
+def prepare(data_dir):
     """The corpora that the configs name."""
-    import subprocess
-    import sys
     for words in (["pytorch"], ["speeches"], ["speeches", "--min_doc_tokens=2048", "--suffix=_long"],
                   ["passkey", f"--block_size={SHORT}"], ["passkey", f"--block_size={LONG}"]):
-        subprocess.run([sys.executable, str(ROOT / "data" / words[0] / "prepare.py"), *words[1:]], check=True)
+        subprocess.run([sys.executable, str(ROOT / "data" / words[0] / "prepare.py"), f"--data_dir={data_dir}", *words[1:]], check=True)
 
 
-def trained(config_file, steps, **settings):
+def trained(config_file, steps, data_dir, **settings):
     """Folder of a run, which is finished then."""
     out_dir = runs.folder("long_context", [config_file, steps, settings])
-    train.main([str(ROOT / "config" / config_file), *runs.options(max_steps=steps, out_dir=out_dir, sample_tokens=0, quiet=True,
-                                                                      eval_tokens=4096, **settings)])
-    if not metrics.read(out_dir)[1]:                                     # stopped by a signal: saved, to go on the next time
+    finished = lambda: any(line["step"] == steps for line in metrics.read(out_dir)[1])                   # noqa: E731
+    if not finished():                                                   # else several runs may read it at once
+        train.main([str(ROOT / "config" / config_file), *runs.options(max_steps=steps, out_dir=out_dir, sample_tokens=0, quiet=True,
+                                                                      eval_tokens=4096, data_dir=data_dir, **settings)])
+    if not finished():                                                   # stopped by a signal: saved, to go on the next time
         raise KeyboardInterrupt
     return out_dir
 
 
-def short_model(code_steps, short_steps):
+def short_model(code_steps, short_steps, data_dir):
     """Folder of the model that finds keys at 256 tokens."""
-    code = trained("laptop.py", code_steps)
-    return trained("laptop_long_256.py", short_steps, init_from=code)
+    code = trained("laptop.py", code_steps, data_dir)
+    return trained("laptop_long_256.py", short_steps, data_dir, init_from=code)
 
 
-def extend(variant, seed, code_steps, short_steps, long_steps, lengths, depths, questions, windows):
+def extend(variant, seed, code_steps, short_steps, long_steps, lengths, depths, questions, windows, data_dir):
     """Keys found and loss by position of a variant, after long_steps at the longer length. seed None: no training."""
-    ckpt, rope = short_model(code_steps, short_steps), VARIANTS[variant]
+    ckpt, rope = short_model(code_steps, short_steps, data_dir), VARIANTS[variant]
     if seed is not None:
-        ckpt = trained("laptop_long_1024.py", long_steps, init_from=ckpt, seed=seed, **rope)
+        ckpt = trained("laptop_long_1024.py", long_steps, data_dir, init_from=ckpt, seed=seed, **rope)
     model = MiniCPM.from_pretrained(ckpt).eval()
     evaluate.change_rope(model, evaluate.EvaluateConfig(**rope))
     tokenizer = tokenizers.of_model(checkpoint.resolve(ckpt), None, model.config.vocab_size)
-    filler = passkey.open_filler("data", "speeches", tokenizer, "val")
+    filler = passkey.open_filler(data_dir, "speeches", tokenizer, "val")
     return {"keys": passkey.retrieval(model, tokenizer, filler, lengths, depths, questions, 1337, 2 * LONG),
-            "positions": passkey.loss_by_position(model, open_corpus("data", "speeches", tokenizer, "val"), tokenizer, LONG, windows * LONG)}
+            "positions": passkey.loss_by_position(model, open_corpus(data_dir, "speeches", tokenizer, "val"), tokenizer, LONG, windows * LONG)}
 
 
 def experiment(settings, config):
@@ -95,8 +97,8 @@ def experiment(settings, config):
     cells = [(variant, seed) for variant in VARIANTS for seed in (None, *settings.seeds)]
     jobs = [{"variant": variant, "seed": seed, **fixed} for variant, seed in cells]
     if not config.draw and runs.lacking("long_context", extend, jobs, config):
-        prepare()
-        short_model(settings.code_steps, settings.short_steps)               # once, before several runs want it
+        prepare(settings.data_dir)
+        short_model(settings.code_steps, settings.short_steps, settings.data_dir)    # once, before several runs want it
     results, stale = runs.collect("long_context", extend, jobs, config)
     out = {}
     for (variant, seed), result in zip(cells, results):
