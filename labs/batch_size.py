@@ -96,9 +96,11 @@ def own_runs(pattern):
 
 
 def experiment(settings, config):
-    """({(params, seed): {batch: curve}}, stale)"""
+    """((groups {(params, seed): {batch: curve}}, points of best_batches, found by fit or None), stale)"""
     if settings.runs:
-        return own_runs(settings.runs), False
+        groups = own_runs(settings.runs)
+        points = best_batches(groups)
+        return (groups, points, fit(points)), False
     runs.prepare()
     jobs = [dict(width=width, sequences=sequences, seed=seed, tokens=settings.tokens)
             for seed in settings.seeds for width in settings.widths for sequences in settings.batches]
@@ -106,7 +108,12 @@ def experiment(settings, config):
     groups = {}
     for job, result in zip(jobs, results):
         groups.setdefault((result["params"], job["seed"]), {})[result["batch"]] = result["curve"]
-    return groups, stale
+    points = best_batches(groups)
+    try:
+        found = fit(points)
+    except BadInput:                                                     # of a quick run; a check says so
+        found = None
+    return (groups, points, found), stale
 
 
 # %% From curves to the best batch of every level
@@ -236,7 +243,8 @@ def draw(groups, points, found, path, stale):
 
 # %% The checks
 
-def checks(points, found):
+def checks(results, settings):
+    _, points, found = results
     if not found:
         return [Check("the best batch grows as the loss falls", "too few points for a fit", f"a {PAPER_A:.3g}, b {PAPER_B}", False)]
     low, high = found["b_interval"]
@@ -277,17 +285,10 @@ def main(argv):
     if config.quick:
         settings = dataclasses.replace(Settings(widths=(16, 32), batches=(1, 2, 4), seeds=(0,), tokens=4096), **{
             name: given[name] for name in given if hasattr(settings, name)})
-    groups, stale = experiment(settings, config)
-    points = best_batches(groups)
-    try:
-        found = fit(points)
-    except BadInput:
-        if settings.runs:
-            raise
-        found = None
+    results, stale = experiment(settings, config)
     own = dataclasses.replace(config, quick=True)                        # a user's figure is none of the lab's
-    draw(groups, points, found, runs.path("batch_size_own", "figures", own) if settings.runs else runs.path("batch_size", "figures", config), stale)
-    runs.report(checks(points, found), stale)
+    draw(*results, runs.path("batch_size_own", "figures", own) if settings.runs else runs.path("batch_size", "figures", config), stale)
+    runs.report(checks(results, settings), stale)
 
 
 if __name__ == "__main__":

@@ -86,7 +86,7 @@ def draws(trials):
 
 
 def experiment(settings, config):
-    """(curves, trials, stale)
+    """((curves, trials), stale)
 
     curves  {(kind, size): {rate: {seed: loss}}}, kind "muP", "control" or "depth"
     trials  [(constants, {width: {seed: loss}})], the best first, which alone ran at the largest width, then the paper's constants last
@@ -129,12 +129,13 @@ def experiment(settings, config):
     for width in (small, large):
         for at, results in zip((0, -1), over(settings.seeds, width, (trials[0][0], trials[-1][0]))):
             trials[at][1][width] = results
-    return curves, trials, any(stale)
+    return (curves, trials), any(stale)
 
 
 # %% The figure
 
-def draw(curves, trials, settings, path, stale):
+def draw(results, settings, path, stale):
+    curves, trials = results
     figure, axes = runs.figure(2, 2, f"held-out loss after {settings.steps} updates", stale, width=5, height=3.8)
     titles = {"muP": "muP: widths", "control": "one rate, one init, no scalings: widths", "depth": f"muP: layers, at width {settings.widths[0]}"}
     ticks = {}
@@ -168,7 +169,8 @@ def draw(curves, trials, settings, path, stale):
 
 # %% The checks
 
-def checks(curves, trials, settings):
+def checks(results, settings):
+    curves, trials = results
     small, large = settings.widths[0], settings.widths[-1]
     best = {of: best_rate(curve) for of, curve in curves.items()}
     listed = lambda kind: ", ".join(f"{rate:g} at {size}" for (k, size), rate in best.items() if k == kind)          # noqa: E731
@@ -224,9 +226,9 @@ def main(argv):
         settings = dataclasses.replace(
             Settings(widths=(32, 64), depths=(2,), rates=(0.005, 0.01), control_rates=(0.002,), seeds=(0, 1), trials=2, steps=2,
                      eval_tokens=2048), **{name: given[name] for name in given if hasattr(settings, name)})
-    curves, trials, stale = experiment(settings, config)
-    draw(curves, trials, settings, runs.path("lr_transfer", "figures", config), stale)
-    runs.report(checks(curves, trials, settings), stale)
+    results, stale = experiment(settings, config)
+    draw(results, settings, runs.path("lr_transfer", "figures", config), stale)
+    runs.report(checks(results, settings), stale)
 
 
 if __name__ == "__main__":

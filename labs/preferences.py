@@ -146,7 +146,7 @@ def aligned(start, beta, sft_coef, seed, pairs, val_pairs, batch_size, questions
 
 
 def experiment(settings, config):
-    """(results of the model before DPO, {(sft_coef, beta): [results of each seed, None where it diverged]}, stale)"""
+    """((results of the model before DPO, {(sft_coef, beta): [results of each seed, None where it diverged]}), stale)"""
     runs.prepare(data="pytorch", decay_data="instruct", tokenizer="bpe4096")
     start = keep_copy(settings.ckpt) if settings.ckpt else \
         dict(trunk_steps=settings.trunk_steps, sft_steps=settings.sft_steps, width=settings.width)
@@ -161,7 +161,7 @@ def experiment(settings, config):
     after = {}
     for place, result in zip(places, results):
         after.setdefault(place, []).append(result)
-    return before[0], after, stale or stale_too
+    return (before[0], after), stale or stale_too
 
 
 def values(results, name):
@@ -210,7 +210,8 @@ def draw(before, after, settings, path, stale):
 
 # %% The checks
 
-def checks(before, after, settings):
+def checks(results, settings):
+    before, after = results
     mean = lambda name: {place: float(np.mean(values(results, name))) for place, results in after.items()}          # noqa: E731
     least, most = (lambda found: float(np.min([*found.values()]))), (lambda found: float(np.max([*found.values()])))      # noqa: E731  nan where one is
     accuracy, kl, exact, tokens = mean("accuracy"), mean("kl"), mean("exact"), mean("tokens")
@@ -246,9 +247,9 @@ def main(argv):
     if config.quick:
         settings = dataclasses.replace(Settings(betas=(0.1, 1.0), seeds=(0,), pairs=64, val_pairs=None, questions=16, trunk_steps=10, sft_steps=5, width=32),
                                        **{name: given[name] for name in given if hasattr(settings, name)})
-    before, after, stale = experiment(settings, config)
-    draw(before, after, settings, runs.path("preferences", "figures", config), stale)
-    runs.report(checks(before, after, settings), stale)
+    results, stale = experiment(settings, config)
+    draw(*results, settings, runs.path("preferences", "figures", config), stale)
+    runs.report(checks(results, settings), stale)
 
 
 if __name__ == "__main__":

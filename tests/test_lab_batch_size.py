@@ -39,15 +39,15 @@ def test_the_fit_finds_the_law_that_made_the_curves():
     assert found["a"] == pytest.approx(5e4, rel=0.1)
     assert found["r2"] > 0.99
     assert found["b_interval"][0] <= found["b"] <= found["b_interval"][1]
-    assert all(check.holds for check in lab.checks(points, found))
+    assert all(check.holds for check in lab.checks((None, points, found), lab.Settings()))
 
 
 def test_checks_fail_where_the_claim_is_wrong():
     """A best batch that shrinks, and one that goes with the size of the model."""
     shrinks = lab.best_batches({(size, 0): made_up(100, -3.0) for size in (10, 20, 40)})
-    assert not lab.checks(shrinks, lab.fit(shrinks))[0].holds
+    assert not lab.checks((None, shrinks, lab.fit(shrinks)), lab.Settings())[0].holds
     by_size = lab.best_batches({(size, 0): made_up(size * 1e4, 5.0) for size in (1, 2, 5)})
-    assert not lab.checks(by_size, lab.fit(by_size))[2].holds
+    assert not lab.checks((None, by_size, lab.fit(by_size)), lab.Settings())[2].holds
 
 
 def test_a_cheapest_batch_at_the_end_of_those_tried_is_no_best_one():

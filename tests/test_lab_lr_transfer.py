@@ -26,11 +26,11 @@ def results(rates=(0.01,) * 4, control=(0.008, 0.004, 0.002, 0.001), depths=(0.0
     curves |= {("depth", size): curve(SETTINGS.rates, rate) for size, rate in zip(SETTINGS.depths, depths)}
     seeds = lambda loss: {0: loss, 1: loss + 0.01, 2: loss - 0.01}                              # noqa: E731
     ours, paper = {32: seeds(1.9), 256: seeds(found)}, {32: seeds(2.0), 256: seeds(2.0)}
-    return curves, [(lab.PAPER | {"learning_rate": 0.02}, ours), (lab.PAPER, {32: seeds(2.1)}), ({"learning_rate": 0.01}, paper)], SETTINGS
+    return curves, [(lab.PAPER | {"learning_rate": 0.02}, ours), (lab.PAPER, {32: seeds(2.1)}), ({"learning_rate": 0.01}, paper)]
 
 
 def holds(*args, **kwargs):
-    return [check.holds for check in lab.checks(*results(*args, **kwargs))]
+    return [check.holds for check in lab.checks(results(*args, **kwargs), SETTINGS)]
 
 
 def test_quick_run(tmp_path, monkeypatch, capsys):

@@ -59,11 +59,11 @@ def made_up(**changes):
     ({"kl": lambda sft_coef, beta: beta if sft_coef else 1 / beta}, [4]),
 ])
 def test_checks_fail_when_they_should(changes, fails):
-    checks = preferences.checks({"exact": 0.62, "tokens": 8.0}, made_up(**changes), SETTINGS)
+    checks = preferences.checks(({"exact": 0.62, "tokens": 8.0}, made_up(**changes)), SETTINGS)
     assert [n for n, check in enumerate(checks) if not check.holds] == fails
 
 
 def test_a_diverged_run_fails_its_checks():
     after = made_up()
     after[1.0, 0.1] = [None, after[1.0, 0.1][0]]
-    assert not any(check.holds for n, check in enumerate(preferences.checks({"exact": 0.62, "tokens": 8.0}, after, SETTINGS)) if n != 3)
+    assert not any(check.holds for n, check in enumerate(preferences.checks(({"exact": 0.62, "tokens": 8.0}, after), SETTINGS)) if n != 3)

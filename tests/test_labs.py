@@ -115,7 +115,7 @@ def test_an_interrupted_lab_keeps_what_it_has_and_goes_on(lab, tmp_path):
     assert [json.loads(line)["job"] for line in (tmp_path / "lab.results").read_text().splitlines()] == [{"x": 4}, {"x": 9}]
     with pytest.raises(BadInput, match=r"lab.results: lacks 1 of 2 runs; without --draw=True"):
         runs.collect("lab", module.work, [{"x": 4}, {"x": 25}], DRAW)
-    with checkpoint.lock(ROOT / "out" / "labs" / "lab"), pytest.raises(BadInput, match="in use by another process"):
+    with checkpoint.lock(runs.folder("lab", str(tmp_path / "lab.results"))), pytest.raises(BadInput, match="in use by another process"):
         runs.collect("lab", module.work, [{"x": 25}], ONE)
     (tmp_path / "lab.results").write_text("{\n{}\n")
     with pytest.raises(BadInput, match=r"lab.results:1: not JSON"):
@@ -150,8 +150,8 @@ def test_a_changed_result_changes_the_course(tmp_path, monkeypatch):
 def test_every_lab_reads_from_its_question_to_its_exercises_and_the_notebook_runs_one():
     for name, module in course.modules().items():
         text = (ROOT / "labs" / f"{name}.py").read_text(encoding="utf-8")
-        parts = [text.index(part) for part in ("Question", "Claim", "Write down", f"python -m labs.{name}", "# %%", "def experiment",
-                                               "def draw", "def checks", "# Exercises", "# 1. ", "# 2. ", "# 3. ", "def main")]
+        parts = [text.index(part) for part in ("Question", "Claim", "Write down", f"python -m labs.{name}", "# %%", "def experiment(",
+                                               "def draw(", "def checks(", "# Exercises", "# 1. ", "# 2. ", "# 3. ", "def main(")]
         assert parts == sorted(parts), name
         assert module.__doc__.startswith("Lab: ") and "section" in module.__doc__ or name == "serving"
     cells = ["".join(cell["source"]) for cell in json.loads((ROOT / "labs" / "colab.ipynb").read_text())["cells"]]
