@@ -66,7 +66,7 @@ def collect(lab, work, jobs, config):
     if config.draw and any(key not in known for key in missing):
         raise BadInput(f"{file}: lacks {sum(key not in known for key in missing)} of {len(jobs)} runs; without --draw=True the lab makes them")
     if not config.draw:
-        held = Path(folder(lab, str(file)))
+        held = file.with_name(f".{file.stem}")                           # one process a file at a time
         held.mkdir(parents=True, exist_ok=True)
         with checkpoint.lock(held):
             with open(tidy(file), "a", encoding="utf-8") as f:

@@ -115,7 +115,7 @@ def test_an_interrupted_lab_keeps_what_it_has_and_goes_on(lab, tmp_path):
     assert [json.loads(line)["job"] for line in (tmp_path / "lab.results").read_text().splitlines()] == [{"x": 4}, {"x": 9}]
     with pytest.raises(BadInput, match=r"lab.results: lacks 1 of 2 runs; without --draw=True"):
         runs.collect("lab", module.work, [{"x": 4}, {"x": 25}], DRAW)
-    with checkpoint.lock(runs.folder("lab", str(tmp_path / "lab.results"))), pytest.raises(BadInput, match="in use by another process"):
+    with checkpoint.lock(tmp_path / ".lab"), pytest.raises(BadInput, match="in use by another process"):
         runs.collect("lab", module.work, [{"x": 25}], ONE)
     (tmp_path / "lab.results").write_text("{\n{}\n")
     with pytest.raises(BadInput, match=r"lab.results:1: not JSON"):
