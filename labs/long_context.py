@@ -119,7 +119,7 @@ def draw(results, settings, path, stale):
         for row, is_trained in enumerate((False, True)):
             ax, cells = axes[row, column], results[variant, is_trained]
             shares = 100 * np.mean([[cell["keys"][str(length)] for length in settings.lengths] for cell in cells], axis=0).T
-            ax.imshow(shares, cmap="Greys", vmin=0, vmax=140, aspect="auto")
+            ax.imshow(shares, cmap="Greys", vmin=0, vmax=220, aspect="auto")
             for (y, x), share in np.ndenumerate(shares):
                 ax.text(x, y, f"{share:.0f}", ha="center", va="center", fontsize=8)
             ax.set_xticks(range(len(settings.lengths)), settings.lengths)
@@ -135,7 +135,7 @@ def draw(results, settings, path, stale):
             ax.fill_between(ends, curves.min(0), curves.max(0), color=style["color"], alpha=0.15)
         ax.set_xscale("log", base=2)
         ax.axvline(SHORT, color="0.5", linewidth=0.8)
-        ax.set(xlabel="position (up to)", ylabel="nats per token", title="held-out speeches", ylim=(3, 7))
+        ax.set(xlabel="position (up to)", ylabel="nats per token", title="held-out speeches", ylim=(3.4, 5))
         ax.legend(fontsize=7)
     figure.savefig(path, dpi=110)
 
@@ -170,6 +170,8 @@ def checks(results, settings):
 
 # %% What it means: the base says how long the slowest wave of RoPE is. Past the trained length its angles are new to the model, and attention
 # that never met them scatters. A larger base keeps more of the waves within what was seen, NTK-aware scaling does so as the text grows.
+# One check does not hold: the first positions of speeches are read a tenth of a nat worse after the longer rung. So they are in every variant
+# that was trained, whatever its RoPE: that rung's data hold 8 % of speeches where the one before had 28 %.
 # At 2.4B the paper does the same from 4K to 32K by the base and to 128K by NTK (config/minicpm_128k_32k.py, config/minicpm_128k.py).
 #
 # Exercises
