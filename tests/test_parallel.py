@@ -144,6 +144,7 @@ def cut_short(place, run, name):
     (place / name / "config.json").write_text(json.dumps(config))
 
 
+@pytest.mark.slow
 def test_resume_and_branch_across_sizes(place):
     straight = alone(place, "straight")
     cut_short(place, "straight", "1-to-2")
