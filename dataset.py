@@ -30,7 +30,7 @@ from tokenizer import BUILT_IN
 HEADER = struct.Struct("<8sIIQQ")                # magic, version, bytes per token, vocabulary size, number of tokens
 MAGIC, VERSION = b"nanoCPM\0", 1
 PATTERN = 1000                                   # samples after which a mixture has met its shares exactly
-PADDING, TEXT, ANSWER = 0, 1, 2                  # classes of the tokens of packed conversations (chat.py writes them)
+PADDING, TEXT, ANSWER = 0, 1, 2                  # classes of the tokens of packed rows (chat.py writes them)
 
 
 # ---- writing a corpus (data/NAME/prepare.py)
@@ -167,7 +167,7 @@ class Split:
             entry = self.meta["splits"][split]
             self.tokenizer_hash, self.shards, self.n_tokens = self.meta["tokenizer_hash"], entry["shards"], entry["tokens"]
             self.vocab_size, self.split = int(self.meta["vocab_size"]), split
-            self.row = self.meta.get("row")                              # tokens of a row of conversations; None: running text
+            self.row = self.meta.get("row")                              # tokens of a packed row of conversations or documents; None: running text
             if not all(isinstance(text, str) for text in (self.tokenizer_hash, *self.shards)):
                 raise TypeError("tokenizer_hash or shards")
             counts = entry.get("counts")                                 # tokens in each shard
@@ -178,7 +178,7 @@ class Split:
             shipped = [path.parent.name for path in (ROOT / "data").glob("*/prepare.py")]
             owner = max((s for s in shipped if f"{name}_".startswith(f"{s}_")), key=len, default=None)   # of speeches_long: speeches
             script = f"text/prepare.py --input=PATH --name={name}" if owner is None else f"{owner}/prepare.py" + \
-                ("" if owner == name else f" (with the --suffix or --length that makes it {name})")
+                ("" if owner == name else f" (with the --suffix or --block_size that makes it {name})")
             tokenizer = self.folder.name if self.folder.name in BUILT_IN else f"FOLDER (that of tokenizer {self.folder.name!r})"
             raise BadInput(f"{self.folder}: no corpus here; run python data/{script} --tokenizer={tokenizer}"
                            + (" --overwrite=True" if self.folder.exists() else "")) from None
@@ -223,7 +223,7 @@ class Split:
 
     @functools.cached_property
     def classes(self):
-        """Of conversations: a Split of equal length with the class of every token."""
+        """Of packed rows: a Split of equal length with the class of every token."""
         return Split(self.folder, f"{self.split}_mask")
 
     def read(self, offset, length):
@@ -329,10 +329,10 @@ def mix(x):
 
 
 def check_block_size(split, block_size):
-    """BadInput where samples of this length cannot be cut from a Split, or a split of conversations lacks its mask."""
+    """BadInput where samples of this length cannot be cut from a Split, or a split of packed rows lacks its mask."""
     name = split.folder.parent.name
     if split.row and (split.row != block_size + 1 or split.classes.n_tokens != split.n_tokens):
-        raise BadInput(f"--block_size={block_size}: the conversations of {name} are packed in rows for --block_size={split.row - 1}; "
+        raise BadInput(f"--block_size={block_size}: {name} is packed in rows for --block_size={split.row - 1}; "
                        f"take that, or prepare {name} again with --block_size={block_size} --overwrite=True")
     if split.n_tokens <= block_size:
         raise BadInput(f"--block_size={block_size}: the {split.split} split of {name} has only {split.n_tokens} tokens")
@@ -340,7 +340,7 @@ def check_block_size(split, block_size):
 
 def sample_offset(name, seed, index, n_tokens, block_size, row=None):
     """First token of the index-th sample of a source: blocks in a fresh order, and cut at a fresh phase, every epoch; of
-    conversations whole rows, which have no phase."""
+    a packed corpus whole rows, which have no phase."""
     n_blocks = n_tokens // row if row else max(1, (n_tokens - 1) // block_size - 1)     # one block is left to shift by
     epoch, position = divmod(index, n_blocks)
     key = int.from_bytes(hashlib.sha256(f"{name} {seed} {epoch}".encode()).digest()[:8], "little")
@@ -350,8 +350,8 @@ def sample_offset(name, seed, index, n_tokens, block_size, row=None):
 
 
 def read_sample(split, offset, block_size, answers_only):
-    """(idx, targets), (T,) int64 each, from a place on. Of conversations a target is -100 where it is padding or opens the
-    next one, and with answers_only where it is no part of an answer."""
+    """(idx, targets), (T,) int64 each, from a place on. In packed rows a target is -100 where it is padding or opens the
+    next text, and with answers_only where it is no part of an answer."""
     tokens = split.read(offset, block_size + 1)
     targets = tokens[1:].copy()
     if split.row:
@@ -364,7 +364,7 @@ def make_batches(open_source, seed, block_size, bos=None, answers_only=True):
 
     open_source   name -> Split
     bos           id that opens a document: doc_ids are then part of the batch
-    answers_only  of conversations: whether the answers alone are targets, or all that was said; running text always counts
+    answers_only  of packed rows: whether the answers alone are targets, or all of the text; running text always counts
     batch         {"idx": (count, T), "targets": (count, T)} int64, and "doc_ids" (count, T) with bos; no target is -100
     n             what the summed loss of the batch is divided by: its valid targets
     """
@@ -387,7 +387,7 @@ def make_batches(open_source, seed, block_size, bos=None, answers_only=True):
 # ---- measuring on held-out text
 
 def held_out_windows(split, block_size, max_tokens, batch_size):
-    """Fixed windows spread evenly over a split (of conversations: rows, whose targets are the answers): batches {"idx",
+    """Fixed windows spread evenly over a split (of a packed one: rows, whose targets are the answers): batches {"idx",
     "targets"} of one shape (batch_size, T), the last one filled up with rows whose targets are all -100."""
     n_windows, stride = (split.n_tokens // split.row, split.row) if split.row else ((split.n_tokens - 1) // block_size, block_size)
     chosen = np.unique(np.linspace(0, n_windows - 1, max(1, min(n_windows, max_tokens // block_size))).astype(np.int64))
@@ -402,8 +402,8 @@ def held_out_windows(split, block_size, max_tokens, batch_size):
 def held_out_loss(model, split, token_bytes, block_size, max_tokens, batch_size, device, bos=None):
     """(nats, number of targets, number of bytes), each (windows,), of the windows of a split.
 
-    Every target counts towards the loss, document marks included; marks have no bytes, so bits per byte err upwards. Of
-    conversations the targets are the answers.
+    Every target counts towards the loss, document marks included; marks have no bytes, so bits per byte err upwards. In
+    packed rows the targets are the answers.
     token_bytes: (vocab,) bytes of each token. bos: id that opens a document, where attention stays within documents.
     """
     rows = []

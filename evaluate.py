@@ -4,8 +4,8 @@
     python evaluate.py --ckpt=... --data=speeches --task=passkey [--lengths=256,1024] [--figure=passkey.png]
     python evaluate.py --ckpt=... --data=speeches --task=positions --block_size=2048
 
-bpb    bits per byte, comparable across tokenizers: the nats of all targets over the bytes that they stand for; of
-       conversations the targets are the answers
+bpb    bits per byte, comparable across tokenizers: the nats of all targets over the bytes that they stand for; in
+       packed rows (conversations, say) the targets are the answers
 cloze  HellaSwag-shaped: a passage of a held-out document, its true continuation against three from other documents; the
        choice is the continuation with the fewest nats per byte. Chance is 25 %.
 exact  the likeliest answer, token by token, to each question of DATA_DIR/DATA/test.jsonl (or of any conversations: their last
@@ -201,7 +201,7 @@ def main(argv):
         if config.task == "all":
             tasks = {"bpb"} | (set() if corpus.row else {"cloze"}) | ({"exact"} if config.questions_file or file.is_file() else set())
         if "cloze" in tasks and corpus.row:
-            raise BadInput(f"--task=cloze: {name} holds conversations; a cloze needs running text (--task=bpb or exact goes with them)")
+            raise BadInput(f"--task=cloze: {name} is packed in rows; a cloze needs running text (--task=bpb or exact goes with rows)")
     model = MiniCPM.from_pretrained(folder, pick_device(config.device)).eval()
     change_rope(model, config)
     result = {"ckpt": str(folder), "data": config.questions_file or name, "block_size": block_size}

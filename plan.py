@@ -220,7 +220,8 @@ def make_plan(options, start):
     plan = {
         "gpus": gpus, "gpu": options.gpu, "replicate": replicate, "shard": shard, "micro_batch_size": micro, "micro_steps": micro_steps,
         "micro_chosen": not config.micro_batch_size and peak <= usable,
-        "block_size": config.block_size, "recompute": config.recompute, "sync_micro_steps": config.sync_micro_steps, "flops_per_token": per_token, "checkpoint": 12 * model.n_params,
+        "block_size": config.block_size, "recompute": config.recompute, "sync_micro_steps": config.sync_micro_steps,
+        "flops_per_token": per_token, "checkpoint": 12 * model.n_params,
         "parameters": {"total": model.n_params, "non_embedding": model.n_params_non_embedding, "active": model.n_params_active},
         "memory": {"gpu": memory * GIB, "usable": usable, "peak": peak, "moment": moment, "items": items,
                    "activations_per_token_and_block": activations(model, 4 if config.dtype == "float32" else 2, False),

@@ -1,4 +1,4 @@
-"""Experts from the laptop run (paper section 7.3): eight of them, two a token, trained on: 2,500 steps of 0.12 s on two CPU cores.
+"""Experts from the laptop run (paper section 7.3): eight of them, two a token, trained on: some three minutes on two CPU cores.
 
     python upcycle.py           writes out/laptop-moe-start from out/laptop's last checkpoint before the decay
 """

@@ -14,17 +14,15 @@ of data/instruct are answered greedily: right is what is the same to the letter.
 addresses, and a new model starts over on the same ones.
 """
 # %%
-import dataclasses
 import os
 from dataclasses import dataclass
 
 import numpy as np
 
-import checkpoint
 import evaluate
 import tokenizer as tokenizers
 import train
-from configurator import ROOT, BadInput, configure, exits_cleanly
+from configurator import ROOT, BadInput, exits_cleanly
 from dataset import open_corpus
 from labs import runs
 from labs.runs import Check
@@ -60,18 +58,10 @@ def trained(*stages):
     folder = None
     for n, (words, start) in enumerate(stages, 1):
         before, folder = folder, runs.folder("annealing", stages[:n])
-        if not ended(folder):
-            train.main([*words, *([f"--{start}={before}"] if start else []), f"--out_dir={folder}", "--eval_interval=0", "--eval_tokens=2048",
-                        "--save_interval=500", "--keep_last=1", "--sample_tokens=0", "--compile=False", "--quiet=True"])
-        if not ended(folder):
-            raise BadInput(f"{folder}: stopped before its end; the same command goes on from there")
+        if not runs.finish(train.main, *words, **({start: before} if start else {}), out_dir=folder, eval_interval=0, eval_tokens=2048,
+                           save_interval=500, keep_last=1, sample_tokens=0, compile=False):
+            raise BadInput(f"{folder}: its loss is no number; give the stage ({' '.join(words)}) a lower learning_rate")
     return folder
-
-
-def ended(folder):
-    """Whether a run has made all its updates."""
-    run = checkpoint.read_meta(checkpoint.resolve(folder))["run"] if checkpoint.checkpoints(folder) else {"step": 0, "max_steps": None}
-    return run["step"] == run["max_steps"]
 
 
 def from_nothing(seed, data, steps, decay, width, batch_size, data_dir):
@@ -230,11 +220,8 @@ def spread(values, digits=1):
 
 @exits_cleanly
 def main(argv):
-    (settings, config), given = configure(argv, Settings, runs.LabConfig, usage=__doc__)
-    if config.quick:
-        settings = dataclasses.replace(
-            Settings(seeds=(0,), width=32, batch_size=2, trunk=4, decay=2, sft=2, domain=(4,), questions=8, eval_tokens=1024),
-            **{name: given[name] for name in given if hasattr(settings, name)})
+    quick = dict(seeds=(0,), width=32, batch_size=2, trunk=4, decay=2, sft=2, domain=(4,), questions=8, eval_tokens=1024)
+    settings, config = runs.settings(argv, Settings, quick, __doc__)
     results, stale = experiment(settings, config)
     draw(results, settings, runs.path("annealing", "figures", config), stale)
     runs.report(checks(results, settings), stale)

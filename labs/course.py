@@ -5,6 +5,7 @@
 import ast
 import importlib
 
+import metrics
 from configurator import ROOT, BadInput, configure, exits_cleanly
 from labs import runs
 
@@ -53,17 +54,17 @@ def found(module):
         results, stale = module.experiment(settings, config)
     except BadInput:
         return None
-    lines = runs.read(runs.path(name, "results", config))
+    lines = metrics.lines_of(runs.path(name, "results", config))
     return module.checks(results, settings), stale, sum(line["seconds"] for line in lines) / 60, len(lines)
 
 
 def page():
     labs = {name: (module, found(module)) for name, module in modules().items()}
-    out, table = [TOP, "| lab | it asks | runs, core minutes | first |\n|---|---|---|---|"], []
+    out, table = [TOP, "| lab | it asks | first | runs, core minutes | checks that hold |\n|---|---|---|---|---|"], []
     for name, (module, result) in labs.items():
         title = ast.get_docstring(ast.parse((ROOT / "labs" / f"{name}.py").read_text(encoding="utf-8"))).splitlines()[0]
-        cost = f"{result[3]}, {result[2]:.0f}" if result else "not run yet"
-        out.append(f"| [{name}]({name}.py) | {title.removeprefix('Lab: ').rstrip('.')} | {cost} | {LABS[name]} |")
+        cost = f"{result[3]}, {result[2]:.0f} | {sum(check.holds for check in result[0])} of {len(result[0])}" if result else "not run yet | -"
+        out.append(f"| [{name}]({name}.py) | {title.removeprefix('Lab: ').rstrip('.')} | {LABS[name]} | {cost} |")
         table += [f"| {name} | {c.claim} | {c.ours} | {c.paper} | {'yes' if c.holds else '**no**'} |" for c in (result[0] if result else ())]
     checks = [check for _, result in labs.values() if result for check in result[0]]
     out.append(f"\n{sum(c.holds for c in checks)} of {len(checks)} checks hold. What does not is shown, and explained at the end of its lab.\n")

@@ -15,7 +15,6 @@ At regular steps t, x_t being the weights and g_t the gradient there on one larg
 The paper's batches are large enough to be their own large batch. Those of the training here are not: their gradients are shown beside it.
 """
 # %%
-import dataclasses
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,7 +23,7 @@ from torch.nn.functional import cosine_similarity
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 import tokenizer as tokenizers
-from configurator import configure, exits_cleanly
+from configurator import exits_cleanly
 from dataset import held_out_windows, open_corpus
 from labs import runs
 from labs.runs import Check
@@ -154,7 +153,8 @@ def draw(results, settings, path, stale):
         ax.plot(steps, values.mean(0), color=style["color"], linestyle=style["linestyle"], **more)
         ax.fill_between(steps, values.min(0), values.max(0), color=style["color"], alpha=0.15)
     panels = (("largest update", f"largest change of a weight in\n{settings.every} updates (q, k, v, gate, up)"),
-              ("gradient norm", "gradient norm (nats)"), ("cosine", "cosine of successive gradients"), ("D1", "D1 (nats per unit of weight)"), ("D2", "D2 (nats per unit squared)"),
+              ("gradient norm", "gradient norm (nats)"), ("cosine", "cosine of successive gradients"), ("D1", "D1 (nats per unit of weight)"),
+              ("D2", "D2 (nats per unit squared)"),
               ("curvature", "curvature"))
     for ax, (name, label) in zip(axes.flat, panels):
         series(ax, name, runs.STYLES[0], label="large batch" if name in ("gradient norm", "cosine") else None)
@@ -237,10 +237,7 @@ def checks(results, settings):
 
 @exits_cleanly
 def main(argv):
-    (settings, config), given = configure(argv, Settings, runs.LabConfig, usage=__doc__)
-    if config.quick:
-        settings = dataclasses.replace(Settings(width=32, steps=40, every=2, probe_tokens=256, seeds=(0,), batch_size=4), **{
-            name: given[name] for name in given if hasattr(settings, name)})
+    settings, config = runs.settings(argv, Settings, dict(width=32, steps=40, every=2, probe_tokens=256, seeds=(0,), batch_size=4), __doc__)
     results, stale = experiment(settings, config)
     draw(results, settings, runs.path("decay_dynamics", "figures", config), stale)
     runs.report(checks(results, settings), stale)

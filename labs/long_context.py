@@ -26,7 +26,7 @@ import metrics
 import passkey
 import tokenizer as tokenizers
 import train
-from configurator import ROOT, configure, exits_cleanly
+from configurator import ROOT, exits_cleanly
 from dataset import open_corpus
 from labs import runs
 from labs.runs import Check
@@ -181,11 +181,9 @@ def checks(results, settings):
 
 @exits_cleanly
 def main(argv):
-    (settings, config), given = configure(argv, Settings, runs.LabConfig, usage=__doc__)
-    if config.quick:
-        settings = dataclasses.replace(Settings(code_steps=2, short_steps=2, long_steps=1, seeds=(0,), lengths=(SHORT, LONG, 2 * LONG), depths=(0.5,),
-                                                questions=1, windows=1),
-                                       **{name: given[name] for name in given if hasattr(settings, name)})
+    quick = dict(code_steps=2, short_steps=2, long_steps=1, seeds=(0,), lengths=(SHORT, LONG, 2 * LONG), depths=(0.5,), questions=1,
+                 windows=1)
+    settings, config = runs.settings(argv, Settings, quick, __doc__)
     results, stale = experiment(settings, config)
     draw(results, settings, runs.path("long_context", "figures", config), stale)
     runs.report(checks(results, settings), stale)

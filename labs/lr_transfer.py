@@ -12,13 +12,12 @@ a curve is lowest and beside that the runs are repeated with other seeds. Then a
 found at the largest.
 """
 # %%
-import dataclasses
 import math
 from dataclasses import dataclass
 
 import numpy as np
 
-from configurator import configure, exits_cleanly
+from configurator import exits_cleanly
 from labs import runs
 from labs.runs import Check
 from start import NonFinite
@@ -221,11 +220,9 @@ def checks(results, settings):
 
 @exits_cleanly
 def main(argv):
-    (settings, config), given = configure(argv, Settings, runs.LabConfig, usage=__doc__)
-    if config.quick:
-        settings = dataclasses.replace(
-            Settings(widths=(32, 64), depths=(2,), rates=(0.005, 0.01), control_rates=(0.002,), seeds=(0, 1), trials=2, steps=2,
-                     eval_tokens=2048), **{name: given[name] for name in given if hasattr(settings, name)})
+    quick = dict(widths=(32, 64), depths=(2,), rates=(0.005, 0.01), control_rates=(0.002,), seeds=(0, 1), trials=2, steps=2,
+                 eval_tokens=2048)
+    settings, config = runs.settings(argv, Settings, quick, __doc__)
     results, stale = experiment(settings, config)
     draw(results, settings, runs.path("lr_transfer", "figures", config), stale)
     runs.report(checks(results, settings), stale)

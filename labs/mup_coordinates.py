@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 import model as model_file
-from configurator import ROOT, configure, exits_cleanly
+from configurator import ROOT, exits_cleanly
 from labs import runs
 from labs.runs import Check
 
@@ -119,7 +119,8 @@ def draw(by_rule, settings, path, stale):
             values = values / values[:, :1]
             ax.plot(sizes, values.mean(0), label=probe, **style)
             ax.fill_between(sizes, values.min(0), values.max(0), color=style["color"], alpha=0.15)
-        ax.set(xscale="log", yscale="log", ylim=(0.2, 1500) if kind == "width" else (0.5, 50), xlabel="width" if kind == "width" else "layers", title=rule + ("" if kind == "width" else ", over depth"))
+        ylim, xlabel, title = ((0.2, 1500), "width", rule) if kind == "width" else ((0.5, 50), "layers", f"{rule}, over depth")
+        ax.set(xscale="log", yscale="log", ylim=ylim, xlabel=xlabel, title=title)
         ax.set_xticks(sizes, sizes)
         ax.minorticks_off()
         ax.axhline(1, color="0.5", linewidth=0.8)
@@ -168,10 +169,7 @@ def checks(by_rule, settings):
 
 @exits_cleanly
 def main(argv):
-    (settings, config), given = configure(argv, Settings, runs.LabConfig, usage=__doc__)
-    if config.quick:
-        settings = dataclasses.replace(Settings(widths=(32, 64), depths=(2, 4), seeds=(0,), steps=(0, 2)), **{
-            name: given[name] for name in given if hasattr(settings, name)})
+    settings, config = runs.settings(argv, Settings, dict(widths=(32, 64), depths=(2, 4), seeds=(0,), steps=(0, 2)), __doc__)
     by_rule, stale = experiment(settings, config)
     draw(by_rule, settings, runs.path("mup_coordinates", "figures", config), stale)
     runs.report(checks(by_rule, settings), stale)

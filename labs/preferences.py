@@ -14,7 +14,6 @@ there, with the same pairs in another order a seed. What is preferred can be mea
 share of held-out questions that are answered exactly, in either form of the answer.
 """
 # %%
-import dataclasses
 import os
 import shutil
 from dataclasses import dataclass
@@ -30,12 +29,13 @@ import evaluate
 import metrics
 import tokenizer as tokenizers
 import train
-from configurator import configure, exits_cleanly
+from configurator import BadInput, exits_cleanly
 from labs import runs
 from labs.runs import Check
 from model import MiniCPM
 
 QUESTIONS = "data/instruct/test.jsonl"
+LEAN = dict(compile=False, eval_interval=0, save_interval=0)    # of all runs here, which are short
 PAPER_TAX = 52.33 - 51.60       # points, mean of the benchmarks in tables 3 and 4
 
 
@@ -56,20 +56,6 @@ class Settings:
 
 # %% The model to start from
 
-def done(script, config_file, **settings):
-    """Whether a run came to its end; False where its loss was no number."""
-    try:
-        script([config_file, "--compile=False", "--quiet=True", "--eval_interval=0", "--save_interval=0", *runs.options(**settings)])
-    except SystemExit as end:
-        if end.code != 3:
-            raise
-        return False
-    run = checkpoint.read_meta(checkpoint.resolve(settings["out_dir"]))["run"]
-    if run["step"] < run["max_steps"]:                                  # stopped by a signal: saved, to go on the next time
-        raise KeyboardInterrupt
-    return True
-
-
 def started(start):
     """Run folder of the SFT run that all begin at: the reader's own {"weights": hash}, or one of so many steps, made where it is missing."""
     if "weights" in start:
@@ -77,9 +63,12 @@ def started(start):
     folder = runs.folder("preferences", [runs.code_hash(started), start])
     if not (Path(folder) / "done").exists():
         width = start["width"]
-        done(train.main, "config/laptop.py", out_dir=folder + "-trunk", minutes=None, max_steps=start["trunk_steps"], sample_tokens=0,
-             decay_share=0.4, decay_data="pytorch:0.7,instruct:0.3", eval_tokens=16384, n_embd=width, n_head=max(1, width // 64), n_ff=width * 5 // 2)
-        done(train.main, "config/laptop_sft.py", init_from=folder + "-trunk", out_dir=folder, max_steps=start["sft_steps"])
+        trunk = dict(out_dir=folder + "-trunk", minutes=None, max_steps=start["trunk_steps"], decay_share=0.4,
+                     decay_data="pytorch:0.7,instruct:0.3", n_embd=width, n_head=max(1, width // 64), n_ff=width * 5 // 2)
+        sft = dict(init_from=folder + "-trunk", out_dir=folder, max_steps=start["sft_steps"])
+        if not (runs.finish(train.main, "config/laptop.py", sample_tokens=0, eval_tokens=16384, **trunk, **LEAN)
+                and runs.finish(train.main, "config/laptop_sft.py", **sft, **LEAN)):
+            raise BadInput(f"{folder}: the model to start from diverged; change --width, --trunk_steps or --sft_steps")
         (Path(folder) / "done").touch()
     return folder
 
@@ -134,8 +123,8 @@ def aligned(start, beta, sft_coef, seed, pairs, val_pairs, batch_size, questions
     """Of a run of DPO: its curve, what it measured on held-out pairs, and what its model answers."""
     job = dict(start=start, beta=beta, sft_coef=sft_coef, seed=seed, pairs=pairs, val_pairs=val_pairs, batch_size=batch_size)
     folder, origin = runs.folder("preferences", [runs.code_hash(aligned), job]), started(start)
-    if not done(dpo.main, "config/laptop_dpo.py", init_from=origin, out_dir=folder, beta=beta, sft_coef=sft_coef, seed=seed,
-                max_pairs=pairs, val_pairs=val_pairs, batch_size=batch_size, log_interval=5):
+    if not runs.finish(dpo.main, "config/laptop_dpo.py", init_from=origin, out_dir=folder, beta=beta, sft_coef=sft_coef, seed=seed,
+                       max_pairs=pairs, val_pairs=val_pairs, batch_size=batch_size, log_interval=5, **LEAN):
         return None
     training, held_out = metrics.read(folder)
     result = {"curve": {name: [line[name] for line in training] for name in ("step", "margin", "accuracy")},
@@ -243,10 +232,8 @@ def checks(results, settings):
 
 @exits_cleanly
 def main(argv):
-    (settings, config), given = configure(argv, Settings, runs.LabConfig, usage=__doc__)
-    if config.quick:
-        settings = dataclasses.replace(Settings(betas=(0.1, 1.0), seeds=(0,), pairs=64, val_pairs=None, questions=16, trunk_steps=10, sft_steps=5, width=32),
-                                       **{name: given[name] for name in given if hasattr(settings, name)})
+    quick = dict(betas=(0.1, 1.0), seeds=(0,), pairs=64, val_pairs=None, questions=16, trunk_steps=10, sft_steps=5, width=32)
+    settings, config = runs.settings(argv, Settings, quick, __doc__)
     results, stale = experiment(settings, config)
     draw(*results, settings, runs.path("preferences", "figures", config), stale)
     runs.report(checks(results, settings), stale)

@@ -1,12 +1,13 @@
 """What the labs share: a run is made once, and read from labs/results/NAME.jsonl from then on.
 
 A result is kept by the settings of its run and by a hash of the code that its numbers come from: MATTERS, and of the lab the function
-that makes the run with all that it calls and names, config files included. Comments and docstrings do not count. A changed setting or changed code
-makes the runs that it affects again; an interrupted lab goes on with the run that it was in.
+that makes the run with all that it calls and names, config files included. Comments, docstrings and the messages of errors do not count. A
+changed setting or changed code makes the runs that it affects again; an interrupted lab goes on with the run that it was in.
 """
 import ast
 import dataclasses
 import functools
+import glob
 import hashlib
 import inspect
 import json
@@ -22,12 +23,14 @@ from pathlib import Path
 import torch
 
 import checkpoint
+import metrics
 import tokenizer as tokenizers
 import train
-from configurator import ROOT, BadInput
-from model import MiniCPM, init_weights
+from configurator import ROOT, BadInput, configure
+from model import MiniCPM, init_weights, model_config
 
 MATTERS = ("dataset", "model", "start", "tokenizer", "train", "wsd")     # modules that every run's numbers come from
+CARRIES = ("labs.runs", "metrics")                                       # and that only hand them on
 
 
 @dataclass
@@ -38,6 +41,14 @@ class LabConfig:
 
     def problems(self):
         return [f"--workers={self.workers}: must not be negative"] if self.workers < 0 else []
+
+
+def settings(argv, Settings, quick, usage):
+    """(settings, config) of a lab's command line; `quick` are its settings under --quick=True, where none are given."""
+    (own, config), given = configure(argv, Settings, LabConfig, usage=usage)
+    if config.quick:
+        own = dataclasses.replace(Settings(**quick), **{name: given[name] for name in given if hasattr(own, name)})
+    return own, config
 
 
 def path(lab, kind, config):
@@ -88,29 +99,16 @@ def lacking(lab, work, jobs, config):
 
 def there(lab, work, config):
     """{key: line} of the results of a work."""
-    return {key_of(line["job"]): line for line in read(path(lab, "results", config)) if line["work"] == work.__name__}
+    return {key_of(line["job"]): line for line in metrics.lines_of(path(lab, "results", config)) if line["work"] == work.__name__}
 
 
 def key_of(job):
     return json.dumps(job, sort_keys=True)
 
 
-def read(file):
-    """Lines of a results file as dicts; the last may be the half line of a killed lab, and is left out then."""
-    raw = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
-    lines = []
-    for number, line in enumerate(raw, 1):
-        try:
-            lines.append(json.loads(line))
-        except ValueError:
-            if number < len(raw):
-                raise BadInput(f"{file}:{number}: not JSON; mend or delete the line") from None
-    return lines
-
-
 def tidy(file):
     """Leave the last line of each job, and no half one, which a new one would continue; returns the file."""
-    lines = {(line["work"], key_of(line["job"])): line for line in read(file)}
+    lines = {(line["work"], key_of(line["job"])): line for line in metrics.lines_of(file)}
     temporary = file.with_suffix(f".{os.getpid()}.tmp")
     temporary.write_text("".join(json.dumps(line) + "\n" for line in lines.values()), encoding="utf-8")
     os.replace(temporary, file)
@@ -177,7 +175,7 @@ def code_hash(work):
             elif inspect.isfunction(value) or inspect.isclass(value):
                 visit(value)
     visit(work)
-    for module in sorted(modules - {"labs.runs"}):
+    for module in sorted(modules - {*CARRIES}):
         file = ROOT / f"{module.replace('.', '/')}.py"
         if file.exists():                                                # of the project
             seen[module] = bare_file(file, file.stat().st_mtime_ns, file.stat().st_size)
@@ -191,10 +189,12 @@ def bare_file(file, changed, size):
 
 
 def bare(tree):
-    """Source without comments and docstrings."""
+    """Source without comments, docstrings and what leads up to an error."""
     for node in ast.walk(tree):
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node, clean=False) is not None:
             node.body[0].value = ast.Constant("")
+        elif isinstance(node, (ast.If, ast.ExceptHandler)) and isinstance(node.body[-1], ast.Raise):
+            node.body = [ast.Raise()]
     return ast.unparse(tree)
 
 
@@ -219,9 +219,46 @@ def begin(config_file, **settings):
     return model, train.train(config, batches, train.language_loss, model), lambda: validate(model.eval())
 
 
+def finish(script, *words, **settings):
+    """Bring the run in settings' out_dir to its end by script (train.main, dpo.main): True, or False where the loss was no number.
+    What is there is not run again. raises KeyboardInterrupt: stopped by a signal, and saved, to go on the next time"""
+    def finished():
+        run = checkpoint.read_meta(checkpoint.resolve(folder))["run"] if checkpoint.checkpoints(folder) else {"step": 0, "max_steps": None}
+        return run["step"] == run["max_steps"]
+
+    folder = settings["out_dir"]
+    if finished():
+        return True
+    try:
+        script([*words, "--quiet=True", *options(**settings)])
+    except SystemExit as end:
+        if end.code != 3:
+            raise
+        return False
+    if not finished():
+        raise KeyboardInterrupt
+    return True
+
+
 def options(**settings):
     """["--name=value", ...]"""
     return [f"--{name}={value}" for name, value in settings.items()]
+
+
+def of_pattern(pattern):
+    """[(folder, training knobs {name: value}, MiniCPMConfig, lines of metrics.jsonl), ...] of the reader's own runs: folders of
+    train.py or the metrics.jsonl in them; * and ** match. raises BadInput: none, or one that lacks its config.json"""
+    folders = sorted({path if path.is_dir() else path.parent for path in map(Path, glob.glob(pattern, recursive=True))
+                      if path.is_dir() and (path / "metrics.jsonl").is_file() or path.name == "metrics.jsonl"})
+    if not folders:
+        raise BadInput(f"--runs={pattern}: no folder with a metrics.jsonl; give run folders of train.py, quoted: --runs='out/sweep/*'")
+    found = []
+    for folder in folders:
+        about = checkpoint.read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+        if not {"train", "model"} <= about.keys():
+            raise BadInput(f"{folder}: metrics.jsonl without the config.json that train.py writes beside it, so without batch and model size")
+        found.append((folder, about["train"], model_config(about, folder), metrics.lines_of(folder / "metrics.jsonl")))
+    return found
 
 
 # ---- what a lab says

@@ -16,22 +16,18 @@ Tokens are bytes here, so D is bytes of text and the loss is nats a byte.
 # %%
 import copy
 import dataclasses
-import glob
 import itertools
 from collections import namedtuple
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
-import checkpoint
-import metrics
 import tokenizer as tokenizers
 import train
-from configurator import BadInput, configure, exits_cleanly
+from configurator import BadInput, exits_cleanly
 from labs import runs
 from labs.runs import Check
-from model import MiniCPM, init_weights, model_config
+from model import MiniCPM, init_weights
 from start import NonFinite, RunState
 
 HEAD = 16                               # size of a head, so widths are its multiples
@@ -207,21 +203,15 @@ def rounded(law):
 
 def read_runs(pattern):
     """Points (m, 3) of the run folders that a pattern names: N, and tokens and held-out loss (nats a token) where a decay ended."""
-    folders = sorted({path if path.is_dir() else path.parent for path in map(Path, glob.glob(pattern, recursive=True))
-                      if path.is_dir() and (path / "metrics.jsonl").is_file() or path.name == "metrics.jsonl"})
-    points, kinds = [], set()
-    for folder in folders:
-        config = checkpoint.read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
-        if not {"train", "model"} <= config.keys():
-            raise BadInput(f"{folder}: metrics.jsonl without the config.json that train.py writes beside it, so without the model's size")
-        n = model_config(config, folder).n_params_non_embedding
-        lines = metrics.lines_of(folder)
+    points, kinds, folders = [], set(), runs.of_pattern(pattern)
+    for _, knobs, shape, lines in folders:
+        n = shape.n_params_non_embedding
         tokens = {line["step"]: line["tokens"] for line in lines if "tokens" in line}
         ends = {line["step"] + line["decay_steps"] for line in lines if "decay_steps" in line}
         measured = [(n, tokens[line["step"]], line["val_loss"]) for line in lines if "val_loss" in line and line["step"] in ends]
         if measured:
             points += measured
-            kinds.add((config["train"]["data"], config["train"]["tokenizer"]))
+            kinds.add((knobs["data"], knobs["tokenizer"]))
     points = np.array(points, dtype=float).reshape(-1, 3)
     if len(kinds) > 1:
         raise BadInput(f"--runs={pattern}: runs of several data or tokenizers ({'; '.join(map(' with '.join, sorted(kinds)))}), "
@@ -351,12 +341,9 @@ def checks(results, settings):
 
 @exits_cleanly
 def main(argv):
-    (settings, config), given = configure(argv, Settings, runs.LabConfig, usage=__doc__)
-    if config.quick:
-        settings = dataclasses.replace(
-            Settings(widths=(16, 32, 48), ratios=(0.2, 0.3, 0.4), held_out_width=64, held_out_ratio=0.1, eval_tokens=4096, resamples=10,
-                     budgets=(1e10,)),
-            **{name: given[name] for name in given if hasattr(settings, name)})
+    quick = dict(widths=(16, 32, 48), ratios=(0.2, 0.3, 0.4), held_out_width=64, held_out_ratio=0.1, eval_tokens=4096, resamples=10,
+                 budgets=(1e10,))
+    settings, config = runs.settings(argv, Settings, quick, __doc__)
     if settings.runs:
         points, stale = read_runs(settings.runs), False
         results = points, np.empty((0, 3)), fit(points), bootstrap(points, settings.resamples)

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 import train
-from configurator import ROOT, configure, exits_cleanly
+from configurator import ROOT, exits_cleanly
 from labs import runs
 from labs.runs import Check
 from model import MiniCPM, MiniCPMConfig, init_weights, project
@@ -227,12 +227,9 @@ def checks(found, settings):
 
 @exits_cleanly
 def main(argv):
-    (settings, config), given = configure(argv, Settings, runs.LabConfig, usage=__doc__)
-    if config.quick:
-        settings = dataclasses.replace(
-            Settings(models=("lab", "laptop"), batch_model="lab", batches=(1, 2), context_model="lab", contexts=(16, 64), expert_model="lab",
-                     expert_batches=(1, 2), prompt=8, tokens=4, rounds=2, probe_mb=8),
-            **{name: given[name] for name in given if hasattr(settings, name)})
+    quick = dict(models=("lab", "laptop"), batch_model="lab", batches=(1, 2), context_model="lab", contexts=(16, 64), expert_model="lab",
+                 expert_batches=(1, 2), prompt=8, tokens=4, rounds=2, probe_mb=8)
+    settings, config = runs.settings(argv, Settings, quick, __doc__)
     found, stale = experiment(settings, config)
     draw(found, settings, runs.path("serving", "figures", config), stale)
     runs.report(checks(found, settings), stale)

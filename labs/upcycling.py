@@ -11,7 +11,6 @@ From a stable trunk of each seed, with new optimizers and the next data, WSD wit
 as the experts and on as many FLOPs (one run, and a decay that leaves it earlier), the upcycled model, and experts drawn at random.
 """
 # %%
-import dataclasses
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +22,7 @@ import checkpoint
 import metrics
 import train
 import upcycle
-from configurator import configure, exits_cleanly
+from configurator import exits_cleanly
 from labs import runs
 from labs.runs import Check
 from model import MiniCPM
@@ -47,21 +46,6 @@ class Settings:
 
 # %% The experiment
 
-def done(**settings):
-    """Whether a run came to its end; False where its loss was no number."""
-    try:
-        train.main(["--quiet=True", *runs.options(**settings)] if "branch_from" in settings else
-                   ["config/lab.py", "--quiet=True", *runs.options(**settings)])
-    except SystemExit as end:
-        if end.code != 3:
-            raise
-        return False
-    run = checkpoint.read_meta(checkpoint.resolve(settings["out_dir"]))["run"]
-    if run["step"] < run["max_steps"]:                                  # stopped by a signal: saved, to go on the next time
-        raise KeyboardInterrupt
-    return True
-
-
 @torch.no_grad()
 def largest_difference(one, other):
     """Between the losses that two models give to a byte, nats; on random bytes, which no model finds likely."""
@@ -77,7 +61,7 @@ def family(seed, width, experts, trunk_steps, steps, eval_tokens):
     place = {name: folder / name for name in ("trunk", "start", *NAMES)}
     shape = dict(n_embd=width, n_head=width // 32, n_ff=width * 5 // 2)
     every = dict(eval_tokens=eval_tokens, eval_interval=steps // 15, log_interval=max(1, steps // 150))
-    if not done(out_dir=place["trunk"], seed=seed, max_steps=trunk_steps, decay_steps=0, **shape, **every):
+    if not runs.finish(train.main, "config/lab.py", out_dir=place["trunk"], seed=seed, max_steps=trunk_steps, decay_steps=0, **shape, **every):
         return None
     if not checkpoint.checkpoints(place["start"]):
         upcycle.upcycle(upcycle.UpcycleConfig(ckpt=str(place["trunk"]), out=str(place["start"]), num_experts=experts, seed=seed,
@@ -86,10 +70,11 @@ def family(seed, width, experts, trunk_steps, steps, eval_tokens):
     flops = [config.flops_per_token(128) for config in (dense, sparse)]
     longer, leave = round(steps * flops[1] / flops[0]), steps - steps // 5          # updates of the longer run; where the shorter decay leaves it
     new = dict(seed=seed + 100, **shape, **every)                        # and with the seed the order of the data
-    if not (done(init_from=place["trunk"], out_dir=place["longer"], max_steps=longer, save_interval=leave, keep_every=leave, **new)
-            and done(branch_from=place["longer"] / f"step-{leave:08d}", out_dir=place["dense"], decay_steps=steps - leave)
-            and done(init_from=place["start"], out_dir=place["experts"], max_steps=steps, **new)
-            and done(out_dir=place["scratch"], max_steps=steps, num_experts=experts, **new)):
+    if not (runs.finish(train.main, "config/lab.py", init_from=place["trunk"], out_dir=place["longer"], max_steps=longer, save_interval=leave,
+                        keep_every=leave, **new)
+            and runs.finish(train.main, branch_from=place["longer"] / f"step-{leave:08d}", out_dir=place["dense"], decay_steps=steps - leave)
+            and runs.finish(train.main, "config/lab.py", init_from=place["start"], out_dir=place["experts"], max_steps=steps, **new)
+            and runs.finish(train.main, "config/lab.py", out_dir=place["scratch"], max_steps=steps, num_experts=experts, **new)):
         return None
     lines = {name: metrics.read(place[name]) for name in ("trunk", *NAMES)}
     curves = {name: [[line["step"], line["val_loss"]] for line in held_out] for name, (_, held_out) in lines.items()}
@@ -194,10 +179,8 @@ def checks(results, settings):
 
 @exits_cleanly
 def main(argv):
-    (settings, config), given = configure(argv, Settings, runs.LabConfig, usage=__doc__)
-    if config.quick:
-        settings = dataclasses.replace(Settings(seeds=(0,), width=32, experts=4, trunk_steps=15, steps=30, eval_tokens=1024),
-                                       **{name: given[name] for name in given if hasattr(settings, name)})
+    quick = dict(seeds=(0,), width=32, experts=4, trunk_steps=15, steps=30, eval_tokens=1024)
+    settings, config = runs.settings(argv, Settings, quick, __doc__)
     results, stale = experiment(settings, config)
     draw(results, settings, runs.path("upcycling", "figures", config), stale)
     runs.report(checks(results, settings), stale)

@@ -12,7 +12,6 @@ The trunk is a run that train.py continues, each time with a larger --max_steps;
 weights, its optimizer and its place in the data. All runs of a seed start from the same weights and read the same text in the same order.
 """
 # %%
-import dataclasses
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +23,7 @@ import torch
 import checkpoint
 import metrics
 import train
-from configurator import ROOT, configure, exits_cleanly
+from configurator import ROOT, exits_cleanly
 from device import pick_dtype
 from labs import runs
 from labs.runs import Check
@@ -257,7 +256,8 @@ def checks(found, settings):
               f"closest at S = {closest[1]}: T = {closest[0]} with {spread(rivals[closest])} nats", "T = S", mean(rivals[closest]) >= -MARGIN),
         Check("a cosine that rises again is worse than the cosine with T = S", f"{spread(loop)} nats where it is closest", "worse", mean(loop) > 0),
         Check("the form of the decay matters less than the decay",
-              f"forms differ by {max(by_form) - min(by_form):.3f} nats at {share:.0%}, the drop is {at_last:.3f}", "-", max(by_form) - min(by_form) < at_last / 2),
+              f"forms differ by {max(by_form) - min(by_form):.3f} nats at {share:.0%}, the drop is {at_last:.3f}", "-",
+              max(by_form) - min(by_form) < at_last / 2),
         Check("averaging the trunk's weights gives a part of what decaying gives",
               f"{gained[0]:.3f} of {gained[1]:.3f} nats", "-", 0 < gained[0] < gained[1]),
     ]
@@ -279,11 +279,9 @@ def checks(found, settings):
 
 @exits_cleanly
 def main(argv):
-    (settings, config), given = configure(argv, Settings, runs.LabConfig, usage=__doc__)
-    if config.quick:
-        settings = dataclasses.replace(Settings(
-            width=32, horizons=(8, 16), shares=(0.2,), forms=DECAYS[:2], seeds=(0,), every=8, warmup=2, batch_size=4, block_size=32,
-            eval_tokens=2048), **{name: given[name] for name in given if hasattr(settings, name)})
+    quick = dict(width=32, horizons=(8, 16), shares=(0.2,), forms=DECAYS[:2], seeds=(0,), every=8, warmup=2, batch_size=4, block_size=32,
+                 eval_tokens=2048)
+    settings, config = runs.settings(argv, Settings, quick, __doc__)
     found, stale = experiment(settings, config)
     draw(found, settings, runs.path("wsd_vs_cosine", "figures", config), stale)
     runs.report(checks(found, settings), stale)

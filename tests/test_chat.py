@@ -215,7 +215,7 @@ def test_the_block_size_must_be_the_corpus_s(tmp_path, capsys):
                 "--n_embd=32", "--n_ff=32", "--max_steps=2", "--sample_tokens=0", "--quiet=True", "config/laptop.py"]
     for main, argv, says in (
             (train.main, [train_on[-1], *train_on[:-1], "--block_size=128"],
-             r"--block_size=128: the conversations of mine are packed in rows for --block_size=64; take that, or prepare mine again with --block_size=128 --ov"),
+             r"--block_size=128: mine is packed in rows for --block_size=64; take that, or prepare mine again with --block_size=128 --ov"),
             (script("chat").main, [*prepare, "--block_size=128"], r"--block_size=128: .*mine.bytes was prepared with 64; --overwrite=True prepares it again"),
             (script("chat").main, [*prepare[:1], "--name=instruct"], "--name=instruct: .* none of the shipped"),
             (script("chat").main, [f"--input={tmp_path / 'bytes'}", *prepare[1:], "--overwrite=True"], "--input: .*bytes: no .jsonl or .json file there")):
@@ -227,7 +227,7 @@ def test_the_block_size_must_be_the_corpus_s(tmp_path, capsys):
     evaluate.main([f"--ckpt={tmp_path / 'run'}", f"--data_dir={tmp_path}", "--json=True"])          # all that goes with it: no cloze
     result = json.loads(capsys.readouterr().out)
     assert result["bpb"] > 1 and result["block_size"] == 64 and "cloze" not in result and "exact" not in result
-    for task, says in (("cloze", "--task=cloze: mine holds conversations"), ("exact", f"--task=exact: no {tmp_path / 'mine' / 'test.jsonl'}; name")):
+    for task, says in (("cloze", "--task=cloze: mine is packed in rows"), ("exact", f"--task=exact: no {tmp_path / 'mine' / 'test.jsonl'}; name")):
         with pytest.raises(SystemExit):
             evaluate.main([f"--ckpt={tmp_path / 'run'}", f"--data_dir={tmp_path}", f"--task={task}"])
         assert capsys.readouterr().err.startswith(says)

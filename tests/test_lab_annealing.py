@@ -3,6 +3,7 @@ import copy
 
 import pytest
 
+import checkpoint
 import tokenizer as tokenizers
 from chat import write_rows
 from dataset import write_corpus
@@ -18,7 +19,7 @@ def data_dir(tmp_path):
     for name, text in (("pytorch", "def f(x):\n    return x + {}\n"), ("speeches", "My fellow citizens, in the year {} ")):
         write_corpus(folder / name / "bpe4096", tokenizer, [(split, "".join(text.format(i) for i in range(300))) for split in ("train", "val")])
     write_rows(folder / "instruct" / "bpe4096", tokenizer, iter(TALKS), 256)
-    annealing.checkpoint.write_json(folder / "instruct" / "test.json", [{"messages": messages, "family": "copy"} for _, messages in TALKS[:8]])
+    checkpoint.write_json(folder / "instruct" / "test.json", [{"messages": messages, "family": "copy"} for _, messages in TALKS[:8]])
     (folder / "instruct" / "test.json").rename(folder / "instruct" / "test.jsonl")
     return folder
 
@@ -44,7 +45,7 @@ def test_the_quick_run_goes_from_corpora_to_checks_and_trains_nothing_twice(tmp_
 def test_a_run_that_was_stopped_is_no_result(tmp_path, monkeypatch):
     monkeypatch.setattr(runs, "folder", lambda lab, job: str(tmp_path / "run"))
     monkeypatch.setattr(annealing.train, "main", lambda words: None)     # as after Ctrl-C: it has saved and returned
-    with pytest.raises(annealing.BadInput, match="the same command goes on"):
+    with pytest.raises(KeyboardInterrupt):
         annealing.trained((["config/laptop.py"], None))
 
 

@@ -100,5 +100,5 @@ def test_own_runs_that_cannot_be_fitted_take_one_line(tmp_path, capsys, train, b
 
 def test_a_folder_of_something_else_is_named(tmp_path):
     (tmp_path / "metrics.jsonl").write_text("")
-    with pytest.raises(BadInput, match="no config.json of train.py"):
+    with pytest.raises(BadInput, match="without the config.json that train.py writes"):
         lab.own_runs(str(tmp_path))

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 import checkpoint
+import metrics
 import tokenizer as tokenizers
 from labs import preferences, runs
 from model import MiniCPM, MiniCPMConfig, init_weights
@@ -24,7 +25,7 @@ def place(tmp_path, monkeypatch):
 def test_the_quick_lab_runs_draws_and_then_reads_what_it_has(place, capsys):
     preferences.main(["--quick=True", "--workers=1"])
     results, said = (place / "preferences.jsonl").read_text(), capsys.readouterr().out
-    lines = runs.read(place / "preferences.jsonl")
+    lines = metrics.lines_of(place / "preferences.jsonl")
     assert len(lines) == 1 + 2 * 2 and (place / "preferences.png").stat().st_size > 10_000
     assert all(line["result"]["kl"] > 0 and len(line["result"]["curve"]["margin"]) for line in lines[1:])
     assert said.count("|") == 5 and str(place) not in results

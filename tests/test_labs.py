@@ -7,6 +7,7 @@ import pytest
 from test_prepare import error_of
 
 import checkpoint
+import metrics
 from configurator import ROOT, BadInput
 from labs import course, mup_coordinates, runs
 
@@ -26,7 +27,7 @@ def times(x):
 def work(x):
     note(x)
     if x < 0:
-        raise KeyboardInterrupt
+        raise KeyboardInterrupt("enough")
     return {"y": times(x), "z": float(np.sqrt(x))}
 
 def unrelated():
@@ -71,7 +72,7 @@ def test_a_run_is_made_once_and_a_new_setting_runs_alone(lab):
 
 @pytest.mark.parametrize("changes, runs_again", [
     (("FACTOR = 3", "FACTOR = 4"), True), (("FACTOR * x", "FACTOR + x"), True), (("np.sqrt", "np.square"), True),
-    (("a comment", "another"), False), (('"""Doc."""', '"""Text."""'), False), (("return 1", "return 2"), False)])
+    (("x < 0", "x < -1"), True), (("enough", "stop"), False), (("a comment", "another"), False), (('"""Doc."""', '"""Text."""'), False), (("return 1", "return 2"), False)])
 def test_changed_code_runs_again_what_comes_from_it_and_comments_do_not(lab, changes, runs_again):
     runs.collect("lab", lab().work, [{"x": 4}], ONE)
     changed = lab(*changes)
@@ -138,7 +139,7 @@ def test_the_course_is_what_the_results_say():
 
 
 def test_a_changed_result_changes_the_course(tmp_path, monkeypatch):
-    lines = runs.read(ROOT / "labs" / "results" / "mup_coordinates.jsonl")
+    lines = metrics.lines_of(ROOT / "labs" / "results" / "mup_coordinates.jsonl")
     for line in lines:
         if line["job"]["rule"] == "muP":
             line["result"]["10"]["mlp"] *= line["job"]["width"]

@@ -173,7 +173,7 @@ def wait_for(process, place, name, step):
     """Until the run has logged a step."""
     path = place / name / "metrics.jsonl"
     until = time.monotonic() + 120
-    while not (path.exists() and any(x["step"] >= step for x in metrics.lines_of(place / name))):
+    while not (path.exists() and any(x["step"] >= step for x in metrics.lines_of(place / name / "metrics.jsonl"))):
         assert process.poll() is None and time.monotonic() < until, process.communicate()[0]
         time.sleep(0.02)
 

@@ -163,7 +163,7 @@ def test_decay_data_begins_with_the_decay(fly, capsys):
     a, b = curve(out)[0], curve(other)[0]
     assert a[:6] == b[:6] and all(x["loss"] != y["loss"] for x, y in zip(a[6:], b[6:]))
     # The metrics mark the switch, once, also in a branch and where a run resumes at that very step.
-    marks = lambda out: [x for x in metrics.lines_of(out) if "decay_steps" in x]            # noqa: E731
+    marks = lambda out: [x for x in metrics.lines_of(out / "metrics.jsonl") if "decay_steps" in x]            # noqa: E731
     branch = fly("mixed-branch", f"--branch_from={other / 'step-00000006'}", "--decay_steps=3", "--decay_data=two")
     assert marks(branch) == [{"step": 6, "decay_steps": 3, "data": "two"}]
     assert checkpoint.read_meta(checkpoint.resolve(branch))["run"]["plan"][-1] == [6 * 4, "two"]
