@@ -162,6 +162,8 @@ def code_hash(work):
             config_file = ROOT / "config" / Path(text).name
             if config_file.exists():
                 seen[config_file.name] = bare_file(config_file, config_file.stat().st_mtime_ns, config_file.stat().st_size)
+        if any(isinstance(node, ast.Attribute) and node.attr == begin.__name__ for node in ast.walk(tree)):
+            visit(begin)                                                 # the only function here that numbers come from
         space = vars(sys.modules[thing.__module__])
         for name in sorted({node.id for node in ast.walk(tree) if isinstance(node, ast.Name)} & space.keys()):
             value = space[name]

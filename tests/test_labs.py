@@ -9,7 +9,7 @@ from test_prepare import error_of
 import checkpoint
 import metrics
 from configurator import ROOT, BadInput
-from labs import course, mup_coordinates, runs
+from labs import course, lr_transfer, mup_coordinates, runs, scaling_law
 
 LAB = '''"""A lab."""
 import numpy as np
@@ -97,6 +97,17 @@ def test_the_code_that_trains_counts_and_what_the_lab_imports(lab, tmp_path, mon
     (tmp_path / "config").mkdir()
     (tmp_path / "config" / "some.py").write_text("width = 1")
     assert runs.code_hash(named.work) != before
+
+
+def begin(config_file, **settings):
+    """Another runs.begin."""
+
+
+def test_how_a_run_begins_counts(monkeypatch):
+    before = [runs.code_hash(work) for work in (lr_transfer.final_loss, scaling_law.trunk_and_decays)]
+    monkeypatch.setattr(runs, "begin", begin)
+    after = [runs.code_hash(work) for work in (lr_transfer.final_loss, scaling_law.trunk_and_decays)]
+    assert [now == was for now, was in zip(after, before)] == [False, True]    # the second begins on its own
 
 
 def test_the_place_of_a_clone_does_not_count(monkeypatch, tmp_path):
