@@ -28,7 +28,8 @@ class BadInput(ValueError):
 
 
 def exits_cleanly(main):
-    """Decorate a script's main(argv): bad input and failing disks become one line a problem and exit status 2."""
+    """Decorate a script's main(argv): bad input and failing disks become one line a problem and exit status 2,
+    Ctrl-C one line and 130."""
     @functools.wraps(main)
     def wrapper(argv=None):
         try:
@@ -39,6 +40,9 @@ def exits_cleanly(main):
             if error.filename is None and error.errno is None:
                 raise
             print(f"{error.filename or 'writing'}: {error.strerror or error}", file=sys.stderr)
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            raise SystemExit(130) from None
         raise SystemExit(2)
     return wrapper
 

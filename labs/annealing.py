@@ -127,7 +127,7 @@ def experiment(settings, config):
     domains = [dict(seed=seed, start=start, steps=steps, **rest) for start, steps in places(settings) for seed in settings.seeds]
     lacking = [job for work, jobs in ((labels, decays), (adaptation, domains)) for job in runs.lacking("annealing", work, jobs, config).values()]
     if lacking and not config.draw:
-        runs.prepare(data="pytorch:1,speeches:1,instruct:1", tokenizer="bpe4096", data_dir=settings.data_dir)
+        runs.prepare(config, data="pytorch:1,speeches:1,instruct:1", tokenizer="bpe4096", data_dir=settings.data_dir)
         trunks = {seed: dict(seed=seed, trunk=settings.trunk, shape=shape) for seed in sorted({job["seed"] for job in lacking})}
         for _ in runs.run(make_trunk, trunks, config.workers or os.cpu_count()):      # before anything wants to go on from them
             pass

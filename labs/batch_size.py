@@ -89,7 +89,7 @@ def experiment(settings, config):
         groups = own_runs(settings.runs)
         points = best_batches(groups)
         return (groups, points, fit(points)), False
-    runs.prepare()
+    runs.prepare(config)
     jobs = [dict(width=width, sequences=sequences, seed=seed, tokens=settings.tokens)
             for seed in settings.seeds for width in settings.widths for sequences in settings.batches]
     results, stale = runs.collect("batch_size", loss_curve, jobs, config)

@@ -118,7 +118,7 @@ def along(model, params, validate, start, end):
 
 def experiment(settings, config):
     """(results by seed, stale)"""
-    runs.prepare()
+    runs.prepare(config)
     return runs.collect("decay_dynamics", dynamics, [
         dict(width=settings.width, steps=settings.steps, decay_steps=round(settings.decay_share * settings.steps), every=settings.every,
              probe_tokens=settings.probe_tokens, batch_size=settings.batch_size, seed=seed) for seed in settings.seeds], config)

@@ -90,7 +90,7 @@ def experiment(settings, config):
     curves  {(kind, size): {rate: {seed: loss}}}, kind "muP", "control" or "depth"
     trials  [(constants, {width: {seed: loss}})], the best first, which alone ran at the largest width, then the paper's constants last
     """
-    runs.prepare()
+    runs.prepare(config)
     shape = {"muP": lambda size: (size, DEPTH, True), "control": lambda size: (size, DEPTH, False),
              "depth": lambda size: (settings.widths[0], size, True)}
     stale = []

@@ -95,7 +95,7 @@ def slope(sizes, results, probe, step):
 
 def experiment(settings, config):
     """({rule: {(width, seed): activations}}, {rule: {(depth, seed): activations}}, stale)"""
-    runs.prepare()
+    runs.prepare(config)
     over_width = [(rule, width, seed) for rule in RULES for width in settings.widths for seed in settings.seeds]
     over_depth = [(rule, depth, seed) for rule in ("muP", "no depth rule") for depth in settings.depths for seed in settings.seeds]
     jobs = [dict(rule=r, width=w, depth=4, seed=s, steps=settings.steps) for r, w, s in over_width]

@@ -136,7 +136,7 @@ def aligned(start, beta, sft_coef, seed, pairs, val_pairs, batch_size, questions
 
 def experiment(settings, config):
     """((results of the model before DPO, {(sft_coef, beta): [results of each seed, None where it diverged]}), stale)"""
-    runs.prepare(data="pytorch", decay_data="instruct", tokenizer="bpe4096")
+    runs.prepare(config, data="pytorch", decay_data="instruct", tokenizer="bpe4096")
     start = keep_copy(settings.ckpt) if settings.ckpt else \
         dict(trunk_steps=settings.trunk_steps, sft_steps=settings.sft_steps, width=settings.width)
     before, stale = runs.collect("preferences", tuned, [dict(start=start, questions=settings.questions)], config)

@@ -1,8 +1,9 @@
 """What the labs share: a run is made once, and read from labs/results/NAME.jsonl from then on.
 
 A result is kept by the settings of its run and by a hash of the code that its numbers come from: MATTERS, and of the lab the function
-that makes the run with all that it calls and names, config files included. Comments, docstrings and the messages of errors do not count. A
-changed setting or changed code makes the runs that it affects again; an interrupted lab goes on with the run that it was in.
+that makes the run with all that it calls and names, config files included, and torch, whose source is also a corpus. Comments, docstrings
+and the messages of errors do not count. A changed setting or changed code makes the runs that it affects again; an interrupted lab goes on
+with the run that it was in.
 """
 import ast
 import dataclasses
@@ -13,10 +14,12 @@ import inspect
 import json
 import multiprocessing
 import os
+import signal
 import sys
 import time
 import types
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,6 +31,7 @@ import tokenizer as tokenizers
 import train
 from configurator import ROOT, BadInput, configure
 from model import MiniCPM, init_weights, model_config
+from start import RunState, finished
 
 MATTERS = ("dataset", "model", "start", "tokenizer", "train", "wsd")     # modules that every run's numbers come from
 CARRIES = ("labs.runs", "metrics")                                       # and that only hand them on
@@ -45,6 +49,8 @@ class LabConfig:
 
 def settings(argv, Settings, quick, usage):
     """(settings, config) of a lab's command line; `quick` are its settings under --quick=True, where none are given."""
+    if "ipykernel" in sys.modules and argv == sys.argv[1:]:
+        argv = []                                                        # in a notebook these are the kernel's own words
     (own, config), given = configure(argv, Settings, LabConfig, usage=usage)
     if config.quick:
         own = dataclasses.replace(Settings(**quick), **{name: given[name] for name in given if hasattr(own, name)})
@@ -59,8 +65,9 @@ def path(lab, kind, config):
 
 
 def folder(lab, job):
-    """Where a run that writes checkpoints does so: the same for the same job and code, so that it goes on after an interruption."""
-    return str(ROOT / "out" / "labs" / lab / hashlib.sha256((key_of(job) + checkpoint.code_hash()).encode()).hexdigest()[:12])
+    """Where a run that writes checkpoints does so: the same for the same job, code and configs, so that it goes on after an interruption."""
+    configs = "".join(file.read_text(encoding="utf-8") for file in sorted((ROOT / "config").glob("*.py")))
+    return str(ROOT / "out" / "labs" / lab / hashlib.sha256((key_of(job) + checkpoint.code_hash() + configs).encode()).hexdigest()[:12])
 
 
 # ---- from the cache, or run
@@ -122,19 +129,26 @@ def run(work, jobs, workers):
         print("one run at a time: processes need a lab that was started as a file (python -m labs.NAME)")
         workers = 1
     if workers > 1:
+        threads = os.environ.get("OMP_NUM_THREADS")
         os.environ["OMP_NUM_THREADS"] = "1"                              # of the processes to come: a thread each
-        pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), one_thread)
-        finished = (future.result() for future in as_completed([pool.submit(timed, key, work, job) for key, job in jobs.items()]))
+        pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), alone)
+        results = (future.result() for future in as_completed([pool.submit(timed_alone, key, work, job) for key, job in jobs.items()]))
     else:
-        finished = (timed(key, work, job) for key, job in jobs.items())
+        results = (timed(key, work, job) for key, job in jobs.items())
     try:
-        for n, (key, result, seconds) in enumerate(finished, 1):
+        for n, (key, result, seconds) in enumerate(results, 1):
             print(f"[{n}/{len(jobs)}] {' '.join(f'{name}={value}' for name, value in jobs[key].items())}: {seconds:.0f} s", flush=True)
             yield key, result, seconds
+    except BrokenProcessPool:
+        raise BadInput("the process of a run was killed (by you, or for want of memory: --workers=1); the same command goes on") from None
+    except BaseException:                                                # Ctrl-C among them
+        for process in multiprocessing.active_children():
+            process.terminate()                                          # train.py saves and ends
+        raise
     finally:
         if workers > 1:
             pool.shutdown(cancel_futures=True)
-            del os.environ["OMP_NUM_THREADS"]
+            os.environ.pop("OMP_NUM_THREADS") if threads is None else os.environ.update(OMP_NUM_THREADS=threads)
 
 
 def timed(key, work, job):
@@ -142,15 +156,23 @@ def timed(key, work, job):
     return key, work(**job), time.perf_counter() - began
 
 
-def one_thread():
+def timed_alone(key, work, job):
+    try:
+        return timed(key, work, job)
+    except KeyboardInterrupt:
+        os._exit(130)                                                    # its state is saved; this process takes no other run
+
+
+def alone():
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)                         # Ctrl-C is the lab's, which ends its processes
 
 
 # ---- what a result depends on
 
 def code_hash(work):
     """sha256 over the code that work's numbers come from: see the top of this file."""
-    seen, modules = {}, set(MATTERS)
+    seen, modules = {"torch": torch.__version__.partition("+")[0]}, set(MATTERS)
 
     def visit(thing):
         """A function or class of the lab, with what it names."""
@@ -202,16 +224,17 @@ def bare(tree):
 
 # ---- a run
 
-def prepare(**settings):
-    """Make the corpora of these settings (data, tokenizer) where they are not there yet, before runs side by side want them."""
-    config = train.TrainConfig(**{"data": "pytorch", "tokenizer": "bytes", **settings})
-    train.prepare_missing(config, tokenizers.load(config.tokenizer))
+def prepare(config, **knobs):
+    """Make the corpora of these knobs (data, tokenizer) where they are not there yet, before runs side by side want them."""
+    if not config.draw:
+        of = train.TrainConfig(**{"data": "pytorch", "tokenizer": "bytes", **knobs})
+        train.prepare_missing(of, tokenizers.load(of.tokenizer))
 
 
-def begin(config_file, **settings):
+def begin(config_file, **knobs):
     """(model, updates, validate) of `python train.py CONFIG_FILE --name=value ...` in memory alone: updates is train.py's loop, to
     be drained and looked into; validate() -> {"val_loss", "val_bpb"} once it is."""
-    config, shape, given = train.read_config([str(ROOT / config_file), "--quiet=True", *options(**settings)])
+    config, shape, given = train.read_config([str(ROOT / config_file), "--quiet=True", *options(**knobs)])
     tokenizer = tokenizers.load(config.tokenizer)
     if "vocab_size" not in given:
         shape = dataclasses.replace(shape, vocab_size=tokenizer.n_vocab)
@@ -221,30 +244,28 @@ def begin(config_file, **settings):
     return model, train.train(config, batches, train.language_loss, model), lambda: validate(model.eval())
 
 
-def finish(script, *words, **settings):
-    """Bring the run in settings' out_dir to its end by script (train.main, dpo.main): True, or False where the loss was no number.
+def finish(script, *words, out_dir, **knobs):
+    """Bring the run in out_dir to its end by script (train.main, dpo.main): True, or False where the loss was no number.
     What is there is not run again. raises KeyboardInterrupt: stopped by a signal, and saved, to go on the next time"""
-    def finished():
-        run = checkpoint.read_meta(checkpoint.resolve(folder))["run"] if checkpoint.checkpoints(folder) else {"step": 0, "max_steps": None}
-        return run["step"] == run["max_steps"]
+    def at_its_end():
+        return bool(checkpoint.checkpoints(out_dir)) and finished(out_dir, RunState(**checkpoint.read_meta(checkpoint.resolve(out_dir))["run"]))
 
-    folder = settings["out_dir"]
-    if finished():
+    if at_its_end():
         return True
     try:
-        script([*words, "--quiet=True", *options(**settings)])
+        script([*words, "--quiet=True", *options(out_dir=out_dir, **knobs)])
     except SystemExit as end:
         if end.code != 3:
             raise
         return False
-    if not finished():
+    if not at_its_end():
         raise KeyboardInterrupt
     return True
 
 
-def options(**settings):
+def options(**knobs):
     """["--name=value", ...]"""
-    return [f"--{name}={value}" for name, value in settings.items()]
+    return [f"--{name}={value}" for name, value in knobs.items()]
 
 
 def of_pattern(pattern):

@@ -93,7 +93,7 @@ def trunk_and_decays(width, ratios, seed, eval_tokens):
 
 def experiment(settings, config):
     """((points, held out, law, laws), stale): arrays (m, 3) of N, D in bytes, loss in nats a byte; what was fitted, and that resampled."""
-    runs.prepare()
+    runs.prepare(config)
     jobs = [dict(width=w, ratios=r, seed=settings.seed, eval_tokens=settings.eval_tokens)
             for w, r in [*((w, settings.ratios) for w in settings.widths), (settings.held_out_width, (settings.held_out_ratio,))]]
     results, stale = runs.collect("scaling_law", trunk_and_decays, jobs, config)

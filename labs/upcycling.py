@@ -2,15 +2,18 @@
 
 Question    A dense model is there, and more compute. Train it on, turn its feed-forwards into experts, or start experts from nothing?
 Claim       Upcycled experts compute what the dense model computed, at step 0. Trained on, they part ways, and the model passes the dense
-            one on the same tokens; starting from nothing, the same training gets less far. The balance loss keeps all experts at work.
+            one on the same tokens. The balance loss keeps all experts at work.
 Write down  before you run it: at first, will the experts be ahead of the dense model that goes on, level, or behind? Each token goes through
             two experts of eight: how much more does a token cost, and does that pay against a dense model that is given the same FLOPs?
+            And against experts that start from nothing, with the FLOPs of the dense model's training for themselves?
 Command     python -m labs.upcycling                --quick=True: seconds, to see that it works
 
-From a stable trunk of each seed, with new optimizers and the next data, WSD with the last fifth decaying: the dense model on as many tokens
-as the experts and on as many FLOPs (one run, and a decay that leaves it earlier), the upcycled model, and experts drawn at random.
+From a stable trunk of each seed, with new optimizers and the corpus in a new order, WSD with the last fifth decaying: the dense model on as
+many tokens as the experts and on as many FLOPs (one run, and a decay that leaves it earlier), and the upcycled model. Beside them experts
+drawn at random, on as many FLOPs as the trunk and the upcycled model together.
 """
 # %%
+import itertools
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,7 +77,8 @@ def family(seed, width, experts, trunk_steps, steps, eval_tokens):
                         keep_every=leave, **new)
             and runs.finish(train.main, branch_from=place["longer"] / f"step-{leave:08d}", out_dir=place["dense"], decay_steps=steps - leave)
             and runs.finish(train.main, "config/lab.py", init_from=place["start"], out_dir=place["experts"], max_steps=steps, **new)
-            and runs.finish(train.main, "config/lab.py", out_dir=place["scratch"], max_steps=steps, num_experts=experts, **new)):
+            and runs.finish(train.main, "config/lab.py", out_dir=place["scratch"], max_steps=steps + round(trunk_steps * flops[0] / flops[1]),
+                            num_experts=experts, **new)):
         return None
     lines = {name: metrics.read(place[name]) for name in ("trunk", *NAMES)}
     curves = {name: [[line["step"], line["val_loss"]] for line in held_out] for name, (_, held_out) in lines.items()}
@@ -89,7 +93,7 @@ def family(seed, width, experts, trunk_steps, steps, eval_tokens):
 
 def experiment(settings, config):
     """([result of each seed, None where one diverged], stale)"""
-    runs.prepare()
+    runs.prepare(config)
     return runs.collect("upcycling", family, [dict(seed=seed, width=settings.width, experts=settings.experts, trunk_steps=settings.trunk_steps,
                                                    steps=settings.steps, eval_tokens=settings.eval_tokens) for seed in settings.seeds], config)
 
@@ -130,16 +134,16 @@ def draw(results, settings, path, stale):
         ax.legend(fontsize=7)
     axes[0].set(title="loss over tokens", xlabel="million tokens, the trunk's included")
     axes[1].set(title="loss over FLOPs", xlabel="TFLOPs, the trunk's included")
-    ends = settings.steps * (np.arange(15) + 0.5) / 15
+    ends = {name: results[0]["curves"][name][-1][0] * (np.arange(15) + 0.5) / 15 for name in ("experts", "scratch")}
     load = np.array(results[0]["loads"]["experts"])[:, -1] * settings.experts            # (15, experts)
-    for style, line in zip(runs.STYLES, load.T):
-        axes[2].plot(ends, line, markersize=4, **style)
+    for style, line in zip(itertools.cycle(runs.STYLES), load.T):
+        axes[2].plot(ends["experts"], line, markersize=4, **style)
     axes[2].set(title="upcycled: load of the last layer's experts, seed 0", xlabel="updates", ylabel="share of its fair share")
     for style, name in zip(runs.STYLES, ("experts", "scratch")):
         smallest, largest = (settings.experts * pick(np.array([result["loads"][name] for result in results]), (2, 3)) for pick in (np.min, np.max))
         for line, label in ((smallest, f"{NAMES[name]}: smallest"), (largest, f"{NAMES[name]}: largest")):      # (seeds, 15)
-            axes[3].plot(ends, line.mean(0), label=label, markersize=4, **style, markerfacecolor="white" if line is smallest else style["color"])
-            axes[3].fill_between(ends, line.min(0), line.max(0), color=style["color"], alpha=0.15)
+            axes[3].plot(ends[name], line.mean(0), label=label, markersize=4, **style, markerfacecolor="white" if line is smallest else style["color"])
+            axes[3].fill_between(ends[name], line.min(0), line.max(0), color=style["color"], alpha=0.15)
     axes[3].set(title="smallest and largest load in all layers", xlabel="updates", ylabel="share of its fair share")
     axes[3].legend(fontsize=7)
     for ax in axes[2:]:
@@ -164,7 +168,7 @@ def checks(results, settings):
         Check("on the same tokens the experts end ahead of the dense model, at every seed", f"by {said('dense')}; "
               + (f"ahead from update {first} on" if first is not None else "behind at the end"), "-", bool(gain["dense"].min() > 0)),
         Check(f"and ahead of the dense model on as many FLOPs (x {cost:.2f} a token)", f"by {said('longer')}", "-", bool(gain["longer"].min() > 0)),
-        Check("experts from scratch get less far in the same training, at every seed", f"by {said('scratch')}", "-", bool(gain["scratch"].min() > 0)),
+        Check("experts from scratch get less far on the same FLOPs, the trunk's included, at every seed", f"by {said('scratch')}", "-", bool(gain["scratch"].min() > 0)),
         Check("no expert falls below a quarter of its fair share", f"{idle:.2f} in the last fifteenth", "-", bool(idle >= 0.25)),
     ]
 
@@ -173,8 +177,8 @@ def checks(results, settings):
 # experts overtake depends on how long the trunk was and how long they are given, so a short continuation says little about a long one.
 #
 # Exercises
-# 1. `max_steps=steps` of "scratch": give it the trunk's steps, too. Does the trunk still pay?
-# 2. upcycle.py draws the router with std 0.1. With 0, the same two experts win each tie: what does the load do?
+# 1. `--trunk_steps=4000`, a trunk that was trained for long: how many updates do the experts take now to pass the dense model?
+# 2. `std` of upcycle.py's router: make it 0. All experts are then as likely, and the same two win each tie: what does the load do?
 # 3. `**new`: add balance_coef=0. How many experts are still at work at the end, and what does it cost in loss?
 
 @exits_cleanly

@@ -131,7 +131,7 @@ def over_seeds(curves):
 def experiment(settings, config):
     """(found, stale); found holds losses over steps, {step: (seeds,)}: "trunk", "averaged" by horizon,
     "decays": {(horizon, share, form): losses}, "cosines": {(T, loop): losses}"""
-    runs.prepare()
+    runs.prepare(config)
     s, n = settings, len(settings.seeds)
     trunks, stale = runs.collect("wsd_vs_cosine", trunk_and_decays, [
         dict(common=s.common(seed), horizons=s.horizons, shares=s.shares, forms=s.forms, every=s.every) for seed in s.seeds], config)

@@ -93,7 +93,7 @@ def killed(monkeypatch, at, *args):
             if update.step == at:
                 raise KeyboardInterrupt
             yield update
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="130"):
         patch.setattr(train_module, "train", breaking)
         run(*args)
 

@@ -16,7 +16,7 @@ def test_the_quick_lab_runs_draws_and_then_reads_what_it_has(tmp_path, monkeypat
     results, said = (tmp_path / "upcycling.jsonl").read_text(), capsys.readouterr().out
     (line,) = metrics.lines_of(tmp_path / "upcycling.jsonl")
     steps = {name: [step for step, _ in curve] for name, curve in line["result"]["curves"].items()}
-    assert steps["dense"] == steps["experts"] == steps["scratch"] == list(range(2, 31, 2)) and steps["longer"][-1] > 30
+    assert steps["dense"] == steps["experts"] == list(range(2, 31, 2)) and steps["longer"][-1] > 30 and steps["scratch"][-1] > 30
     assert "holds    | upcycled experts compute what the dense model did" in said and (tmp_path / "upcycling.png").stat().st_size > 10_000
     assert not [path for path in tmp_path.iterdir() if path.is_dir() and path.name[0] != "."]   # checkpoints are gone
     upcycling.main(["--quick=True", "--workers=1"])                     # nothing is run again
