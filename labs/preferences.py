@@ -53,6 +53,9 @@ class Settings:
     sft_steps: int = 800
     width: int = 128
 
+    def problems(self):
+        return [f"--betas={self.betas}: two or more, to be compared"] if len(set(self.betas)) < 2 else []
+
 
 # %% The model to start from
 
@@ -210,12 +213,12 @@ def checks(results, settings):
               "-", least(accuracy) >= 0.8),
         Check("the model takes on the preference: its answers get shorter by a token or more", f"from {before['tokens']:.1f} to between "
               f"{least(tokens):.1f} and {most(tokens):.1f} tokens", "-", most(tokens) <= before["tokens"] - 1),
-        Check("with the SFT term the alignment tax is at most 3 points", f"{least(tax):+.1f} to {most(tax):+.1f} points of "
+        Check(f"with an SFT term (x {settings.sft_coefs[-1]:g}) the alignment tax is at most 3 points", f"{least(tax):+.1f} to {most(tax):+.1f} points of "
               f"{100 * before['exact']:.1f} %", f"{PAPER_TAX:+.1f} points of 52.3 %", most(tax) <= 3),
     ]
     for sft_coef in settings.sft_coefs:
         falling = [kl[sft_coef, beta] for beta in sorted(settings.betas)]
-        out.append(Check(f"the larger beta, the smaller the KL divergence{', with the SFT term' if sft_coef else ''}",
+        out.append(Check(f"the larger beta, the smaller the KL divergence{f', with the SFT term x {sft_coef:g}' if sft_coef else ', without SFT term'}",
                          ", ".join(f"{value:.2f}" for value in falling) + " nats an answer", "-",
                          all(later < earlier for earlier, later in zip(falling, falling[1:]))))
     return out
@@ -226,9 +229,10 @@ def checks(results, settings):
 # the other (last panel). At the paper's scale the same loss runs for one epoch at a learning rate of 1e-5.
 #
 # Exercises
-# 1. `beta=beta`: give 0.005. Is the model still near to where it began, and what do its answers look like (python -m sample)?
-# 2. `sft_coefs`: try 0.1 and 10. From which weight on is the chosen answer as likely as before?
-# 3. In data/instruct/prepare.py prefer the long answer. Which of the panels are mirrored, and which are not?
+# 1. `--betas=0.005,0.1,1`: is the model still near to where it began at 0.005? To talk to one like it, give that beta to the README's
+#    dpo.py and sample.py.
+# 2. `--sft_coefs=0.1,10`: from which weight on is the chosen answer as likely as before?
+# 3. `CHOSEN, REJECTED` in dpo.py: swap them, so that the long answer is preferred. Which of the panels are mirrored, and which are not?
 
 @exits_cleanly
 def main(argv):

@@ -137,7 +137,7 @@ def run(work, jobs, workers):
         results = (timed(key, work, job) for key, job in jobs.items())
     try:
         for n, (key, result, seconds) in enumerate(results, 1):
-            print(f"[{n}/{len(jobs)}] {' '.join(f'{name}={value}' for name, value in jobs[key].items())}: {seconds:.0f} s", flush=True)
+            print(f"[{n}/{len(jobs)}] {' '.join(f'{name}={value}' for name, value in jobs[key].items())[:160]}: {seconds:.0f} s", flush=True)
             yield key, result, seconds
     except BrokenProcessPool:
         raise BadInput("the process of a run was killed (by you, or for want of memory: --workers=1); the same command goes on") from None

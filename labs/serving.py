@@ -6,8 +6,9 @@ Claim       At batch 1 every weight is read once for a token and used for one mu
             values (without one every token before is computed again). A batch reads the weights once for all its sequences.
 Write down  before you run it: at 20 GB/s, how many tokens/s can a model of 500M float32 parameters write? Eight experts, two a token:
             nearer to the dense model of what it holds, or of what a token uses? At batch 16?
-Command     python -m labs.serving      about five minutes and 4 GB of memory, on an otherwise quiet machine: these are timings;
-            --quick=True: seconds, to see that it works
+Command     python -m labs.serving                      the committed timings, of one machine; --quick=True: seconds, to see that it works
+            python -m labs.serving --machine=mine       yours, kept under that name: some five minutes and 4 GB of memory, with nothing
+                                                        else running
 
 The wind tunnel's shapes with random weights, which cost what trained ones do (a random router, though, spreads tokens evenly), in float32,
 through MiniCPM.generate. In every round the bandwidth is measured too, by the same product of a row with a matrix far too large for the
@@ -15,8 +16,11 @@ processor's caches; numbers are medians over the rounds.
 """
 # %%
 import dataclasses
+import platform
+import re
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import median
 
 import numpy as np
@@ -47,6 +51,14 @@ class Settings:
     tokens: int = 16                        # timed after the prompt
     rounds: int = 5
     probe_mb: int = 512                     # matrix that the bandwidth is measured with
+    machine: str = "committed"              # a name: timings are of one machine, and kept apart from those of others
+
+    def problems(self):
+        needs = {"models": (len(self.models) > 1, "two models or more"), "contexts": (len(self.contexts) > 1, "two lengths or more"),
+                 "batches": (self.batches[0] == 1 and any(1 < batch <= 8 for batch in self.batches), "1 first, and one of 2 to 8"),
+                 "expert_batches": (1 in self.expert_batches, "1 among them"), "tokens": (self.tokens > 0, "1 or more"),
+                 "rounds": (self.rounds > 0, "1 or more"), "prompt": (self.prompt > 0, "1 or more"), "probe_mb": (self.probe_mb > 0, "1 or more")}
+        return [f"--{name}={getattr(self, name)}: needs {what}" for name, (there, what) in needs.items() if not there]
 
 
 # %% The experiment: four series, of each of which every point is measured in every round
@@ -58,16 +70,18 @@ def shape_of(model, kind):
     return dataclasses.replace(shape, n_ff=size * shape.n_ff, **KINDS[kind])
 
 
-def measure(points, tokens, rounds, probe_mb):
-    """points: dicts of model, kind, batch, context, use_cache -> {"bandwidth": [bytes/s of each round], "threads",
+def measure(machine, points, tokens, rounds, probe_mb):
+    """points: dicts of model, kind, shape, batch, context, use_cache -> {"processor", "threads", "bandwidth": [bytes/s of each round],
     "prefill" and "decode": [[seconds of each round] of each point]}; prefill: until the first token, decode: a further one of all rows"""
     models = {}
-    for name, kind in dict.fromkeys((point["model"], point["kind"]) for point in points):
-        model = models[name, kind] = MiniCPM(shape_of(name, kind)).eval()
-        init_weights(model, 0)
-        list(model.generate([[1]], 2))                                   # warms up
+    for point in points:
+        if (point["model"], point["kind"]) not in models:
+            model = models[point["model"], point["kind"]] = MiniCPM(MiniCPMConfig(**point["shape"])).eval()
+            init_weights(model, 0)
+            list(model.generate([[1]], 2))                               # warms up
     row, matrix = torch.ones(1, 4096), torch.ones(probe_mb * 2 ** 20 // (4 * 4096), 4096)
-    out = {"bandwidth": [], "threads": torch.get_num_threads(), "prefill": [[] for _ in points], "decode": [[] for _ in points]}
+    out = {"processor": processor(), "threads": torch.get_num_threads(), "bandwidth": [], "prefill": [[] for _ in points],
+           "decode": [[] for _ in points]}
     for _ in range(rounds):
         out["bandwidth"].append(bandwidth(row, matrix))
         for point, prefill, decode in zip(points, out["prefill"], out["decode"]):
@@ -75,6 +89,13 @@ def measure(points, tokens, rounds, probe_mb):
             prefill.append(first)
             decode.append(further)
     return out
+
+
+def processor():
+    """Its name."""
+    file = Path("/proc/cpuinfo")                                         # of Linux; the others tell by themselves
+    named = re.search(r"model name\s*: (.+)", file.read_text(encoding="utf-8")) if file.exists() else None
+    return named[1] if named else platform.processor() or platform.machine()
 
 
 @torch.inference_mode()
@@ -111,7 +132,7 @@ def bytes_read(shape, batch, context, tokens):
 def series(settings):
     """{name: points}"""
     point = lambda model, kind="dense", batch=1, context=settings.prompt, use_cache=True: dict(                    # noqa: E731
-        model=model, kind=kind, batch=batch, context=context, use_cache=use_cache)
+        model=model, kind=kind, shape=dataclasses.asdict(shape_of(model, kind)), batch=batch, context=context, use_cache=use_cache)
     return {"sizes": [point(model) for model in settings.models],
             "batches": [point(settings.batch_model, batch=batch) for batch in settings.batches],
             "contexts": [point(settings.context_model, context=context, use_cache=use_cache)
@@ -121,17 +142,17 @@ def series(settings):
 
 def experiment(settings, config):
     """({series: {"bandwidth": bytes/s, "points": [point with tokens/s of "prefill" and "decode", bytes read a step]}}, stale)"""
-    jobs = {name: dict(points=points, tokens=settings.tokens, rounds=settings.rounds, probe_mb=settings.probe_mb)
+    jobs = {name: dict(machine=settings.machine, points=points, tokens=settings.tokens, rounds=settings.rounds, probe_mb=settings.probe_mb)
             for name, points in series(settings).items()}
     alone = dataclasses.replace(config, workers=1)                       # side by side they would share the memory that they measure
     results, stale = runs.collect("serving", measure, list(jobs.values()), alone)
-    return {name: {"bandwidth": median(result["bandwidth"]), "spread": (min(result["bandwidth"]), max(result["bandwidth"])),
+    return {name: {"processor": f"{result['processor']}, {result['threads']} threads", "bandwidth": median(result["bandwidth"]), "spread": (min(result["bandwidth"]), max(result["bandwidth"])),
                    "points": [in_rates(point, prefill, decode, settings) for point, prefill, decode in
                               zip(jobs[name]["points"], result["prefill"], result["decode"])]} for name, result in zip(jobs, results)}, stale
 
 
 def in_rates(point, prefill, decode, settings):
-    weights, cache = bytes_read(shape_of(point["model"], point["kind"]), point["batch"], point["context"], settings.tokens)
+    weights, cache = bytes_read(MiniCPMConfig(**point["shape"]), point["batch"], point["context"], settings.tokens)
     return {**point, "weights": weights, "cache": cache, "prefill": point["batch"] * point["context"] / median(prefill),
             "decode": point["batch"] / median(decode), "slowest": point["batch"] / max(decode), "fastest": point["batch"] / min(decode)}
 
@@ -146,7 +167,7 @@ def curve(ax, xs, points, style, label):
 
 def draw(found, settings, path, stale):
     figure, ((sizes, batches), (contexts, experts)) = runs.figure(
-        2, 2, "Tokens/s of generating, random weights, float32; bars: slowest and fastest round of writing", stale, width=6, height=3.8)
+        2, 2, f"Tokens/s of generating, random weights, float32 ({found['sizes']['processor']}); bars: slowest and fastest round", stale, width=6, height=3.8)
     part = found["sizes"]
     moved = np.array([p["weights"] + p["cache"] for p in part["points"]])
     curve(sizes, moved / 1e6, part["points"], {**runs.STYLES[0], "linestyle": ""}, "writing, batch 1")
@@ -221,6 +242,7 @@ def checks(found, settings):
 # until arithmetic is the limit; a phone has one sequence, and only fewer bytes help it.
 #
 # Exercises
+# Give each a --machine of its own name, that of its change.
 # 1. `VOCAB` = 122753, that of the 2.4B: what of the 9M model's speed is left, and where do its bytes go?
 # 2. In `shape_of`: n_kv_head=1. At which context does one begin to see it in tunnel_9m?
 # 3. In `measure`: model.to(torch.bfloat16) and model.numerics.dtype = torch.bfloat16, and BYTES = 2. Which sizes gain, which lose?

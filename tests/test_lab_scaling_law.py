@@ -72,7 +72,7 @@ def test_checks_fail_where_the_claim_does():
 
 
 def test_a_decay_from_the_trunk_is_the_run_of_that_length_and_a_divergence_is_a_result(monkeypatch):
-    runs.prepare()
+    runs.prepare(runs.LabConfig())
     points = scaling_law.trunk_and_decays(16, (1.0, 2.0), 0, 4096)
     _, updates, validate = runs.begin("config/lab.py", n_embd=16, n_head=1, n_ff=40, seed=0, batch_size=8, eval_tokens=4096, max_steps=23,
                                       warmup_steps=12, decay_steps=2)
@@ -96,9 +96,9 @@ def test_the_lab_runs_quickly_and_keeps_its_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(scaling_law, "draw", lambda *_: None)
     scaling_law.main(["--quick=True", "--workers=1"])
     assert "width=" not in capsys.readouterr().out                       # all is in the cache
-    assert "--widths or --held_out_width: 20 is no multiple of 16" in error_of(scaling_law, ["--widths=16,20"], capsys)
-    assert "--ratios: 0.1 tokens a parameter are not two updates" in error_of(scaling_law, ["--quick=True", "--ratios=0.1", "--workers=1"], capsys)
-    assert "6 runs, too few for a fit" in error_of(scaling_law, ["--quick=True", "--widths=16,32", "--workers=1"], capsys)
+    assert "--widths or --held_out_width: 20 is no multiple of 16" in error_of(scaling_law, ["--widths=16,20,32"], capsys)
+    assert "--ratios: 0.1 tokens a parameter are not two updates" in error_of(scaling_law, ["--quick=True", "--ratios=0.1,0.2,0.3", "--workers=1"], capsys)
+    assert "--widths: a fit needs three of them or more" in error_of(scaling_law, ["--quick=True", "--widths=16,32", "--workers=1"], capsys)
 
 
 # ---- runs of one's own

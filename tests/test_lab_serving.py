@@ -3,6 +3,7 @@ import copy
 from dataclasses import replace
 
 import pytest
+from test_prepare import error_of
 
 from labs import runs, serving
 from model import KVCache, MiniCPM
@@ -17,6 +18,13 @@ def test_the_quick_run_measures_draws_checks_and_reads_its_results_again(tmp_pat
     monkeypatch.setattr(serving, "draw", lambda *a: None)
     serving.main(["--quick=True", "--draw=True"])
     assert [line for line in capsys.readouterr().out.splitlines() if " | " in line] == first
+
+
+@pytest.mark.parametrize("words, says", [
+    (["--batches=2,4"], "--batches=(2, 4): needs 1 first, and one of 2 to 8"), (["--expert_batches=4"], "--expert_batches=(4,): needs 1 among them"),
+    (["--rounds=0"], "--rounds=0: needs 1 or more")])
+def test_settings_that_leave_nothing_to_compare_are_refused(words, says, capsys):
+    assert says in error_of(serving, ["--quick=True", *words], capsys)
 
 
 def test_bytes_are_those_of_the_tensors_that_a_token_reads():
@@ -44,7 +52,7 @@ def ideal(settings, bandwidth=2e10, prefill=1e4):
             weights, cache = serving.bytes_read(serving.shape_of(p["model"], p["kind"]), p["batch"], p["context"], settings.tokens)
             rate = p["batch"] * bandwidth / (weights + cache) if p["use_cache"] else prefill / p["context"]
             rates.append({**p, "weights": weights, "cache": cache, "prefill": prefill, "decode": rate, "slowest": rate, "fastest": rate})
-        found[name] = {"bandwidth": bandwidth, "spread": (bandwidth, bandwidth), "points": rates}
+        found[name] = {"processor": "ideal", "bandwidth": bandwidth, "spread": (bandwidth, bandwidth), "points": rates}
     return found
 
 
