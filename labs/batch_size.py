@@ -43,6 +43,9 @@ class Settings:
     tokens: int = 96 * 8192                             # bytes of a run
     runs: str | None = None                             # fit these run folders (or their metrics.jsonl) instead of training
 
+    def problems(self):
+        return [f"--batches={self.batches}: three or more, above 0"] if len(set(self.batches)) < 3 or min(self.batches) < 1 else []
+
 
 # %% The experiment
 
@@ -168,9 +171,9 @@ def fit(points):
     groups = {}
     for point in points:
         groups.setdefault(point[:2], []).append(point)
-    if len(groups) < GROUPS:
+    if len(groups) < GROUPS or len({point[2] for point in points}) < 3:
         raise BadInput(f"too few points for a fit: {len(groups)} of {GROUPS} pairs of model size and seed have a level whose cheapest batch lies "
-                       "between two others; run longer, with more batch sizes, or more sizes or seeds")
+                       "between two others, at too few levels; run longer, with more batch sizes, or more sizes or seeds")
     a, b, r2 = power_law(points)
     rng, several = np.random.default_rng(0), list(groups.values())
     drawn = [[point for i in rng.integers(len(several), size=len(several)) for point in several[i]] for _ in range(RESAMPLES)]
@@ -241,16 +244,21 @@ def checks(results, settings):
     shared = [max(min(p[2] for p in own) for own in sizes.values()), min(max(p[2] for p in own) for own in sizes.values())] \
         if len(sizes) > 1 else [1, 0]
     middle = math.sqrt(shared[0] * shared[1])
-    there = {size: a / middle ** b for size, (a, b, _) in alone.items()} if shared[0] < shared[1] else {}
+    there = {}                                                           # {size: [best batch at that loss, of each seed]}
+    for size, own in sizes.items() if shared[0] < shared[1] else ():
+        for seed in {p[1] for p in own}:
+            a, b, _ = power_law([p for p in own if p[1] == seed])
+            there.setdefault(size, []).append(a / middle ** b)
     return [
         Check("the best batch grows as the loss falls: bs = a / L^b with b above 0",
               f"a {found['a']:.3g} ({found['a_interval'][0]:.2g} to {found['a_interval'][1]:.2g}), b {found['b']:.2f} ({low:.2f} to {high:.2f})",
               f"a {PAPER_A:.3g}, b {PAPER_B}", low > 0),
         Check("one power law describes it", f"R^2 {found['r2']:.2f} of {len(points)} points; each size alone: "
               + ", ".join(f"b {b:.2f} (R^2 {r2:.2f}) at {size:,}" for size, (_, b, r2) in alone.items()), "-", found["r2"] > 0.8),
-        Check("the size of the model matters only through the loss: at one loss all sizes have the same best batch, within a factor of 2",
-              (", ".join(f"{batch:,.0f} at {size:,}" for size, batch in there.items()) + f" (loss {middle:.2f})") if there
-              else "no loss at which several sizes have one", "-", bool(there) and max(there.values()) < 2 * min(there.values())),
+        Check("the size of the model matters only through the loss: at one loss all sizes have the same best batch, within the seeds' spread",
+              (", ".join(f"{np.mean(of):,.0f} ({min(of):,.0f} to {max(of):,.0f}) at {size:,}" for size, of in there.items())
+               + f" (loss {middle:.2f})") if there else "no loss at which several sizes have one", "-",
+              bool(there) and max(min(of) for of in there.values()) <= min(max(of) for of in there.values())),
     ]
 
 

@@ -35,7 +35,8 @@ python -m labs.mup_coordinates --quick=True    # seconds: whether it works here
 python -m labs.mup_coordinates --draw=True     # from the committed results, also where the code has changed since
 ```
 
-A file opens cell by cell in VS Code and Jupyter; [colab.ipynb](colab.ipynb) runs any of them on a free cloud machine. Results are kept by the settings
+A file opens cell by cell in VS Code (open the repository's folder) and, by jupytext, in Jupyter (`%cd ..` in a first cell);
+[colab.ipynb](colab.ipynb) runs any of them on a free cloud machine. Results are kept by the settings
 and the code that they come from: change either, and what it affects runs again. All numbers here are of two cores of one CPU at laptop scale: they show
 the sign and the shape of a claim, not its size at 2.4B. `python -m labs.course` writes this page from the results.
 """

@@ -44,8 +44,8 @@ class Settings:
 
     def problems(self):
         out = [f"--every={self.every}: must be at least 2, a measurement takes two updates"] if self.every < 2 else []
-        if not self.every * 4 <= self.decay_share * self.steps <= self.steps / 2:
-            out.append(f"--decay_share={self.decay_share}: of --steps={self.steps} the decay must be a half at most, and 4 x --every={self.every} "
+        if not self.every * 4 <= self.decay_share * self.steps < self.steps / 2:
+            out.append(f"--decay_share={self.decay_share}: of --steps={self.steps} the decay must be less than a half, and 4 x --every={self.every} "
                        f"updates at least: its last quarter is compared with as much before it")
         return out
 

@@ -3,7 +3,7 @@
 Question    A model that was trained on 256 tokens is given 1,024. What does RoPE as it is do there, what does a larger base (ABF) do, what
             does NTK-aware scaling do, and which of them needs training?
 Claim       The paper raises 4K to 128K in two steps, by a larger base and then by NTK-aware scaling, training on 44 % long and 56 % short
-            data; keys hidden in running text are found at every length and depth, and short texts are read no worse.
+            data; keys hidden in running text are found at almost every length and depth. (Scores within 4K fall, says the release.)
 Write down  before you run it: the share of keys found at 1,024 tokens by each of the three, without and with further training, and which
             of them goes on to 2,048.
 Command     python -m labs.long_context             about 25 minutes on two cores; --quick=True: seconds, to see that it works
@@ -49,6 +49,10 @@ class Settings:
     questions: int = 20         # for each length and depth
     windows: int = 64           # of 1,024 held-out tokens, for the loss by position
     data_dir: str = "data"      # where the corpora are; relative to the project
+
+    def problems(self):
+        return [f"--lengths={self.lengths}: {SHORT} and {LONG} among them, and a longer one last"] \
+            if not ({SHORT, LONG} < set(self.lengths) and self.lengths[-1] > LONG) else []
 
 
 # %% The experiment
@@ -156,22 +160,22 @@ def checks(results, settings):
         Check(f"the model finds keys at the {SHORT} tokens it was trained at", percent("no change", False, SHORT), "-",
               mean("no change", False, SHORT) >= 0.9),
         Check(f"unextended it finds none at {LONG}", percent("no change", False, LONG), "-", mean("no change", False, LONG) <= 0.05),
-        Check(f"base and training find them at {LONG}", percent("base", True, LONG), "all but everywhere, up to 128K", mean("base", True, LONG) >= 0.9),
+        Check(f"base and training find them at {LONG}", percent("base", True, LONG), "98 % at 128K (table 5)", mean("base", True, LONG) >= 0.9),
         Check(f"a larger base is better than none, after the same training, at {LONG}", f"{percent('base', True, LONG)} against "
               f"{percent('no change', True, LONG)}", "-", min(found(results["base", True], LONG)) > max(found(results["no change", True], LONG))),
         Check("without training NTK-aware scaling finds more than the base alone", f"{percent('base + NTK', False, LONG)} against "
               f"{percent('base', False, LONG)}", "-", mean("base + NTK", False, LONG) > mean("base", False, LONG)),
         Check(f"it alone goes on beyond what was trained, to {last}", f"{percent('base + NTK', True, last)} against {percent('base', True, last)}", "-",
               mean("base + NTK", True, last) > 0.25 > mean("base", True, last)),
-        Check("short positions are read no worse for it (nats, first 32 tokens)", f"{before:.3f} before, {end['base']:.3f} after", "-",
+        Check("short positions are read no worse for it (nats, first 32 tokens)", f"{before:.3f} before, {end['base']:.3f} after", "worse",
               end["base"] < before + 0.05),
     ]
 
 
 # %% What it means: the base says how long the slowest wave of RoPE is. Past the trained length its angles are new to the model, and attention
 # that never met them scatters. A larger base keeps more of the waves within what was seen, NTK-aware scaling does so as the text grows.
-# One check does not hold: the first positions of speeches are read a tenth of a nat worse after the longer rung. So they are in every variant
-# that was trained, whatever its RoPE: that rung's data hold 8 % of speeches where the one before had 28 %.
+# One check does not hold, here as in the release: the first positions of speeches are read a tenth of a nat worse after the longer rung. So
+# they are in every variant that was trained, whatever its RoPE: that rung's data hold 8 % of speeches where the one before had 28 %.
 # At 2.4B the paper does the same from 4K to 32K by the base and to 128K by NTK (config/minicpm_128k_32k.py, config/minicpm_128k.py).
 #
 # Exercises

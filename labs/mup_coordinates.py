@@ -36,6 +36,10 @@ class Settings:
     seeds: tuple[int, ...] = (0, 1, 2)
     steps: tuple[int, ...] = (0, 1, 3, 10)      # updates after which activations are measured
 
+    def problems(self):
+        out = [f"--{name}={getattr(self, name)}: a power needs two or more" for name in ("widths", "depths") if len(set(getattr(self, name))) < 2]
+        return out + ([] if 0 in self.steps and len(set(self.steps)) > 1 else [f"--steps={self.steps}: 0, the start, and later ones"])
+
 
 # %% The experiment: muP, the control with one init and one learning rate for all, and muP without one of its rules
 
@@ -120,7 +124,7 @@ def draw(by_rule, settings, path, stale):
             ax.plot(sizes, values.mean(0), label=probe, **style)
             ax.fill_between(sizes, values.min(0), values.max(0), color=style["color"], alpha=0.15)
         ylim, xlabel, title = ((0.2, 1500), "width", rule) if kind == "width" else ((0.5, 50), "layers", f"{rule}, over depth")
-        ax.set(xscale="log", yscale="log", ylim=ylim, xlabel=xlabel, title=title)
+        ax.set(xscale="log", yscale="log", ylim=ylim, xlabel=xlabel, title=title, ylabel="size over that of the smallest")
         ax.set_xticks(sizes, sizes)
         ax.minorticks_off()
         ax.axhline(1, color="0.5", linewidth=0.8)
@@ -160,11 +164,12 @@ def checks(by_rule, settings):
 # %% What it means: at 9 times the width (64 to the 2.4B's 2304 is 36 times), a power of 1 is a factor of 9. Nothing about the
 # learning rate can make up for that in one network, because the places grow with different powers. Over depth the paper's rule is half of
 # one: table 7 divides the branches by the root of the depth but not their learning rate, and the updates of all blocks push the residual stream
-# the same way, so that it still grows a little with depth once training has begun. The paper takes its rate over from 40 to 52 layers only.
+# the same way, so that it still grows a little with depth once training has begun. The paper searches for its constants on a model
+# of 8 layers and keeps them at 40 and 52.
 #
 # Exercises
 # 1. `std=matrix.std * math.sqrt(m)`: use m ** 0.25. Which probe tells first?
-# 2. `max(steps)`: go to 100 updates. Does the power of "mlp" stay within 0.25?
+# 2. `--steps=0,10,100`: does the power of "mlp" stay within 0.25?
 # 3. `learning_rate=... 0.01`: at 0.1, which probe leaves 0 first, and why is it not the embedding?
 
 @exits_cleanly

@@ -54,6 +54,9 @@ def settings(argv, Settings, quick, usage):
     (own, config), given = configure(argv, Settings, LabConfig, usage=usage)
     if config.quick:
         own = dataclasses.replace(Settings(**quick), **{name: given[name] for name in given if hasattr(own, name)})
+    empty = [name for name, value in vars(own).items() if value == ()]
+    if empty:
+        raise BadInput(*(f"--{name}: needs a value" for name in empty))
     return own, config
 
 

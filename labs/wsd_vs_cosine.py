@@ -270,7 +270,7 @@ def checks(found, settings):
 # here before you take it over.
 #
 # One check does not hold: at the first horizon cosines aimed at twice the length and more are ahead of the one that ends there. After 240
-# updates the model has hardly begun, and a rate that stays high is worth more than a fall; from the second on none is ahead by more than 0.006.
+# updates the model has hardly begun, and a rate that stays high is worth more than a fall; from the second on none is ahead by more than 0.007.
 #
 # Exercises
 # 1. `steps = sorted(...)` in trunk_and_decays: average the last two checkpoints only, or all from the first. When does a mean hurt?

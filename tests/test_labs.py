@@ -1,7 +1,11 @@
 """Labs: a run is made once, again when what it comes from changes, and not lost when a lab is interrupted."""
 import importlib
 import json
+import os
+import signal
+import subprocess
 import sys
+import time
 
 import pytest
 from test_prepare import error_of
@@ -97,6 +101,46 @@ def test_the_code_that_trains_counts_and_what_the_lab_imports(lab, tmp_path, mon
     (tmp_path / "config").mkdir()
     (tmp_path / "config" / "some.py").write_text("width = 1")
     assert runs.code_hash(named.work) != before
+
+
+def test_a_notebook_s_own_words_are_no_settings_of_a_lab(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["ipykernel_launcher.py", "-f", "kernel.json"])
+    with pytest.raises(BadInput, match="-f"):
+        runs.settings(sys.argv[1:], mup_coordinates.Settings, {}, "")
+    monkeypatch.setitem(sys.modules, "ipykernel", sys)
+    assert runs.settings(sys.argv[1:], mup_coordinates.Settings, {}, "") == (mup_coordinates.Settings(), runs.LabConfig())
+    assert runs.settings(["--seeds=4"], mup_coordinates.Settings, {}, "")[0].seeds == (4,)
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_the_runs_of_a_lab_in_one_line_and_keeps_what_is_done(tmp_path):
+    file = tmp_path / "results.jsonl"
+    (tmp_path / "a_lab.py").write_text(f"""import sys, time
+sys.path.insert(0, {str(ROOT)!r})
+from configurator import exits_cleanly
+from labs import runs
+
+def work(x):
+    time.sleep(x)
+    return x
+
+@exits_cleanly
+def main(argv):
+    from pathlib import Path
+    runs.path = lambda lab, kind, config: Path({str(file)!r})
+    runs.collect("lab", work, [dict(x=0.1), dict(x=600), dict(x=601), dict(x=602)], runs.LabConfig(workers=2))
+
+if __name__ == "__main__":
+    main()
+""")
+    lab = subprocess.Popen([sys.executable, str(tmp_path / "a_lab.py")], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                           start_new_session=True)
+    line = lab.stdout.readline()
+    assert "x=0.1: 0 s" in line, lab.stderr.read()
+    time.sleep(1)
+    os.killpg(lab.pid, signal.SIGINT)                                    # as a terminal does, to all of them
+    assert lab.communicate(timeout=30)[1] == "interrupted\n" and lab.returncode == 130
+    assert [line["result"] for line in metrics.lines_of(file)] == [0.1]
 
 
 def begin(config_file, **settings):
