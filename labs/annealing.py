@@ -173,10 +173,9 @@ def draw(results, settings, path, stale):
     for ax, corpus in ((new, "speeches"), (old, "pytorch")):
         for style, start in zip(runs.STYLES, ("trunk", "nothing")):
             steps = [n for s, n in places(settings) if s == start]
-            values = np.array([[result[corpus] for result in by_place[start, n]] for n in steps])
+            values = np.array([[result[corpus] for result in by_place[start, n]] for n in steps]).T      # (seeds, lengths)
             tokens = np.array(steps) * settings.batch_size * 256 / 1e6
-            ax.plot(tokens, values.mean(1), label=f"from the {start}" if start == "trunk" else "starting over", **style)
-            ax.fill_between(tokens, values.min(1), values.max(1), color=style["color"], alpha=0.15)
+            runs.curve(ax, tokens, values, style, label=f"from the {start}" if start == "trunk" else "starting over")
         ax.set(xlabel="tokens of speeches (millions)", ylabel="held-out bits per byte",
                title="the new domain (speeches)" if corpus == "speeches" else "what becomes of the old one (pytorch)")
         ax.legend(fontsize=7)

@@ -149,9 +149,7 @@ def draw(results, settings, path, stale):
     steps, begins = np.array(results[0]["steps"]), settings.steps - round(settings.decay_share * settings.steps)
 
     def series(ax, name, style, **more):
-        values = np.array([r[name] for r in results])
-        ax.plot(steps, values.mean(0), color=style["color"], linestyle=style["linestyle"], **more)
-        ax.fill_between(steps, values.min(0), values.max(0), color=style["color"], alpha=0.15)
+        runs.curve(ax, steps, np.array([r[name] for r in results]), {**style, "marker": ""}, **more)
     panels = (("largest update", f"largest change of a weight in\n{settings.every} updates (q, k, v, gate, up)"),
               ("gradient norm", "gradient norm (nats)"), ("cosine", "cosine of successive gradients"), ("D1", "D1 (nats per unit of weight)"),
               ("D2", "D2 (nats per unit squared)"),
@@ -179,9 +177,7 @@ def draw(results, settings, path, stale):
         if ax.get_legend_handles_labels()[0]:
             ax.legend(fontsize=7)
     for ax, name, style in zip(axes.flat[6:], results[0]["lines"], runs.STYLES):
-        values = np.array([r["lines"][name] for r in results])
-        ax.plot(LINE, values.mean(0), **style, markersize=4)
-        ax.fill_between(LINE, values.min(0), values.max(0), color=style["color"], alpha=0.15)
+        runs.curve(ax, LINE, np.array([r["lines"][name] for r in results]), style, markersize=4)
         for place in (0, 1):
             ax.axvline(place, color="0.6", linewidth=0.8)
         ax.set(xlabel=f"place on the line (0: {name.replace(' to ', ', 1: ')})", ylabel="held-out loss (nats a byte)",

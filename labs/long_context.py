@@ -118,7 +118,7 @@ def found(results, length):
 # %% The figure: heat maps above, loss by position below
 
 def draw(results, settings, path, stale):
-    figure, axes = runs.figure(3, len(VARIANTS), f"trained at {SHORT} tokens, read at more", stale, height=2.8)
+    figure, axes = runs.figure(3, len(VARIANTS), f"trained at {SHORT} tokens, read at more; maps: keys found (%)", stale, height=2.8)
     for column, variant in enumerate(VARIANTS):
         for row, is_trained in enumerate((False, True)):
             ax, cells = axes[row, column], results[variant, is_trained]
@@ -129,14 +129,12 @@ def draw(results, settings, path, stale):
             ax.set_xticks(range(len(settings.lengths)), settings.lengths)
             ax.set_yticks(range(len(settings.depths)), settings.depths)
             ax.grid(False)
-            ax.set(xlabel="tokens", ylabel="depth of the key",
-                   title=f"{variant}, {f'trained at {LONG}' if is_trained else 'not trained'}: keys found (%)")
+            ax.set(xlabel="tokens", ylabel="depth of the key", title=f"{variant}, {f'trained at {LONG}' if is_trained else 'not trained'}")
         ax = axes[2, column]
         for style, is_trained in zip(runs.STYLES, (False, True)):
             curves = np.array([[nats for _, _, nats in cell["positions"]] for cell in results[variant, is_trained]])
             ends = [last for _, last, _ in results[variant, is_trained][0]["positions"]]
-            ax.plot(ends, curves.mean(0), label=f"trained at {LONG}" if is_trained else "not trained", **style)
-            ax.fill_between(ends, curves.min(0), curves.max(0), color=style["color"], alpha=0.15)
+            runs.curve(ax, ends, curves, style, label=f"trained at {LONG}" if is_trained else "not trained")
         ax.set_xscale("log", base=2)
         ax.axvline(SHORT, color="0.5", linewidth=0.8)
         ax.set(xlabel="position (up to)", ylabel="nats per token", title="held-out speeches", ylim=(3.4, 5))

@@ -120,9 +120,7 @@ def draw(by_rule, settings, path, stale):
         sizes = settings.widths if kind == "width" else settings.depths
         for style, probe in zip(runs.STYLES, ("residual",) if kind == "depth" else (*HIDDEN, "logits")):
             values = np.array([[results[size, seed][str(step)][probe] for size in sizes] for seed in settings.seeds])
-            values = values / values[:, :1]
-            ax.plot(sizes, values.mean(0), label=probe, **style)
-            ax.fill_between(sizes, values.min(0), values.max(0), color=style["color"], alpha=0.15)
+            runs.curve(ax, sizes, values / values[:, :1], style, label=probe)
         ylim, xlabel, title = ((0.2, 1500), "width", rule) if kind == "width" else ((0.5, 50), "layers", f"{rule}, over depth")
         ax.set(xscale="log", yscale="log", ylim=ylim, xlabel=xlabel, title=title, ylabel="size over that of the smallest")
         ax.set_xticks(sizes, sizes)

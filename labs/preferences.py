@@ -170,16 +170,14 @@ def draw(before, after, settings, path, stale):
         curves = [result["curve"] for result in after[settings.sft_coefs[-1], beta] if result]
         if curves:
             margins = np.array([[0, *curve["margin"]] for curve in curves])
-            axes[0].plot([0, *curves[0]["step"]], margins.mean(0), label=f"beta {beta:g}", **style)
-            axes[0].fill_between([0, *curves[0]["step"]], margins.min(0), margins.max(0), color=style["color"], alpha=0.15)
+            runs.curve(axes[0], [0, *curves[0]["step"]], margins, style, label=f"beta {beta:g}")
     axes[0].set(xlabel="updates", ylabel="nats", title=f"margin of the pairs in training, SFT term x {settings.sft_coefs[-1]:g}")
     panels = [("accuracy", 100, "accuracy on held-out pairs (%)"), ("kl", 1, "KL(policy || reference), nats an answer"),
               ("tokens", 1, "tokens an answer"), ("exact", 100, "questions answered exactly (%)")]
     for ax, (name, scale, title) in zip(axes[1:], panels):
         for style, sft_coef in zip(runs.STYLES, settings.sft_coefs):
-            seeds = scale * np.array([values(after[sft_coef, beta], name) for beta in betas])            # (betas, seeds)
-            ax.plot(betas, seeds.mean(1), label=f"SFT term x {sft_coef:g}", **style)
-            ax.fill_between(betas, seeds.min(1), seeds.max(1), color=style["color"], alpha=0.15)
+            seeds = scale * np.array([values(after[sft_coef, beta], name) for beta in betas]).T          # (seeds, betas)
+            runs.curve(ax, betas, seeds, style, label=f"SFT term x {sft_coef:g}")
         if name in before:
             ax.axhline(scale * before[name], color="0.4", linestyle="-", linewidth=1, label="before")
         if name == "exact":

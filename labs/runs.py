@@ -318,6 +318,12 @@ def figure(rows, columns, title, stale, width=4.2, height=3.4):
     return made, axes
 
 
+def curve(ax, x, seeds, style, **more):
+    """Mean over seeds (seeds, points), and a band from the lowest to the highest."""
+    ax.plot(x, seeds.mean(0), **{**style, **more})
+    ax.fill_between(x, seeds.min(0), seeds.max(0), color=style["color"], alpha=0.15)
+
+
 STYLES = [{"color": color, "marker": marker, "linestyle": line} for color, marker, line in zip(
     ("black", "tab:red", "tab:blue", "tab:green", "tab:orange", "tab:purple", "tab:brown", "tab:gray"), "os^vDPX*",
     ("-", "--", "-.", ":", "-", "--", "-.", ":"))]                       # told apart without colour too

@@ -123,9 +123,7 @@ def draw(results, settings, path, stale):
         before = 0 if name == "scratch" else settings.trunk_steps
         cost = flops["dense" if name in ("dense", "longer") else "experts"]
         for ax, x in ((axes[0], (before + steps) * tokens / 1e6), (axes[1], (before * flops["dense"] + steps * cost) * tokens / 1e12)):
-            y = losses(results, name)
-            ax.plot(x, y.mean(0), label=NAMES[name], markersize=4, **style)
-            ax.fill_between(x, y.min(0), y.max(0), color=style["color"], alpha=0.15)
+            runs.curve(ax, x, losses(results, name), style, label=NAMES[name], markersize=4)
     steps = np.array([step for step, _ in results[0]["curves"]["trunk"]])
     for ax, x in ((axes[0], steps * tokens / 1e6), (axes[1], steps * tokens * flops["dense"] / 1e12)):
         ax.plot(x, losses(results, "trunk").mean(0), color="0.5", label="dense trunk")
@@ -142,8 +140,7 @@ def draw(results, settings, path, stale):
     for style, name in zip(runs.STYLES, ("experts", "scratch")):
         smallest, largest = (settings.experts * pick(np.array([result["loads"][name] for result in results]), (2, 3)) for pick in (np.min, np.max))
         for line, label in ((smallest, f"{NAMES[name]}: smallest"), (largest, f"{NAMES[name]}: largest")):      # (seeds, 15)
-            axes[3].plot(ends[name], line.mean(0), label=label, markersize=4, **style, markerfacecolor="white" if line is smallest else style["color"])
-            axes[3].fill_between(ends[name], line.min(0), line.max(0), color=style["color"], alpha=0.15)
+            runs.curve(axes[3], ends[name], line, style, label=label, markersize=4, markerfacecolor="white" if line is smallest else style["color"])
     axes[3].set(title="smallest and largest load in all layers", xlabel="updates", ylabel="share of its fair share")
     axes[3].legend(fontsize=7)
     for ax in axes[2:]:

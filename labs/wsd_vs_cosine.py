@@ -173,9 +173,7 @@ def draw(found, settings, path, stale):
 
     def line(ax, curve, label, style, **more):
         """Of {x: losses (seeds,)}, with their range."""
-        xs, ys = list(curve), np.array(list(curve.values()))
-        ax.plot(xs, ys.mean(1), label=label, **{**style, **more})
-        ax.fill_between(xs, ys.min(1), ys.max(1), color=style["color"], alpha=0.15)
+        runs.curve(ax, list(curve), np.array(list(curve.values())).T, style, label=label, **more)
     tokens = lambda curve: {step * million: losses for step, losses in curve.items()}                       # noqa: E731
 
     share = 0.1 if 0.1 in settings.shares else settings.shares[-1]
