@@ -43,7 +43,7 @@ class Settings:
     ratios: tuple[float, ...] = (10.0, 20.0, 30.0, 40.0, 50.0, 60.0)      # ends of decays, in tokens a parameter
     held_out_width: int = 128           # a larger model, predicted and then measured
     held_out_ratio: float = 10.0        # and its tokens a parameter
-    seed: int = 0
+    seeds: tuple[int, ...] = (0, 1, 2)  # a trunk of each size each
     eval_tokens: int = 262144           # held-out bytes behind each loss
     resamples: int = 200                # of the bootstrap
     budgets: tuple[float, ...] = (1e12, 1e13, 1e14)     # FLOPs for which the best model is told
@@ -98,17 +98,19 @@ def trunk_and_decays(width, ratios, seed, eval_tokens):
 def experiment(settings, config):
     """((points, held out, law, laws), stale): arrays (m, 3) of N, D in bytes, loss in nats a byte; what was fitted, and that resampled."""
     runs.prepare(config)
-    jobs = [dict(width=w, ratios=r, seed=settings.seed, eval_tokens=settings.eval_tokens)
-            for w, r in [*((w, settings.ratios) for w in settings.widths), (settings.held_out_width, (settings.held_out_ratio,))]]
+    jobs = [dict(width=width, ratios=ratios, seed=seed, eval_tokens=settings.eval_tokens)                # the longest first
+            for width, ratios in [(settings.held_out_width, (settings.held_out_ratio,)), *((w, settings.ratios) for w in settings.widths[::-1])]
+            for seed in settings.seeds]
     results, stale = runs.collect("scaling_law", trunk_and_decays, jobs, config)
     for point in itertools.chain(*results):
         if point["loss"] is None:
             print(f"N {point['n']:,}: diverged before {point['tokens']:,} tokens; left out")
-    arrays = [np.array([(p["n"], p["tokens"], p["loss"]) for p in result if p["loss"] is not None]).reshape(-1, 3) for result in results]
-    points = np.concatenate(arrays[:-1])
+    trunks = [np.array([(p["n"], p["tokens"], p["loss"]) for p in result if p["loss"] is not None]).reshape(-1, 3) for result in results]
+    held_out, trunks = np.concatenate(trunks[:len(settings.seeds)]), trunks[len(settings.seeds):]
+    points = np.concatenate(trunks)
     if not enough(points):
         raise BadInput(f"{len(points)} runs, too few for a fit: it needs more than {len(Law._fields)}, of at least 3 --widths and 3 --ratios")
-    return (points, arrays[-1], fit(points), bootstrap(points, settings.resamples)), stale
+    return (points, held_out, fit(points), bootstrap(trunks, settings.resamples)), stale
 
 
 # %% The fit. For given exponents the law is linear in its other three constants, and those of least squares are a formula. So only two
@@ -150,12 +152,12 @@ def r_squared(law, points):
     return 1 - ((loss_of(law, n, d) - loss) ** 2).sum() / ((loss - loss.mean()) ** 2).sum()
 
 
-def bootstrap(points, resamples):
-    """[Law, ...] of runs drawn again with replacement. Decays of one trunk share its luck, so intervals from it are on the narrow side."""
+def bootstrap(trunks, resamples):
+    """[Law, ...] of trunks [(m, 3), ...] drawn again with replacement: whole ones, since decays of one trunk share its luck."""
     draw_again = np.random.default_rng(0)
     laws = []
     while len(laws) < resamples:
-        drawn = points[draw_again.integers(0, len(points), len(points))]
+        drawn = np.concatenate([trunks[i] for i in draw_again.integers(0, len(trunks), len(trunks))])
         if enough(drawn):
             laws.append(fit(drawn))
     return laws
@@ -240,13 +242,14 @@ def draw(results, path, stale, unit):
         x = np.geomspace(d[own].min() / 1.2, d[own].max() * 1.2, 50)
         over_d.plot(d[own], loss[own], label=f"N = {size:,.0f}", **{**style, "linestyle": ""})
         over_d.plot(x, loss_of(law, size, x), color=style["color"], linestyle=style["linestyle"])
-        error.plot(d[own], 100 * (loss[own] / loss_of(law, size, d[own]) - 1), **style)
-    for size, tokens, measured in held_out:
-        span = [100 * (loss_of(each, size, tokens) / loss_of(law, size, tokens) - 1) for each in laws]
-        over_d.plot(tokens, measured, "k*", markersize=13, markerfacecolor="white", label=f"N = {size:,.0f}, held out")
-        over_d.plot(tokens, loss_of(law, size, tokens), "k_", markersize=16, label="predicted")
-        error.plot(tokens, 100 * (measured / loss_of(law, size, tokens) - 1), "k*", markersize=13, markerfacecolor="white")
-        error.vlines(tokens, *interval(span), color="black")
+        error.plot(d[own], 100 * (loss[own] / loss_of(law, size, d[own]) - 1), **{**style, "linestyle": ""})
+    if len(held_out):
+        size, tokens = held_out[0, :2]
+        predicted, of_seeds = loss_of(law, size, tokens), held_out[:, 2]
+        over_d.plot(tokens, of_seeds.mean(), "k*", markersize=13, markerfacecolor="white", label=f"N = {size:,.0f}, held out")
+        over_d.plot(tokens, predicted, "k_", markersize=16, label="predicted")
+        error.plot([tokens] * len(of_seeds), 100 * (of_seeds / predicted - 1), "k*", markersize=13, markerfacecolor="white", linestyle="")
+        error.vlines(tokens, *interval([100 * (loss_of(each, size, tokens) / predicted - 1) for each in laws]), color="black")
         high = max(high, tokens)
     over_d.set(xscale="log", xlabel="D (tokens)", ylabel="held-out loss (nats a token)", title="measured (marks) and law (lines)")
     over_d.legend(fontsize=7)
@@ -314,12 +317,12 @@ def checks(results, settings):
     r2, etas = r_squared(law, points), [(each.beta - each.alpha) / (each.beta + each.alpha) for each in laws]
     out = [paper_check(), Check("one law holds for all sizes and lengths: R^2 above 0.98", f"{r2:.4f}, {len(points)} runs", "-", r2 > 0.98)]
     if len(held_out):
-        n, d, measured = held_out[0]
-        predicted = loss_of(law, n, d)
+        (n, d), of_seeds = held_out[0, :2], held_out[:, 2]
+        predicted, measured = loss_of(law, n, d), of_seeds.mean()
         low, high = interval([loss_of(each, n, d) for each in laws])
         error = predicted / measured - 1
         out.append(Check(f"it tells the loss of a model {n / points[:, 0].max():.1f} times larger than any it was fitted to, within 2 %",
-                         f"predicted {predicted:.3f} [{low:.3f}, {high:.3f}], measured {measured:.3f}: {100 * error:+.1f} %", "-",
+                         f"predicted {predicted:.3f} [{low:.3f}, {high:.3f}], measured {measured:.3f} ({of_seeds.min():.3f} to {of_seeds.max():.3f}): {100 * error:+.1f} %", "-",
                          bool(abs(error) < 0.02)))
     else:
         out.append(Check("it tells the loss of a larger model within 2 %", "the larger model diverged", "-", False))
@@ -353,11 +356,11 @@ def checks(results, settings):
 @exits_cleanly
 def main(argv):
     quick = dict(widths=(16, 32, 48), ratios=(0.2, 0.3, 0.4), held_out_width=64, held_out_ratio=0.1, eval_tokens=4096, resamples=10,
-                 budgets=(1e10,))
+                 seeds=(0,), budgets=(1e10,))
     settings, config = runs.settings(argv, Settings, quick, __doc__)
     if settings.runs:
         points, stale = read_runs(settings.runs), False
-        results = points, np.empty((0, 3)), fit(points), bootstrap(points, settings.resamples)
+        results = points, np.empty((0, 3)), fit(points), bootstrap(points[:, None], settings.resamples)
         path = runs.path("scaling_law-runs", "figures", dataclasses.replace(config, quick=True))
     else:
         results, stale = experiment(settings, config)

@@ -26,7 +26,7 @@ def test_the_fit_finds_the_law_that_points_come_from():
     law = scaling_law.fit(points)
     assert law == pytest.approx(TRUE, rel=0.005) and scaling_law.r_squared(law, points) > 0.999999
     points, _ = made_up(noise=0.005)
-    law, laws = scaling_law.fit(points), scaling_law.bootstrap(points, 20)
+    law, laws = scaling_law.fit(points), scaling_law.bootstrap(points[:, None], 20)
     assert scaling_law.loss_of(law, *held_out[0, :2]) == pytest.approx(held_out[0, 2], rel=0.02)
     assert all(low < value < high and high - low < value for value, (low, high) in zip(law, map(scaling_law.interval, zip(*laws))))
 
@@ -58,7 +58,7 @@ def test_the_papers_constants_give_its_192_as_far_as_they_are_rounded(monkeypatc
 
 def test_checks_fail_where_the_claim_does():
     points, held_out = made_up(TRUE._replace(alpha=0.35, beta=0.25, c_d=12.0), noise=0.002)
-    law, laws = scaling_law.fit(points), scaling_law.bootstrap(points, 10)
+    law, laws = scaling_law.fit(points), scaling_law.bootstrap(points[:, None], 10)
     assert [check.holds for check in scaling_law.checks((points, held_out, law, laws), Settings())] == [True] * 5
     held_out[0, 2] *= 1.03
     assert [check.holds for check in scaling_law.checks((points, held_out, law, laws), Settings())] == [True, True, False, True, True]
