@@ -6,7 +6,7 @@ Claim       SFT data belongs in the decay already: the same SFT afterwards then 
             make up for having left it out (B-2 against B-3). A stable trunk serves continuous training and domain adaptation.
 Write down  before you run it: exact answers (%) of the three rows below, right after the decay and after SFT. And how many updates
             on speeches from nothing are worth the first 150 from a trunk that has read nothing but Python?
-Command     python -m labs.annealing        about 20 minutes on two cores; --quick=True: seconds, to see that it works
+Command     python -m labs.annealing        about 17 minutes on two cores; --quick=True: seconds, to see that it works
 
 Three trunks (seeds) of 1.3M parameters read Python source at a constant rate. From each: two decays, with and without instructions in
 their data, and SFT of either, which begins at the rate where the decay ended, as the paper's does (1e-3 to 1e-4). Then held-out questions
@@ -192,11 +192,11 @@ def checks(results, settings):
     cost = np.mean([result["bpb"] for result in by_decay[LABELLED]]) - np.mean([result["bpb"] for result in by_decay[PLAIN]])
     bpb = {place: [result["speeches"] for result in results] for place, results in by_place.items()}
     return [
-        Check("SFT data in the decay, then SFT (A-2), above SFT alone (A-1), in every seed",
+        Check("SFT data in the decay, then SFT (A-2), above SFT alone (A-1), from every trunk",
               f"{spread(labelled)} against {spread(plain)} % exact; the mixture costs {cost:+.3f} bits per byte of Python",
-              f"{mean['A-2']:.1f} against {mean['A-1']:.1f}", min(labelled) > max(plain)),
-        Check("twice the SFT (B-2) does not make up for it (B-3)", f"{spread(twice)} against {spread(labelled)} % exact",
-              f"{mean['B-2']:.1f} against {mean['B-3']:.1f}", min(labelled) > max(twice)),
+              f"{mean['A-2']:.1f} against {mean['A-1']:.1f}", all(a > b for a, b in zip(labelled, plain))),
+        Check("twice the SFT (B-2) does not make up for it (B-3), from any trunk", f"{spread(twice)} against {spread(labelled)} % exact",
+              f"{mean['B-2']:.1f} against {mean['B-3']:.1f}", all(a > b for a, b in zip(labelled, twice))),
         Check("going on from the trunk on a new domain is ahead of starting over at equal tokens of it",
               "; ".join(f"{n} updates: {spread(bpb['trunk', n], 3)} against {spread(bpb['nothing', n], 3)} bits per byte" for n in settings.domain),
               "-", all(max(bpb["trunk", n]) < min(bpb["nothing", n]) for n in settings.domain)),
@@ -208,12 +208,16 @@ def spread(values, digits=1):
 
 
 # %% What it means: the 2.4B's decay is 18,500 updates of 4M tokens, a fifteenth of all that it reads and twelve times its SFT; what is in the
-# data then, it learns while the rate falls. The comparison is fair in one way: B-2 sees more conversations than A-2 does in decay and SFT
-# together. It is not in another: our questions are of the kind that SFT trains on, the paper's benchmarks are not, so SFT alone gets further
-# here. And a trunk is kept: each new mixture or domain costs a decay, not a pre-training.
+# data then, it learns while the rate falls. Here too every trunk answers more after SFT when it met instructions in its decay, and for the
+# price of 0.03 bits per byte of what else the decay would have taught it. And a trunk is kept: each new mixture or domain costs a decay, not
+# a pre-training.
+#
+# One check does not hold: twice the SFT gets further than instructions in the decay. B-2 sees more conversations than A-2 does in decay and
+# SFT together, and our held-out questions are of the very kinds that SFT trains on, so that more of it is more of the right thing. The paper's
+# benchmarks are not of the kind of its SFT data: what is measured there is what a model knew before, and that is where a decay can add.
 #
 # Exercises
-# 1. `learning_rate=0.001, min_lr=0.0001` of the SFT: at 0.003, ten times where config/laptop.py's decay ends, what is left of the difference?
+# 1. `learning_rate=0.001, min_lr=0.0001` of the SFT: at 0.003, three times where the decay ended, what is left of the difference?
 # 2. `LABELLED`: instruct:0.1 and instruct:0.9. Where is the best mixture after the decay, where after SFT? What does Python pay?
 # 3. `data="speeches"` of the branch: mix in pytorch:0.2. How much of the old domain stays, and what does the new one pay?
 

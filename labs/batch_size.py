@@ -274,7 +274,8 @@ def checks(results, settings):
 # Exercises
 # 1. `learning_rate` is config/lab.py's in loss_curve: halve it. Do small batches gain or large ones, and what does that do to b?
 # 2. `schedule="constant"`: take "cosine". Which part of the curves do the levels come from now?
-# 3. `point[2] for point in points` in power_law: take point[4], the tokens to the level. Does one line describe all sizes better?
+# 3. `point[2] for point in points` in power_law: take point[4], the tokens to the level. Does one line describe all
+#    sizes better (R^2; the last panel still has the loss on its axis)?
 
 @exits_cleanly
 def main(argv):

@@ -64,7 +64,7 @@ def test_checks_hold_where_the_claims_do_and_fail_where_one_seed_contradicts(tmp
     assert [check.holds for check in annealing.checks((BY_DECAY, BY_PLACE), SETTINGS)] == [True, True, True]
     assert "+0.020 bits" in annealing.checks((BY_DECAY, BY_PLACE), SETTINGS)[0].ours and \
         annealing.checks((BY_DECAY, BY_PLACE), SETTINGS)[0].paper == "37.6 against 30.1"
-    for i, change in enumerate((lambda d, p: d[annealing.PLAIN][1].update({"1": answers(30)}),
+    for i, change in enumerate((lambda d, p: d[annealing.PLAIN][1].update({"1": answers(32)}),
                                 lambda d, p: d[annealing.PLAIN][0].update({"2": answers(31)}),
                                 lambda d, p: p["nothing", 10][0].update(speeches=1.65))):
         decay, place = copy.deepcopy((BY_DECAY, BY_PLACE))
