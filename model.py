@@ -13,6 +13,7 @@ D head_dim, F n_ff, E num_experts, k num_experts_per_tok, L n_layer, V vocab_siz
 """
 import functools
 import hashlib
+import itertools
 import math
 from dataclasses import dataclass
 from typing import Literal
@@ -389,11 +390,15 @@ class Numerics:
     flash: bool = True                  # fused attention kernels where they are the faster ones
 
 
+def by_onednn(x):
+    """Whether products with x are oneDNN's: in float32 on a CPU torch takes MKL's, half as fast on some, and on one core for a single row."""
+    return x.device.type == "cpu" and x.dtype == torch.float32 and not torch.is_grad_enabled()
+
+
 def project(x, weight):
     """x (..., C), weight (N, C) -> (..., N): the matrix in x's dtype."""
-    if x.device.type == "cpu" and x.dtype == torch.float32 and x.numel() == x.shape[-1] and not torch.is_grad_enabled():
-        # One float32 row on a CPU: F.linear takes MKL's product, which uses one core; oneDNN's uses all.
-        return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+    if by_onednn(x):
+        return torch.ops.mkldnn._linear_pointwise(x, weight.to(x.dtype), None, "none", [], "")
     return F.linear(x, weight.to(x.dtype))
 
 
@@ -514,6 +519,12 @@ untraced_grouped_mm = torch.compiler.disable(F.grouped_mm)
 
 def grouped_product(x, weight, ends):
     """x (M, C) sorted by expert, weight (E, N, C), ends (E,) int32: behind the last row of each expert -> (M, N) in x's dtype."""
+    if by_onednn(x) and not torch.compiler.is_compiling():
+        out = x.new_zeros(len(x), weight.shape[1])                         # an expert that no token chose is not read
+        for e, (start, end) in enumerate(itertools.pairwise([0, *ends.tolist()])):
+            if end > start:
+                out[start:end] = project(x[start:end], weight[e])
+        return out
     product = F.grouped_mm if x.dtype == torch.bfloat16 else untraced_grouped_mm
     return product(x, weight.to(x.dtype).transpose(1, 2), offs=ends)
 

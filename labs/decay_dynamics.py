@@ -8,7 +8,7 @@ Claim       They move a lot all the time, with the learning rate: the largest up
             the river, bouncing between the sides, where no loss shows how far it got; the decay lets it down to the water.
 Write down  before you run it: the loss on the straight line from the last stable weights to the decayed ones: does it fall all the way, is
             there a hill between them, and what comes beyond the decayed end? And between two stable checkpoints?
-Command     python -m labs.decay_dynamics           about five minutes on two cores; --quick=True: seconds, to see that it works
+Command     python -m labs.decay_dynamics           about three minutes on two cores; --quick=True: seconds, to see that it works
 
 At regular steps t, x_t being the weights and g_t the gradient there on one large fixed batch of held-out text (in float32):
     v = x_{t+1} - x_t       D1 = g_{t+1}.v / |v|       D2 = (g_{t+1} - g_t).v / |v|^2       curvature = |D2| / (1 + D1^2)^1.5

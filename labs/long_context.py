@@ -6,7 +6,7 @@ Claim       The paper raises 4K to 128K in two steps, by a larger base and then 
             data; keys hidden in running text are found at almost every length and depth. (Scores within 4K fall, says the release.)
 Write down  before you run it: the share of keys found at 1,024 tokens by each of the three, without and with further training, and which
             of them goes on to 2,048.
-Command     python -m labs.long_context             about 25 minutes on two cores; --quick=True: seconds, to see that it works
+Command     python -m labs.long_context             about 20 minutes on two cores; --quick=True: seconds, to see that it works
 
 The model learns to code for some minutes, then to find keys at 256 tokens (config/laptop_long_256.py). Its RoPE is changed in three ways,
 and each is measured as it is and after the training of config/laptop_long_1024.py: keys found by depth, and loss by position in held-out

@@ -5,7 +5,7 @@ Claim       Under muP the best rate is the same at every size: about 0.01 from 0
             (scale_emb, scale_depth, init_std), which the paper found once, on a model of 0.009B.
 Write down  before you run it: with one rate for all parameters (no muP), does the best one go up or down as the model gets wider? By
             labs/mup_coordinates.py an update by Adam moves the output of a matrix with the first power of the width: how far then?
-Command     python -m labs.lr_transfer          about 20 minutes on two cores; --quick=True: seconds, to see that it works
+Command     python -m labs.lr_transfer          about 16 minutes on two cores; --quick=True: seconds, to see that it works
 
 Loss over learning rate, in steps of a factor of 2, for four widths under muP, for the same widths without it, and for three depths. Where
 a curve is lowest and beside that the runs are repeated with other seeds. Then a random search at the smallest width, and a test of what it

@@ -5,7 +5,7 @@ Claim       Under the rules of table 7 every activation has the same size at eve
             lets a learning rate be found at a small width and used at a large one (labs/lr_transfer.py).
 Write down  before you run it: the entries of a matrix are drawn with one standard deviation at every width n. As which power of n does
             its output grow? An update by Adam changes every entry by about the learning rate: as which power does that grow?
-Command     python -m labs.mup_coordinates          about four minutes; --quick=True: seconds, to see that it works
+Command     python -m labs.mup_coordinates          about two minutes; --quick=True: seconds, to see that it works
 
 A coordinate check: models of several widths take a few updates; then the mean |activation| on one fixed text is measured at several
 places. In logarithms its slope over the width is the power that it grows with: 0 under muP.

@@ -7,7 +7,7 @@ Claim       The loss of a model of N parameters (without the embedding) after D 
             cost O(m) and not O(m^2). The paper finds 192 tokens a parameter the best use of 1e21 FLOPs; Hoffmann et al. (Chinchilla) said 20.
 Write down  before you run it: six runs of 10N, 20N, ... 60N tokens from scratch cost 210N. What do one trunk and six decays of a tenth cost?
             Which of the two terms is larger for the smallest model here, and which for the largest?
-Command     python -m labs.scaling_law          about 30 minutes on two cores; --quick=True: seconds, to see that it works
+Command     python -m labs.scaling_law          about 70 minutes on two cores; --quick=True: seconds, to see that it works
             python -m labs.scaling_law --runs='out/scale-*'     fits your own runs instead: folders of train.py, or their metrics.jsonl. A
             run counts with the loss at the end of its decay
 

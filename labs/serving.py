@@ -7,7 +7,7 @@ Claim       At batch 1 every weight is read once for a token and used for one mu
 Write down  before you run it: at 20 GB/s, how many tokens/s can a model of 500M float32 parameters write? Eight experts, two a token:
             nearer to the dense model of what it holds, or of what a token uses? At batch 16?
 Command     python -m labs.serving                      the committed timings, of one machine; --quick=True: seconds, to see that it works
-            python -m labs.serving --machine=mine       yours, kept under that name: some five minutes and 4 GB of memory, with nothing
+            python -m labs.serving --machine=mine       yours, kept under that name: some two minutes and 4 GB of memory, with nothing
                                                         else running
 
 The wind tunnel's shapes with random weights, which cost what trained ones do (a random router, though, spreads tokens evenly), in float32,

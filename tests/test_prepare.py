@@ -412,7 +412,7 @@ def test_a_unit_that_fails_costs_only_itself(units, tmp_path, monkeypatch, capsy
         yield next(whole(unit))
         raise KeyboardInterrupt
     monkeypatch.setattr(units, "documents", killed)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(SystemExit, match="130"):
         units.main([*arguments, "--overwrite=True", "--tokens=1000000"])
     assert json.loads((tmp_path / "data" / "units" / "bytes" / "meta.json").read_bytes()) == json.loads(expected["meta.json"])
     monkeypatch.setattr(units, "documents", whole)
@@ -427,7 +427,7 @@ def test_a_kill_while_it_is_put_in_place_loses_nothing(units, tmp_path, monkeypa
             raise KeyboardInterrupt
         with monkeypatch.context() as patch:
             patch.setattr(Path, stopped_at, stop)
-            with pytest.raises(KeyboardInterrupt):
+            with pytest.raises(SystemExit, match="130"):
                 units.main(arguments)
         monkeypatch.setattr(units, "documents", None)                    # nothing is read again
     units.main(arguments)
