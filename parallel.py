@@ -59,9 +59,16 @@ def join(config):
         store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0) if one_node else 0}", store)
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=store, rank=rank, world_size=size,
                                 timeout=datetime.timedelta(minutes=config.timeout))
-        atexit.register(dist.destroy_process_group)
+        atexit.register(leave)
     mesh = init_device_mesh(device.type, (replicate, shard), mesh_dim_names=("replicate", "shard"))
     return World(rank, size, device, mesh, from_rank_0(f"{os.getpid()}-{time.time_ns()}"))
+
+
+def leave():
+    """Leave the process group. gloo's threads hold the tensors of the last collective for a moment longer than it takes, and one that
+    lets go of them while the interpreter ends aborts the process: give them that moment."""
+    dist.destroy_process_group()
+    time.sleep(0.2)
 
 
 def mesh_shape(config, size):

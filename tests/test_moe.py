@@ -239,7 +239,7 @@ for name, value in aux.items():
     assert (mean / 2 - value).abs().max() < 1e-6, name
 for name, g in expected.items():
     assert (found[name] - g).abs().max() < (1e-6 if dtype == torch.float32 else 0.02 * g.abs().max()), name
-dist.destroy_process_group()
+parallel.leave()
 """
 
 
