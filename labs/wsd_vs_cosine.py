@@ -6,7 +6,7 @@ Claim       A cosine is best at its own end (T = S): shorter or longer ones are 
             enough, 2.5 % are not. The trunk goes on from where it was, so that m lengths cost about one run, not m.
 Write down  before you run it: of four lengths 1, 2, 3 and 4, what do the cosines cost together, and what a trunk with decays of 10 %? And
             if the weights of the trunk's last checkpoints were averaged instead of decayed, how much of the drop would be had for nothing?
-Command     python -m labs.wsd_vs_cosine            about 14 minutes on two cores; --quick=True: seconds, to see that it works
+Command     python -m labs.wsd_vs_cosine            about ten minutes on two cores; --quick=True: seconds, to see that it works
 
 The trunk is a run that train.py continues, each time with a larger --max_steps; where it stops, decays branch from it (--branch_from) with its
 weights, its optimizer and its place in the data. All runs of a seed start from the same weights and read the same text in the same order.
