@@ -29,6 +29,7 @@ from configurator import BadInput
 EXPLICIT_ATTENTION_UP_TO = 1024   # keys; on CPU a written-out softmax beats the fused kernel's slow backward up to about here
 ROUTER_STD = 0.1                   # paper section 7.3: a normal draw of variance 0.01
 LOGITS_AT_ONCE = 2 ** 25          # logits held at a time (128 MiB in float32): a larger vocabulary goes through in chunks
+ONEDNN = torch.backends.mkldnn.is_available()    # not every build of torch has it
 ROW_MULTIPLE = 32                  # rows of an expert on CPU, filled up: oneDNN builds a kernel for every count that it meets
 
 
@@ -392,7 +393,7 @@ class Numerics:
 
 def by_onednn(x):
     """Whether products with x are oneDNN's: in float32 on a CPU torch takes MKL's, half as fast on some, and on one core for a single row."""
-    return x.device.type == "cpu" and x.dtype == torch.float32 and not torch.is_grad_enabled()
+    return ONEDNN and x.device.type == "cpu" and x.dtype == torch.float32 and not torch.is_grad_enabled()
 
 
 def project(x, weight):

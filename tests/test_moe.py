@@ -62,7 +62,7 @@ def looped(moe, x):
 
 @pytest.mark.parametrize("dtype, within", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
 @pytest.mark.parametrize("E, k, shape", [(1, 1, (2, 3)), (2, 1, (1, 1)), (4, 2, (2, 9)), (8, 8, (1, 5)), (3, 2, (2, 60)), (64, 3, (2, 4))])
-def test_the_grouped_product_equals_a_loop(E, k, shape, dtype, within):
+def test_the_grouped_product_equals_a_loop(E, k, shape, dtype, within, monkeypatch):
     """One token, experts without tokens (64 of them for 24 choices), all experts, rows filled up (3 experts): values and gradients."""
     moe = MoE(dataclasses.replace(SMALL, num_experts=E, num_experts_per_tok=k))
     generator = torch.Generator().manual_seed(E)
@@ -77,6 +77,8 @@ def test_the_grouped_product_equals_a_loop(E, k, shape, dtype, within):
     for ours, reference in zip(*results):
         assert (ours - reference).float().abs().max() <= within * reference.float().abs().max().clamp(min=1e-3 if E == 1 else 0)
     with torch.no_grad():                                                  # in float32 one product for each expert that has rows
+        assert torch.allclose(moe(x)[0], results[1][0], atol=within, rtol=within)
+        monkeypatch.setattr("model.ONEDNN", False)                         # a torch without it
         assert torch.allclose(moe(x)[0], results[1][0], atol=within, rtol=within)
     used = set(moe(x)[1][1].unique().tolist())
     unused = [e for e in range(E) if e not in used]
