@@ -63,7 +63,7 @@ def started(start):
     """Run folder of the SFT run that all begin at: the reader's own {"weights": hash}, or one of so many steps, made where it is missing."""
     if "weights" in start:
         return runs.folder("preferences", start)                        # main put it there
-    folder = runs.folder("preferences", [runs.code_hash(started), start])
+    folder = runs.folder("preferences", start)
     if not (Path(folder) / "done").exists():
         width = start["width"]
         trunk = dict(out_dir=folder + "-trunk", minutes=None, max_steps=start["trunk_steps"], decay_share=0.4,
@@ -125,7 +125,7 @@ def tuned(start, questions):
 def aligned(start, beta, sft_coef, seed, pairs, val_pairs, batch_size, questions):
     """Of a run of DPO: its curve, what it measured on held-out pairs, and what its model answers."""
     job = dict(start=start, beta=beta, sft_coef=sft_coef, seed=seed, pairs=pairs, val_pairs=val_pairs, batch_size=batch_size)
-    folder, origin = runs.folder("preferences", [runs.code_hash(aligned), job]), started(start)
+    folder, origin = runs.folder("preferences", job), started(start)
     if not runs.finish(dpo.main, "config/laptop_dpo.py", init_from=origin, out_dir=folder, beta=beta, sft_coef=sft_coef, seed=seed,
                        max_pairs=pairs, val_pairs=val_pairs, batch_size=batch_size, log_interval=5, **LEAN):
         return None

@@ -1,13 +1,11 @@
 """What the labs share: a run is made once, and read from labs/results/NAME.jsonl from then on.
 
-A result is kept by the settings of its run and by a hash of the code that its numbers come from: MATTERS, and of the lab the function
-that makes the run with all that it calls and names, config files included, and torch, whose source is also a corpus. Comments, docstrings
-and the messages of errors do not count. A changed setting or changed code makes the runs that it affects again; an interrupted lab goes on
-with the run that it was in.
+A result is valid for its settings, the source of the lab's own experiment function, the version of torch, and the numerics of
+the project, which tests/golden.json records (code_key). Moving or rewording other code repeats no run; a changed number does.
+An interrupted lab continues with the run that it was in.
 """
 import ast
 import dataclasses
-import functools
 import glob
 import hashlib
 import inspect
@@ -16,8 +14,8 @@ import multiprocessing
 import os
 import signal
 import sys
+import textwrap
 import time
-import types
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -33,14 +31,13 @@ from configurator import ROOT, BadInput, configure
 from model import MiniCPM, init_weights, model_config
 from start import RunState, finished
 
-MATTERS = ("dataset", "model", "start", "tokenizer", "train", "wsd")     # modules that every run's numbers come from
-CARRIES = ("labs.runs", "metrics")                                       # and that only hand them on
-
 
 @dataclass
 class LabConfig:
     quick: bool = False         # True: seconds, to try the machinery; files go to out/labs, nothing that is committed changes
     draw: bool = False          # True: run nothing, draw what is there, that of earlier code marked as such
+    rekey: bool = False         # True: run nothing, take the recorded results as those of the present code. For a change of code
+                                # that leaves the numbers alone, after one run of the lab has shown that it does
     workers: int = 0            # runs at a time, a thread each; 0: one a core
 
     def problems(self):
@@ -52,6 +49,7 @@ def settings(argv, Settings, quick, usage):
     if "ipykernel" in sys.modules and argv == sys.argv[1:]:
         argv = []                                                        # in a notebook these are the kernel's own words
     (own, config), given = configure(argv, Settings, LabConfig, usage=usage)
+    config = dataclasses.replace(config, draw=config.draw or config.rekey)
     if config.quick:
         own = dataclasses.replace(Settings(**quick), **{name: given[name] for name in given if hasattr(own, name)})
     empty = [name for name, value in vars(own).items() if value == ()]
@@ -70,7 +68,7 @@ def path(lab, kind, config):
 def folder(lab, job):
     """Where a run that writes checkpoints does so: the same for the same job, code and configs, so that it goes on after an interruption."""
     configs = "".join(file.read_text(encoding="utf-8") for file in sorted((ROOT / "config").glob("*.py")))
-    return str(ROOT / "out" / "labs" / lab / hashlib.sha256((key_of(job) + checkpoint.code_hash() + configs).encode()).hexdigest()[:12])
+    return str(ROOT / "out" / "labs" / lab / hashlib.sha256((key_of(job) + numerics_digest() + configs).encode()).hexdigest()[:12])
 
 
 # ---- from the cache, or run
@@ -82,8 +80,10 @@ def collect(lab, work, jobs, config):
     jobs    dicts of keyword arguments, for JSON
     stale   whether one of the results is of earlier code; only with --draw=True
     """
-    file, code, known = path(lab, "results", config), code_hash(work), there(lab, work, config)
-    missing = lacking(lab, work, jobs, config)
+    file, code = path(lab, "results", config), code_key(work)
+    if config.rekey:
+        relabel(file, work, code)
+    known, missing = there(lab, work, config), lacking(lab, work, jobs, config)
     if config.draw and any(key not in known for key in missing):
         raise BadInput(f"{file}: lacks {sum(key not in known for key in missing)} of {len(jobs)} runs; without --draw=True the lab makes them")
     if not config.draw:
@@ -103,8 +103,14 @@ def collect(lab, work, jobs, config):
 
 def lacking(lab, work, jobs, config):
     """{key: job} of the jobs that the code as it is has not run."""
-    code, known = code_hash(work), there(lab, work, config)
+    code, known = code_key(work), there(lab, work, config)
     return {key: job for job in jobs if (key := key_of(job)) not in known or known[key]["code"] != code}
+
+
+def relabel(file, work, code):
+    """Write `code` into the recorded results of an experiment function."""
+    lines = [{**line, "code": code} if line["work"] == work.__name__ else line for line in metrics.lines_of(file)]
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
 
 
 def there(lab, work, config):
@@ -173,56 +179,18 @@ def alone():
 
 # ---- what a result depends on
 
-def code_hash(work):
-    """sha256 over the code that work's numbers come from: see the top of this file."""
-    seen, modules = {"torch": torch.__version__.partition("+")[0]}, set(MATTERS)
-
-    def visit(thing):
-        """A function or class of the lab, with what it names."""
-        if thing.__qualname__ in seen:
-            return
-        tree = ast.parse(inspect.getsource(thing))
-        seen[thing.__qualname__] = bare(tree)
-        for text in {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and str(node.value).endswith(".py")}:
-            config_file = ROOT / "config" / Path(text).name
-            if config_file.exists():
-                seen[config_file.name] = bare_file(config_file, config_file.stat().st_mtime_ns, config_file.stat().st_size)
-        if any(isinstance(node, ast.Attribute) and node.attr == begin.__name__ for node in ast.walk(tree)):
-            visit(begin)                                                 # the only function here that numbers come from
-        space = vars(sys.modules[thing.__module__])
-        for name in sorted({node.id for node in ast.walk(tree) if isinstance(node, ast.Name)} & space.keys()):
-            value = space[name]
-            if isinstance(value, types.ModuleType):
-                modules.add(value.__name__)
-            elif getattr(value, "__module__", None) != thing.__module__:
-                if inspect.isfunction(value) or inspect.isclass(value):
-                    modules.add(value.__module__)
-                elif not callable(value) and not isinstance(value, Path):         # a path is the machine's
-                    seen[name] = repr(value)
-            elif inspect.isfunction(value) or inspect.isclass(value):
-                visit(value)
-    visit(work)
-    for module in sorted(modules - {*CARRIES}):
-        file = ROOT / f"{module.replace('.', '/')}.py"
-        if file.exists():                                                # of the project
-            seen[module] = bare_file(file, file.stat().st_mtime_ns, file.stat().st_size)
-    return hashlib.sha256(json.dumps(seen, sort_keys=True).encode()).hexdigest()[:12]
+def code_key(work):
+    """Return a hash of what the results of an experiment function depend on besides its arguments: see the top of this file."""
+    tree = ast.parse(textwrap.dedent(inspect.getsource(work)))
+    if ast.get_docstring(tree.body[0]) is not None:
+        del tree.body[0].body[0]                                         # comments and line breaks do not count either
+    parts = [ast.unparse(tree), torch.__version__.partition("+")[0], numerics_digest()]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]
 
 
-@functools.lru_cache
-def bare_file(file, changed, size):
-    """bare() of a file as it is since `changed`."""
-    return bare(ast.parse(file.read_text(encoding="utf-8")))
-
-
-def bare(tree):
-    """Source without comments, docstrings and what leads up to an error."""
-    for node in ast.walk(tree):
-        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node, clean=False) is not None:
-            node.body[0].value = ast.Constant("")
-        elif isinstance(node, (ast.If, ast.ExceptHandler)) and isinstance(node.body[-1], ast.Raise):
-            node.body = [ast.Raise()]
-    return ast.unparse(tree)
+def numerics_digest():
+    """Return the sha256 of the golden numbers of every path that the labs use."""
+    return hashlib.sha256((ROOT / "tests" / "golden.json").read_bytes().replace(b"\r\n", b"\n")).hexdigest()
 
 
 # ---- a run

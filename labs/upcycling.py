@@ -60,7 +60,7 @@ def largest_difference(one, other):
 def family(seed, width, experts, trunk_steps, steps, eval_tokens):
     """One seed's trunk and what is made of it: evaluations, the experts' load, FLOPs a token; None where a run diverged."""
     job = dict(seed=seed, width=width, experts=experts, trunk_steps=trunk_steps, steps=steps, eval_tokens=eval_tokens)
-    folder = Path(runs.folder("upcycling", [runs.code_hash(family), job]))
+    folder = Path(runs.folder("upcycling", job))
     place = {name: folder / name for name in ("trunk", "start", *NAMES)}
     shape = dict(n_embd=width, n_head=width // 32, n_ff=width * 5 // 2)
     every = dict(eval_tokens=eval_tokens, eval_interval=steps // 15, log_interval=max(1, steps // 150))

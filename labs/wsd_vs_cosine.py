@@ -65,7 +65,7 @@ class Settings:
 
 def trunk_and_decays(common, horizons, shares, forms, every):
     """{"trunk": [[step, val_loss], ...], "decays": [{"horizon", "share", "form", "curve"}, ...], "averaged": [[horizon, val_loss], ...]}"""
-    folder = Path(runs.folder("wsd_vs_cosine", [common, horizons, shares, forms, every, runs.code_hash(trunk_and_decays)]))
+    folder = Path(runs.folder("wsd_vs_cosine", [common, horizons, shares, forms, every]))
     trunk, decays, averaged = folder / "trunk", [], []
     wanted = [(horizon, share, form) for horizon in horizons for form in (forms if horizon == horizons[-1] else forms[:1]) for share in shares]
     for stop in sorted({branch_point(horizon, share) for horizon, share, _ in wanted} | set(horizons)):

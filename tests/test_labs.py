@@ -13,7 +13,7 @@ from test_prepare import error_of
 import checkpoint
 import metrics
 from configurator import ROOT, BadInput
-from labs import course, lr_transfer, mup_coordinates, runs, scaling_law
+from labs import course, mup_coordinates, runs
 
 LAB = '''"""A lab."""
 import numpy as np
@@ -75,9 +75,9 @@ def test_a_run_is_made_once_and_a_new_setting_runs_alone(lab):
 
 
 @pytest.mark.parametrize("changes, runs_again", [
-    (("FACTOR = 3", "FACTOR = 4"), True), (("FACTOR * x", "FACTOR + x"), True), (("np.sqrt", "np.square"), True),
-    (("x < 0", "x < -1"), True), (("enough", "stop"), False), (("a comment", "another"), False), (('"""Doc."""', '"""Text."""'), False), (("return 1", "return 2"), False)])
-def test_changed_code_runs_again_what_comes_from_it_and_comments_do_not(lab, changes, runs_again):
+    (('"y": times(x)', '"y": 2 * times(x)'), True), (("x < 0", "x < -1"), True), (("np.sqrt", "np.square"), True),
+    (("FACTOR * x", "x * FACTOR"), False), (("note(x)\n", "note(x)       # why\n"), False), (("return 1", "return 2"), False)])
+def test_a_changed_experiment_runs_again_and_other_code_does_not(lab, changes, runs_again):
     runs.collect("lab", lab().work, [{"x": 4}], ONE)
     changed = lab(*changes)
     results, stale = runs.collect("lab", changed.work, [{"x": 4}], DRAW)
@@ -86,21 +86,17 @@ def test_changed_code_runs_again_what_comes_from_it_and_comments_do_not(lab, cha
     assert made_by(changed) == ([4] if runs_again else []) and not runs.collect("lab", changed.work, [{"x": 4}], DRAW)[1]
 
 
-def test_the_code_that_trains_counts_and_what_the_lab_imports(lab, tmp_path, monkeypatch):
-    module, importing = lab(), lab("import numpy as np", "import numpy as np\nimport passkey", "FACTOR * x", "FACTOR * x + 0 * len(passkey.NAMES)")
+def test_changed_golden_numbers_make_results_stale_until_they_are_rekeyed(lab, tmp_path, monkeypatch):
+    module, jobs = lab(), [{"x": 4}]
+    results = runs.collect("lab", module.work, jobs, ONE)[0]
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "tests" / "golden.json").write_text("{}")
     monkeypatch.setattr(runs, "ROOT", tmp_path)
-    for name in (*runs.MATTERS, "passkey"):
-        (tmp_path / f"{name}.py").write_text("RULE = 1\n")
-    before = [runs.code_hash(each.work) for each in (module, importing)]
-    (tmp_path / "passkey.py").write_text("RULE = 22\n")
-    assert [runs.code_hash(each.work) == was for each, was in zip((module, importing), before)] == [True, False]
-    (tmp_path / "wsd.py").write_text("RULE = 22\n")
-    assert runs.code_hash(module.work) != before[0]
-    named = lab("note(x)", "note(x), 'config/some.py'")
-    before = runs.code_hash(named.work)
-    (tmp_path / "config").mkdir()
-    (tmp_path / "config" / "some.py").write_text("width = 1")
-    assert runs.code_hash(named.work) != before
+    assert runs.collect("lab", module.work, jobs, DRAW) == (results, True)
+    assert runs.collect("lab", module.work, jobs, runs.LabConfig(draw=True, rekey=True)) == (results, False)
+    assert runs.collect("lab", module.work, jobs, DRAW) == (results, False) and made_by(module) == [4]
+    with pytest.raises(BadInput, match="lacks 1 of 1 runs"):
+        runs.collect("lab", module.work, [{"x": 5}], runs.LabConfig(draw=True, rekey=True))
 
 
 def test_a_notebook_s_own_words_are_no_settings_of_a_lab(monkeypatch):
@@ -141,23 +137,6 @@ if __name__ == "__main__":
     os.killpg(lab.pid, signal.SIGINT)                                    # as a terminal does, to all of them
     assert lab.communicate(timeout=30)[1] == "interrupted\n" and lab.returncode == 130
     assert [line["result"] for line in metrics.lines_of(file)] == [0.1]
-
-
-def begin(config_file, **settings):
-    """Another runs.begin."""
-
-
-def test_how_a_run_begins_counts(monkeypatch):
-    before = [runs.code_hash(work) for work in (lr_transfer.final_loss, scaling_law.trunk_and_decays)]
-    monkeypatch.setattr(runs, "begin", begin)
-    after = [runs.code_hash(work) for work in (lr_transfer.final_loss, scaling_law.trunk_and_decays)]
-    assert [now == was for now, was in zip(after, before)] == [False, True]    # the second begins on its own
-
-
-def test_the_place_of_a_clone_does_not_count(monkeypatch, tmp_path):
-    before = runs.code_hash(mup_coordinates.activations)
-    monkeypatch.setattr(mup_coordinates, "ROOT", tmp_path)
-    assert runs.code_hash(mup_coordinates.activations) == before
 
 
 def test_an_interrupted_lab_keeps_what_it_has_and_goes_on(lab, tmp_path):
