@@ -23,8 +23,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-import checkpoint
 from configurator import BadInput
+from engine import checkpoint
 
 EXPLICIT_ATTENTION_UP_TO = 1024   # keys; on CPU a written-out softmax beats the fused kernel's slow backward up to about here
 ROUTER_STD = 0.1                   # paper section 7.3: a normal draw of variance 0.01

@@ -12,10 +12,10 @@ from typing import Literal
 
 import torch
 
-import checkpoint
-import tokenizer as tokenizers
 from configurator import BadInput, configure, exits_cleanly
-from device import pick_device
+from data.tokenizer import chat_ids, load_for_model
+from engine import checkpoint
+from engine.device import pick_device
 from model import MiniCPM
 
 
@@ -96,7 +96,7 @@ def converse(model, tokenizer, config):
         if not said.strip():
             return
         messages.append({"role": "user", "content": said})
-        ids, _ = tokenizers.chat_ids(tokenizer, messages, generate=True)
+        ids, _ = chat_ids(tokenizer, messages, generate=True)
         answer = []
         for text in stream(model, tokenizer, ids, config, config.seed + len(messages)):
             print(text, end="", flush=True)
@@ -112,7 +112,7 @@ def main(argv):
         sys.stdout.reconfigure(encoding="utf-8", errors="replace")
     text = read_prompt(config)
     folder = checkpoint.resolve(config.ckpt)
-    tokenizer = tokenizers.of_model(folder, config.tokenizer, checkpoint.read_meta(folder)["model"]["vocab_size"])
+    tokenizer = load_for_model(folder, config.tokenizer, checkpoint.read_meta(folder)["model"]["vocab_size"])
     ids = [tokenizer.bos] + (tokenizer.encode(text) if text else [])
     model = MiniCPM.from_pretrained(folder, pick_device(config.device), None if config.dtype == "auto" else getattr(torch, config.dtype))
     if config.chat:

@@ -2,7 +2,7 @@
 
     python train.py                                        the laptop run: config/laptop.py
     python train.py config/NAME.py ... --key=value ...     later wins; --help lists every knob
-    torchrun --nproc_per_node=8 train.py config/NAME.py    one process a GPU, one model over all of them: parallel.py
+    torchrun --nproc_per_node=8 train.py config/NAME.py    one process a GPU, one model over all of them: distributed.py
 
 Repeating a command continues its run where it was. `train` is the one loop of the project: a generator that yields after
 every update, which main() merely drains.
@@ -27,20 +27,28 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 import torch
 from tqdm import tqdm
 
-import checkpoint
-import metrics
-import tokenizer as tokenizers
 from configurator import ROOT, BadInput, configure, exits_cleanly, print_differences
-from dataset import check_block_size, held_out_loss, make_batches, open_corpus, parse_mixture
-from device import keep_memory, peak_flops, pick_device, pick_dtype, settle_compile
-from memory import MICRO_TOKENS_CPU, check_memory, choose_micro_batch
+from data.dataset import check_block_size, held_out_loss, make_batches, open_corpus, parse_mixture
+from data.tokenizer import has_tokenizer, load_tokenizer
+from engine import checkpoint, metrics
+from engine.device import decide_compile, peak_flops, pick_device, pick_dtype, tune_malloc
+from engine.memory import MICRO_TOKENS_CPU, check_memory, choose_micro_batch
+from engine.run import (
+    NonFinite,
+    asked,
+    finished,
+    init_run_dir,
+    new_state,
+    non_finite_message,
+    resolve_start,
+    set_horizon_from_time,
+)
 from model import MiniCPM, MiniCPMConfig, init_weights, load_weights, optimizer_groups
-from start import NonFinite, asked, choose_start, finished, new_state, non_finite_message, settle_by_clock, write_down
 from wsd import lr_at
 
 UNDER_TORCHRUN = "LOCAL_RANK" in os.environ
 if UNDER_TORCHRUN:
-    import parallel
+    from engine import distributed
 
 OVERFLOWS_IN_A_ROW = 20                     # float16: the scaler skips single overflows; this many mean divergence
 
@@ -175,7 +183,7 @@ def train(config, batches, loss, model, state=None, optimizer_tensors=None, vali
     validate   validate(model) -> dict for metrics.jsonl, or None
     tokenizer  is saved in every checkpoint; None: no checkpoints and no files at all (labs)
     stop       asked after every update: True saves and ends the generator
-    world      parallel.World where several processes train one model (that parallel.distribute has spread); None: alone
+    world      parallel.World where several processes train one model (that distributed.distribute has spread); None: alone
     raises     NonFinite, BadInput, OSError
     """
     say = (lambda text: None) if config.quiet else tqdm.write             # above the progress bar
@@ -187,7 +195,7 @@ def train(config, batches, loss, model, state=None, optimizer_tensors=None, vali
     torch.use_deterministic_algorithms(deterministic)
     model.numerics.dtype, model.numerics.flash = dtype, config.flash
     if device.type == "cpu":
-        keep_memory()
+        tune_malloc()
     if world is None:
         model.to(device)
     model.train()
@@ -200,7 +208,7 @@ def train(config, batches, loss, model, state=None, optimizer_tensors=None, vali
         scaler.load_state_dict(state.scaler)
     state.micro = config.micro_batch_size or state.micro or \
         choose_micro_batch(model.config, config, batch_size_at(config, 0) // ranks, device, world)
-    settle_compile(config, state, device, say)
+    decide_compile(config, state, device, say)
     forward = torch.compile(model, dynamic=False) if state.compiled and world is None else model      # else its blocks are
     for group in optimizer.param_groups:
         say(f"{group['role']:>10}: {len(group['params']):4} tensors, {sum(p.numel() for p in group['params']):13,} parameters, "
@@ -267,9 +275,9 @@ def train(config, batches, loss, model, state=None, optimizer_tensors=None, vali
         while state.max_steps is None or state.step < state.max_steps:
             # A timed run settles its horizon when the stable share of the time is spent.
             if state.max_steps is None and steps_here > 1:
-                settle_by_clock(config, state, time.monotonic() - began, (time.monotonic() - steady_since) / (steps_here - 1))
+                set_horizon_from_time(config, state, time.monotonic() - began, (time.monotonic() - steady_since) / (steps_here - 1))
                 if world:
-                    state.max_steps, state.decay_steps = parallel.from_rank_0((state.max_steps, state.decay_steps))
+                    state.max_steps, state.decay_steps = distributed.broadcast_from_rank0((state.max_steps, state.decay_steps))
                 bar.total = state.max_steps
                 if state.step == state.max_steps:
                     break
@@ -293,7 +301,7 @@ def train(config, batches, loss, model, state=None, optimizer_tensors=None, vali
             count = batch_size_at(config, state.step)                    # of all ranks; each takes its run of samples
             batch, n = batches(state.plan, state.position + rank * (count // ranks), count // ranks)
             if world:
-                n, stops = parallel.total(n, stop())
+                n, stops = distributed.total(n, stop())
             parts = [{name: t[i:i + state.micro].to(device, non_blocking=True) for name, t in batch.items()}
                      for i in range(0, len(batch["idx"]), state.micro)]
             total, reported = torch.zeros((), device=device), {}
@@ -376,7 +384,7 @@ def write_checkpoint(config, out_dir, step, tensors, meta, tokenizer, world):
     """Take hold of what this rank has to write of a checkpoint; returns the function that writes it."""
     rank, ranks, places, attempt, writes = 0, 1, None, None, True
     if world:
-        placed = {part: {name: parallel.place(t) for name, t in named.items()} for part, named in tensors.items()}
+        placed = {part: {name: distributed.place(t) for name, t in named.items()} for part, named in tensors.items()}
         tensors = {part: {name: piece for name, (piece, _, _) in named.items()} for part, named in placed.items()}
         places = {part: {name: (offset, shape) for name, (_, offset, shape) in named.items()} for part, named in placed.items()}
         rank, ranks, attempt = world.mesh.get_local_rank("shard"), world.mesh.size(1), world.attempt
@@ -439,7 +447,7 @@ def restore_optimizer(optimizer, tensors, fused):
 def put(tensor, whole):
     """Copy into a tensor the whole, or of a tensor that is spread over ranks its piece."""
     if hasattr(tensor, "to_local"):
-        parallel.put(tensor, whole)
+        distributed.put(tensor, whole)
     else:
         tensor.copy_(whole)
 
@@ -494,9 +502,9 @@ def build_model(start, config, world=None):
         model = MiniCPM(start.model_config)
     device = world.device if world else torch.device("cpu")
     if world:
-        parallel.distribute(model, config, world.mesh, pick_dtype(config.dtype, device), start.state.compiled)
+        distributed.distribute(model, config, world.mesh, pick_dtype(config.dtype, device), start.state.compiled)
     elif config.recompute:
-        from parallel import recompute
+        from engine.distributed import recompute
         recompute(model, config.recompute)
     model.to_empty(device=device)
     if start.folder is None:
@@ -518,14 +526,14 @@ def untied(tensors):
             yield "lm_head.weight", tensor
 
 
-def fly(start, loss=language_loss, make_source=None, world=None):
+def run_training(start, loss=language_loss, make_source=None, world=None):
     """Drain the loop for a Start, with everything around it: the folder's lock, data, signals, curves, the last sample.
 
     make_source  (config, tokenizer) -> (batches, validate); None: language modelling on config.data
     world        parallel.World under torchrun. What is done to the run's folder, rank 0 does; what may fail, all do together
     """
     first = world is None or world.rank == 0
-    together = parallel.all_or_none if world else (lambda work: work())
+    together = distributed.on_all_ranks if world else (lambda work: work())
     config, state, out_dir = start.config, start.state, Path(start.config.out_dir)
     if not first:
         config = dataclasses.replace(config, quiet=True)
@@ -540,11 +548,11 @@ def fly(start, loss=language_loss, make_source=None, world=None):
         together(lambda: prepare_missing(config, tokenizer) if first else None)
         batches, validate = together(lambda: (make_source or open_data)(config, tokenizer))
         if world:
-            settle_compile(config, state, world.device, say)
+            decide_compile(config, state, world.device, say)
         model = together(lambda: build_model(start, config, world))
         optimizer_tensors = checkpoint.read_tensors(start.folder, "optimizer", (world.rank, world.size) if world else (0, 1)) \
             if start.kind in ("resume", "branch") else None
-        together(lambda: write_down(start, say) if first else None)
+        together(lambda: init_run_dir(start, say) if first else None)
         if together(lambda: finished(out_dir, state)):
             edited = checkpoint.read_meta(start.folder)["provenance"]["code"] != checkpoint.provenance()["code"]
             if first:
@@ -581,9 +589,9 @@ def fly(start, loss=language_loss, make_source=None, world=None):
 
 def open_tokenizer(start, config):
     """The run's tokenizer; BadInput where checkpoint, model or machine do not go with it or with each other."""
-    tokenizer = tokenizers.load(str(start.folder) if start.kind in ("resume", "branch") else config.tokenizer)
-    if start.kind == "init" and tokenizers.held_by(start.folder):
-        theirs = tokenizers.load(str(start.folder)).hash
+    tokenizer = load_tokenizer(str(start.folder) if start.kind in ("resume", "branch") else config.tokenizer)
+    if start.kind == "init" and has_tokenizer(start.folder):
+        theirs = load_tokenizer(str(start.folder)).hash
         if theirs != tokenizer.hash:
             raise BadInput(f"--tokenizer={config.tokenizer}: {start.folder} was trained with another tokenizer "
                            f"(hash {theirs[:12]}, here {tokenizer.hash[:12]})")
@@ -594,8 +602,8 @@ def open_tokenizer(start, config):
 
 def join_world(config, was_asked):
     """The World of a process that torchrun began; BadInput where the processes were not given the same."""
-    world = parallel.join(config)
-    parallel.check_same({**was_asked, "code": checkpoint.code_hash()}, "configuration")
+    world = distributed.join(config)
+    distributed.check_same({**was_asked, "code": checkpoint.code_hash()}, "configuration")
     sizes = {batch_size_at(config, int(part.split(":")[0])) for part in (config.batch_schedule or "0:").split(",")}
     uneven = [size for size in sizes if size % world.size]
     if uneven:
@@ -605,11 +613,11 @@ def join_world(config, was_asked):
     return world
 
 
-def launch(config, model, given, go=fly):
+def launch(config, model, given, go=run_training):
     """Decide what a command does and do it: go(start, world=world), in one process or in each of torchrun's."""
     world = join_world(config, asked(config, model)) if UNDER_TORCHRUN else None
     try:
-        start = parallel.all_or_none(lambda: choose_start(config, model, given)) if world else choose_start(config, model, given)
+        start = distributed.on_all_ranks(lambda: resolve_start(config, model, given)) if world else resolve_start(config, model, given)
         check_memory(start.model_config, world.device if world else pick_device(config.device), world.mesh.size(1) if world else 1)
         if not config.quiet and (world is None or world.rank == 0):
             print_differences(start.config, start.model_config)
@@ -623,7 +631,7 @@ def launch(config, model, given, go=fly):
             raise
         raise BadInput(*[f"rank {world.rank}: {line}" for line in error.args]) from None
     except RuntimeError as error:
-        if world is None or not parallel.lost_a_peer(error):
+        if world is None or not distributed.lost_a_peer(error):
             raise
         print(f"rank {world.rank}: lost contact with the other processes ({str(error).splitlines()[0]})", file=sys.stderr)
         os._exit(4)                                                      # no clean-up that would wait for them
@@ -633,7 +641,7 @@ def launch(config, model, given, go=fly):
 def main(argv):
     config, model, given = read_config(argv)
     if "vocab_size" not in given and not (config.init_from or config.branch_from):
-        model = dataclasses.replace(model, vocab_size=tokenizers.load(config.tokenizer).n_vocab)
+        model = dataclasses.replace(model, vocab_size=load_tokenizer(config.tokenizer).n_vocab)
     launch(config, model, given)
 
 

@@ -1,6 +1,6 @@
 """Experts from the laptop run (paper section 7.3): eight of them, two a token, trained on: some three minutes on two CPU cores.
 
-    python upcycle.py           writes out/laptop-moe-start from out/laptop's last checkpoint before the decay
+    python -m family.upcycle           writes out/laptop-moe-start from out/laptop's last checkpoint before the decay
 """
 init_from = "out/laptop-moe-start"
 out_dir = "out/laptop-moe"

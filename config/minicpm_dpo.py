@@ -1,6 +1,6 @@
 """DPO as in the paper (section 7.1): one epoch over UltraFeedback and pairs of one's own, learning rate 1e-5, cosine.
 
-    torchrun --nproc_per_node=8 dpo.py config/minicpm_dpo.py --init_from=MiniCPM-2B-sft-bf16 --pairs=pairs.jsonl
+    torchrun --nproc_per_node=8 -m family.dpo config/minicpm_dpo.py --init_from=MiniCPM-2B-sft-bf16 --pairs=pairs.jsonl
 """
 out_dir = "out/minicpm_dpo"
 epochs = 1

@@ -1,6 +1,6 @@
 """MiniCPM-MoE-8x2B (paper section 7.3): the 2.4B upcycled. 13,590,468,864 parameters without the embedding, 4,035,320,064 active.
 
-    python upcycle.py --ckpt=out/minicpm_2b --out=out/minicpm_moe_start
+    python -m family.upcycle --ckpt=out/minicpm_2b --out=out/minicpm_moe_start
 """
 init_from = "out/minicpm_moe_start"
 out_dir = "out/minicpm_moe"

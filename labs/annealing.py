@@ -19,14 +19,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-import evaluate
-import tokenizer as tokenizers
 import train
 from configurator import ROOT, BadInput, exits_cleanly
-from dataset import open_corpus
+from data.dataset import open_corpus
+from data.tokenizer import load_tokenizer
 from labs import runs
 from labs.runs import Check
 from model import MiniCPM
+from tools import evaluate
 
 PLAIN, LABELLED = "pytorch", "pytorch:0.7,instruct:0.3"      # data of the decay
 ROWS = {"A-1, B-1": (PLAIN, 1), "B-2": (PLAIN, 2), "A-2, B-3": (LABELLED, 1)}     # paper's rows: (decay, times the SFT)
@@ -106,14 +106,14 @@ def adaptation(seed, start, steps, trunk, eval_tokens, shape):
 
 
 def exact_answers(folder, questions, shape):
-    model, tokenizer = MiniCPM.from_pretrained(folder).eval(), tokenizers.load("bpe4096")
+    model, tokenizer = MiniCPM.from_pretrained(folder).eval(), load_tokenizer("bpe4096")
     found = evaluate.exact(model, tokenizer, evaluate.EvaluateConfig(questions=questions, batch_size=100),
                            ROOT / shape["data_dir"] / "instruct" / "test.jsonl")
     return {"exact": 100 * found["exact"], "families": {name: 100 * share for name, (share, _, _) in found["families"].items()}}
 
 
 def bits_per_byte(folder, corpus, eval_tokens, shape):
-    model, tokenizer = MiniCPM.from_pretrained(folder).eval(), tokenizers.load("bpe4096")
+    model, tokenizer = MiniCPM.from_pretrained(folder).eval(), load_tokenizer("bpe4096")
     config = evaluate.EvaluateConfig(eval_tokens=eval_tokens)
     return evaluate.bits_per_byte(model, open_corpus(shape["data_dir"], corpus, tokenizer, "val"), tokenizer, config, 256)["bpb"]
 

@@ -21,11 +21,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-import metrics
 from configurator import BadInput, exits_cleanly
+from engine import metrics
+from engine.run import NonFinite
 from labs import runs
 from labs.runs import Check
-from start import NonFinite
 
 PAPER_A, PAPER_B = 1.21e9, 6.24
 SPAN = 1.2                              # a curve's points are means over stretches of tokens that grow by this factor

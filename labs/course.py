@@ -5,8 +5,8 @@
 import ast
 import importlib
 
-import metrics
 from configurator import ROOT, BadInput, configure, exits_cleanly
+from engine import metrics
 from labs import runs
 
 # In this order; what to have done before.
@@ -55,7 +55,7 @@ def found(module):
         results, stale = module.experiment(settings, config)
     except BadInput:
         return None
-    lines = metrics.lines_of(runs.path(name, "results", config))
+    lines = metrics.read_jsonl(runs.path(name, "results", config))
     return module.checks(results, settings), stale, sum(line["seconds"] for line in lines) / 60, len(lines)
 
 

@@ -22,9 +22,9 @@ import torch
 from torch.nn.functional import cosine_similarity
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
-import tokenizer as tokenizers
 from configurator import exits_cleanly
-from dataset import held_out_windows, open_corpus
+from data.dataset import held_out_windows, open_corpus
+from data.tokenizer import load_tokenizer
 from labs import runs
 from labs.runs import Check
 
@@ -57,7 +57,7 @@ def dynamics(width, steps, decay_steps, every, probe_tokens, batch_size, seed):
     model, updates, validate = runs.begin(
         "config/lab.py", n_embd=width, n_head=width // 32, n_ff=width * 5 // 2, seed=seed, batch_size=batch_size, max_steps=steps,
         decay_steps=decay_steps, eval_tokens=4 * probe_tokens)
-    probe = list(held_out_windows(open_corpus("data", "pytorch", tokenizers.load("bytes"), "val"), 128, probe_tokens, 16))
+    probe = list(held_out_windows(open_corpus("data", "pytorch", load_tokenizer("bytes"), "val"), 128, probe_tokens, 16))
     params = list(model.parameters())
     watched = (model.blocks[len(model.blocks) // 2].attn.wqkv.weight, model.blocks[len(model.blocks) // 2].mlp.w_in.weight)   # of figure 7
     out, kept, last_batch, before, x_then, g_then = {name: [] for name in ("steps", *SERIES)}, {}, None, None, None, None

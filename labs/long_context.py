@@ -20,17 +20,16 @@ from dataclasses import dataclass
 
 import numpy as np
 
-import checkpoint
-import evaluate
-import metrics
-import passkey
-import tokenizer as tokenizers
 import train
 from configurator import ROOT, exits_cleanly
-from dataset import open_corpus
+from data.dataset import open_corpus
+from data.tokenizer import load_for_model
+from engine import checkpoint, metrics
+from family import passkey
 from labs import runs
 from labs.runs import Check
 from model import MiniCPM
+from tools import evaluate
 
 SHORT, LONG = 256, 1024                     # of config/laptop_long_256.py and _1024.py
 ABF = {"rope_theta": 100_000.0, "max_position": LONG}
@@ -89,7 +88,7 @@ def extend(variant, seed, code_steps, short_steps, long_steps, lengths, depths, 
         ckpt = trained("laptop_long_1024.py", long_steps, data_dir, init_from=ckpt, seed=seed, **rope)
     model = MiniCPM.from_pretrained(ckpt).eval()
     evaluate.change_rope(model, evaluate.EvaluateConfig(**rope))
-    tokenizer = tokenizers.of_model(checkpoint.resolve(ckpt), None, model.config.vocab_size)
+    tokenizer = load_for_model(checkpoint.resolve(ckpt), None, model.config.vocab_size)
     filler = passkey.open_filler(data_dir, "speeches", tokenizer, "val")
     return {"keys": passkey.retrieval(model, tokenizer, filler, lengths, depths, questions, 1337, 2 * LONG),
             "positions": passkey.loss_by_position(model, open_corpus(data_dir, "speeches", tokenizer, "val"), tokenizer, LONG, windows * LONG)}

@@ -18,9 +18,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from configurator import exits_cleanly
+from engine.run import NonFinite
 from labs import runs
 from labs.runs import Check
-from start import NonFinite
 
 PAPER = {"learning_rate": 0.01, "scale_emb": 12.0, "scale_depth": 1.4, "init_std": 0.1}          # config/lab.py's too
 DEPTH = 4                               # blocks, where the width is what changes

@@ -22,17 +22,16 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import chat
-import checkpoint
-import dpo
-import evaluate
-import metrics
-import tokenizer as tokenizers
 import train
 from configurator import BadInput, exits_cleanly
+from data import packing
+from data.tokenizer import chat_ids, load_tokenizer
+from engine import checkpoint, metrics
+from family import dpo
 from labs import runs
 from labs.runs import Check
 from model import MiniCPM
+from tools import evaluate
 
 QUESTIONS = "data/instruct/test.jsonl"
 LEAN = dict(compile=False, eval_interval=0, save_interval=0)    # of all runs here, which are short
@@ -93,7 +92,7 @@ def keep_copy(ckpt):
 
 def answers(folder, questions):
     """{"exact": share of right answers, "tokens": of an answer} to held-out questions."""
-    model, tokenizer = MiniCPM.from_pretrained(folder).eval(), tokenizers.load(str(checkpoint.resolve(folder)))
+    model, tokenizer = MiniCPM.from_pretrained(folder).eval(), load_tokenizer(str(checkpoint.resolve(folder)))
     found = evaluate.exact(model, tokenizer, evaluate.EvaluateConfig(questions=questions), dpo.find(QUESTIONS))
     return {"exact": found["exact"], "tokens": found["answer_tokens"]}
 
@@ -102,8 +101,8 @@ def answers(folder, questions):
 def divergence(folder, start, questions):
     """KL(policy || reference), nats an answer: over answers drawn from the policy, exact at each of their tokens."""
     policy, reference = MiniCPM.from_pretrained(folder).eval(), MiniCPM.from_pretrained(start).eval()
-    tokenizer, nats = tokenizers.load(str(checkpoint.resolve(folder))), []
-    prompts = [tokenizers.chat_ids(tokenizer, messages, generate=True)[0] for messages, _, _ in chat.read_questions(dpo.find(QUESTIONS))][:questions]
+    tokenizer, nats = load_tokenizer(str(checkpoint.resolve(folder))), []
+    prompts = [chat_ids(tokenizer, messages, generate=True)[0] for messages, _, _ in packing.read_questions(dpo.find(QUESTIONS))][:questions]
     for at in range(0, len(prompts), 16):
         group = prompts[at:at + 16]
         drawn = torch.stack(list(policy.generate(group, 32, seed=at, stop_ids=tokenizer.stop_ids)), dim=1).tolist()     # (questions, tokens)

@@ -23,13 +23,12 @@ from pathlib import Path
 
 import torch
 
-import checkpoint
-import metrics
-import tokenizer as tokenizers
 import train
 from configurator import ROOT, BadInput, configure
+from data.tokenizer import load_tokenizer
+from engine import checkpoint, metrics
+from engine.run import RunState, finished
 from model import MiniCPM, init_weights, model_config
-from start import RunState, finished
 
 
 @dataclass
@@ -109,13 +108,13 @@ def lacking(lab, work, jobs, config):
 
 def relabel(file, work, code):
     """Write `code` into the recorded results of an experiment function."""
-    lines = [{**line, "code": code} if line["work"] == work.__name__ else line for line in metrics.lines_of(file)]
+    lines = [{**line, "code": code} if line["work"] == work.__name__ else line for line in metrics.read_jsonl(file)]
     file.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
 
 
 def there(lab, work, config):
     """{key: line} of the results of a work."""
-    return {key_of(line["job"]): line for line in metrics.lines_of(path(lab, "results", config)) if line["work"] == work.__name__}
+    return {key_of(line["job"]): line for line in metrics.read_jsonl(path(lab, "results", config)) if line["work"] == work.__name__}
 
 
 def key_of(job):
@@ -124,7 +123,7 @@ def key_of(job):
 
 def tidy(file):
     """Leave the last line of each job, and no half one, which a new one would continue; returns the file."""
-    lines = {(line["work"], key_of(line["job"])): line for line in metrics.lines_of(file)}
+    lines = {(line["work"], key_of(line["job"])): line for line in metrics.read_jsonl(file)}
     temporary = file.with_suffix(f".{os.getpid()}.tmp")
     temporary.write_text("".join(json.dumps(line) + "\n" for line in lines.values()), encoding="utf-8")
     os.replace(temporary, file)
@@ -199,14 +198,14 @@ def prepare(config, **knobs):
     """Make the corpora of these knobs (data, tokenizer) where they are not there yet, before runs side by side want them."""
     if not config.draw:
         of = train.TrainConfig(**{"data": "pytorch", "tokenizer": "bytes", **knobs})
-        train.prepare_missing(of, tokenizers.load(of.tokenizer))
+        train.prepare_missing(of, load_tokenizer(of.tokenizer))
 
 
 def begin(config_file, **knobs):
     """(model, updates, validate) of `python train.py CONFIG_FILE --name=value ...` in memory alone: updates is train.py's loop, to
     be drained and looked into; validate() -> {"val_loss", "val_bpb"} once it is."""
     config, shape, given = train.read_config([str(ROOT / config_file), "--quiet=True", *options(**knobs)])
-    tokenizer = tokenizers.load(config.tokenizer)
+    tokenizer = load_tokenizer(config.tokenizer)
     if "vocab_size" not in given:
         shape = dataclasses.replace(shape, vocab_size=tokenizer.n_vocab)
     batches, validate = train.open_data(config, tokenizer)
@@ -251,7 +250,7 @@ def of_pattern(pattern):
         about = checkpoint.read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
         if not {"train", "model"} <= about.keys():
             raise BadInput(f"{folder}: metrics.jsonl without the config.json that train.py writes beside it, so without batch and model size")
-        found.append((folder, about["train"], model_config(about, folder), metrics.lines_of(folder / "metrics.jsonl")))
+        found.append((folder, about["train"], model_config(about, folder), metrics.read_jsonl(folder / "metrics.jsonl")))
     return found
 
 

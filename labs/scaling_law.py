@@ -22,13 +22,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-import tokenizer as tokenizers
 import train
 from configurator import BadInput, exits_cleanly
+from data.tokenizer import load_tokenizer
+from engine.run import NonFinite, RunState
 from labs import runs
 from labs.runs import Check
 from model import MiniCPM, init_weights
-from start import NonFinite, RunState
 
 HEAD = 16                               # size of a head, so widths are its multiples
 BATCH = 8                               # sequences an update, of config/lab.py's length
@@ -65,7 +65,7 @@ def trunk_and_decays(width, ratios, seed, eval_tokens):
     """[{"n", "tokens", "loss"}, ...], a point for each ratio (tokens a parameter); loss None where the run diverged before it."""
     config, shape, _ = train.read_config([str(runs.ROOT / "config" / "lab.py"), "--quiet=True", *runs.options(
         n_embd=width, n_head=width // HEAD, n_ff=width * 5 // 2, seed=seed, batch_size=BATCH, eval_tokens=eval_tokens)])
-    tokenizer = tokenizers.load(config.tokenizer)
+    tokenizer = load_tokenizer(config.tokenizer)
     batches, validate = train.open_data(config, tokenizer)
     model = MiniCPM(dataclasses.replace(shape, vocab_size=tokenizer.n_vocab))
     init_weights(model, seed)

@@ -21,11 +21,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import checkpoint
-import metrics
 import train
-import upcycle
 from configurator import exits_cleanly
+from engine import checkpoint, metrics
+from family import upcycle
 from labs import runs
 from labs.runs import Check
 from model import MiniCPM

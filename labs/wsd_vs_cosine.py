@@ -20,11 +20,10 @@ from unittest import mock
 import numpy as np
 import torch
 
-import checkpoint
-import metrics
 import train
 from configurator import ROOT, exits_cleanly
-from device import pick_dtype
+from engine import checkpoint, metrics
+from engine.device import pick_dtype
 from labs import runs
 from labs.runs import Check
 from wsd import DECAYS, lr_at

@@ -5,8 +5,8 @@ import subprocess
 import pytest
 import torch
 
-import bench
 from model import MiniCPM, MiniCPMConfig, init_weights
+from tools import bench
 from train import language_loss, train
 
 TINY = ["--n_layer=1", "--n_head=1", "--n_embd=16", "--n_ff=32", "--block_size=8", "--batch_size=4", "--vocab_size=64", "--updates=2",

@@ -10,14 +10,23 @@ import numpy as np
 import pytest
 import torch
 
-import evaluate
-import tokenizer as tokenizers
-from chat import read_conversations, read_pairs, read_questions, write_rows
 from configurator import ROOT, BadInput
-from dataset import ANSWER, PADDING, TEXT, Split, held_out_loss, make_batches, open_corpus, write_corpus
+from data.dataset import (
+    ANSWER,
+    PADDING,
+    TEXT,
+    Split,
+    held_out_loss,
+    make_batches,
+    open_corpus,
+    write_corpus,
+)
+from data.packing import read_conversations, read_pairs, read_questions, write_rows
+from data.tokenizer import chat_ids, load_tokenizer
 from model import MiniCPM, MiniCPMConfig, init_weights
+from tools import evaluate
 
-TOK = tokenizers.load("bytes")
+TOK = load_tokenizer("bytes")
 
 
 def script(name):
@@ -123,7 +132,7 @@ def test_every_conversation_is_packed_whole_and_masked(tmp_path):
         wanted = Counter()
         for s, messages in said:
             if s == name:
-                ids, answer = tokenizers.chat_ids(TOK, messages)
+                ids, answer = chat_ids(TOK, messages)
                 wanted[tuple(ids), (PADDING, *(ANSWER if learn else TEXT for learn in answer[1:]))] += 1
         entry = meta["splits"][name]
         assert found == wanted and (entry["documents"], entry["filled"], entry["tokens"]) == (len(wanted), filled, split.n_tokens)
@@ -138,12 +147,12 @@ def test_long_conversations_are_cut_at_a_turn_or_dropped(tmp_path):
         entry = write_rows(tmp_path / str(block_size), TOK, said, block_size)["splits"]["train"]
         assert (entry["documents"], entry["truncated"], entry["dropped"]) == counts
         found = [ids for ids, _ in conversations_in(Split(tmp_path / str(block_size), "train"))]
-        wanted = tokenizers.chat_ids(TOK, three[:2 * exchanges])[0]
+        wanted = chat_ids(TOK, three[:2 * exchanges])[0]
         assert wanted + [TOK.eos] * (block_size + 1 - len(wanted)) in found
     with pytest.raises(BadInput, match="no train documents of at most 11 tokens"):
         write_rows(tmp_path / "none", TOK, said, 10)
     assert not (tmp_path / "none").exists()
-    one_mark = tokenizers.load("bytes")
+    one_mark = load_tokenizer("bytes")
     one_mark.bos = one_mark.eos                                          # as some released tokenizers have it: doc_ids would be wrong
     with pytest.raises(BadInput, match="document 1: tokenizer 'bytes' uses its mark of a beginning inside"):
         write_rows(tmp_path / "none", one_mark, said, 69)
@@ -166,7 +175,7 @@ def test_a_packed_row_gives_every_conversation_what_it_gets_alone(tmp_path):
     alone, answers, size = [], 0, 0
     for s, messages in said:
         if s == "train":
-            ids, answer = tokenizers.chat_ids(TOK, messages)
+            ids, answer = chat_ids(TOK, messages)
             targets = torch.tensor([[i if learn else -100 for i, learn in zip(ids[1:], answer[1:])]])
             one, _ = model(torch.tensor([ids[:-1]]), targets)
             alone += one[targets >= 0].tolist()
@@ -301,7 +310,7 @@ class Parrot:
     """Answers from a book, by the prompt; afterwards it goes on talking, as rows do until all have stopped."""
 
     def __init__(self, book):
-        self.book = {tuple(tokenizers.chat_ids(TOK, talk(question), generate=True)[0]): TOK.encode(answer) for question, answer in book.items()}
+        self.book = {tuple(chat_ids(TOK, talk(question), generate=True)[0]): TOK.encode(answer) for question, answer in book.items()}
 
     def generate(self, prompts, max_new_tokens, temperature, stop_ids, never_ids):
         assert temperature == 0 and stop_ids == [TOK.eos] and never_ids == [TOK.bos]

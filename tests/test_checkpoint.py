@@ -7,10 +7,9 @@ import sys
 import pytest
 import torch
 
-import checkpoint
-import metrics
 import sample
 from configurator import ROOT, BadInput
+from engine import checkpoint, metrics
 
 TENSORS = {"model": {"a": torch.arange(600.).view(20, 30), "b": torch.ones(3, dtype=torch.bfloat16)}, "optimizer": {"a/step": torch.tensor(7.)}}
 
@@ -121,7 +120,7 @@ def test_prune_keeps_the_last_the_marked_and_every_nth(tmp_path):
 
 
 def test_a_run_folder_has_one_process_and_is_free_when_it_is_killed(tmp_path):
-    code = f"import checkpoint; held = checkpoint.lock({str(tmp_path)!r}); print('held', flush=True); input()"
+    code = f"from engine import checkpoint; held = checkpoint.lock({str(tmp_path)!r}); print('held', flush=True); input()"
     with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
         try:
             assert other.stdout.readline() == "held\n"

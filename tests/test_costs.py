@@ -7,13 +7,13 @@ import time
 import pytest
 import torch
 
-import checkpoint
-import convert
-import tokenizer as tokenizers
 from configurator import ROOT
-from dataset import make_batches, open_corpus, write_corpus
-from device import keep_memory
+from data.dataset import make_batches, open_corpus, write_corpus
+from data.tokenizer import load_tokenizer
+from engine import checkpoint
+from engine.device import tune_malloc
 from model import MiniCPM, MiniCPMConfig, init_weights, optimizer_groups
+from tools import convert
 from train import language_loss, read_config, train
 
 pytestmark = pytest.mark.slow
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.slow
 
 def test_the_loop_costs_under_three_percent_of_a_step(tmp_path):
     """Updates of train(), and bare ones (forward, backward, clipping, AdamW) of the same compiled model, in turn."""
-    tokenizer = tokenizers.load("bpe4096")
+    tokenizer = load_tokenizer("bpe4096")
     text = "".join(path.read_text(encoding="utf-8") for path in sorted(ROOT.glob("*.py")))
     write_corpus(tmp_path / "data" / "code" / tokenizer.name, tokenizer, [("train", text), ("val", text)])
     argv = ["config/laptop.py", "--data=code", f"--data_dir={tmp_path / 'data'}", f"--out_dir={tmp_path / 'run'}", "--minutes=5",
@@ -96,7 +96,7 @@ print((kib("VmHWM") - before) / 1024)
 @pytest.mark.parametrize("compiled", [False, True])
 def test_a_step_of_experts_costs_at_most_1_6_dense_ones_of_equal_active_size(compiled):
     """The laptop's model in bfloat16, rounds in turn: forward, backward, clipping and AdamW."""
-    keep_memory()
+    tune_malloc()
     shape = dict(vocab_size=4096, n_layer=4, n_head=2, n_embd=128, dim_model_base=64)
     tokens = torch.randint(0, 4096, (50, 8, 257), generator=torch.Generator().manual_seed(0))
 

@@ -10,8 +10,21 @@ import pytest
 import torch
 
 from configurator import BadInput
-from dataset import (HEADER, MAGIC, VERSION, Split, drawn, held_out_windows, locate, make_batches, open_corpus, parse_mixture, permute, write_corpus,
-                     write_shard)
+from data.dataset import (
+    HEADER,
+    MAGIC,
+    VERSION,
+    Split,
+    drawn,
+    held_out_windows,
+    locate,
+    make_batches,
+    open_corpus,
+    parse_mixture,
+    permute,
+    write_corpus,
+    write_shard,
+)
 
 
 class Numbers:

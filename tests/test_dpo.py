@@ -10,12 +10,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import checkpoint
-import dpo
-import metrics
-import tokenizer as tokenizers
 import train as train_module
-from configurator import ROOT, BadInput, build
+from configurator import BadInput, build
+from data.tokenizer import chat_ids, load_tokenizer
+from engine import checkpoint, metrics
+from family import dpo
 from model import MiniCPM, MiniCPMConfig, init_weights
 
 LN2 = math.log(2)
@@ -31,11 +30,11 @@ def write_pairs(path, n, seed):
 
 
 def write_model(folder, seed):
-    config = MiniCPMConfig(vocab_size=tokenizers.load("bytes").n_vocab, n_layer=2, n_head=2, n_kv_head=1, n_embd=32, n_ff=48,
+    config = MiniCPMConfig(vocab_size=load_tokenizer("bytes").n_vocab, n_layer=2, n_head=2, n_kv_head=1, n_embd=32, n_ff=48,
                            dim_model_base=16)
     model = MiniCPM(config)
     init_weights(model, seed)
-    checkpoint.save(folder, 0, {"model": model.state_dict()}, {"model": asdict(config)}, tokenizers.load("bytes").save)
+    checkpoint.save(folder, 0, {"model": model.state_dict()}, {"model": asdict(config)}, load_tokenizer("bytes").save)
     return folder
 
 
@@ -122,19 +121,19 @@ def test_the_sft_term_is_the_nll_of_a_token_of_the_chosen_answer():
     (config,) = build([dpo.DPOConfig], {"init_from": "x", "pairs": "x", "sft_coef": 0.5})
     targets = torch.tensor([[[-100, 7, 8], [-100, -100, 9]]])
     policy = torch.tensor([[-3.0, -4.0]])
-    losses, measures = dpo.judge(policy, policy, targets, config)
+    losses, measures = dpo.dpo_metrics(policy, policy, targets, config)
     assert losses.tolist() == [pytest.approx(LN2 + 0.5 * 1.5)] and measures["chosen_nll"].tolist() == [1.5]
     assert measures["accuracy"].tolist() == [0.5] and measures["kl"].tolist() == [0]
 
 
 def test_log_probabilities_are_of_the_last_answer_alone_and_know_nothing_of_padding(place):
-    tokenizer, model = tokenizers.load("bytes"), MiniCPM.from_pretrained(place / "sft")
+    tokenizer, model = load_tokenizer("bytes"), MiniCPM.from_pretrained(place / "sft")
     messages = [{"role": "user", "content": "ab"}, {"role": "assistant", "content": "c"}, {"role": "user", "content": "d"}]
     answers = ("efg", "h")
     batch = dpo.stack([dpo.encode(tokenizer, messages, answers, 64)] * 2, 64)
     found, _ = dpo.answer_logp(model, batch["idx"], batch["targets"])
     for side, answer in enumerate(answers):
-        prompt = tokenizers.chat_ids(tokenizer, messages, generate=True)[0]
+        prompt = chat_ids(tokenizer, messages, generate=True)[0]
         ids = [*prompt, *tokenizer.encode(answer), tokenizer.eos]
         logp = model(torch.tensor([ids])).log_softmax(-1)[0]
         wanted = sum(logp[at - 1, ids[at]].item() for at in range(len(prompt), len(ids)))
@@ -171,7 +170,7 @@ def test_the_reference_is_that_of_the_model_it_starts_from(place):
     model, tables = MiniCPM.from_pretrained(place / "sft"), load_file(place / "straight" / "reference.safetensors")
     for split, file in (("train", "train.jsonl"), ("val", "test.jsonl")):
         records = [json.loads(line) for line in (place / file).read_text().splitlines()]
-        pairs = [dpo.encode(tokenizers.load("bytes"), [{"role": "user", "content": r["prompt"]}], (r["chosen"], r["rejected"]), 16)
+        pairs = [dpo.encode(load_tokenizer("bytes"), [{"role": "user", "content": r["prompt"]}], (r["chosen"], r["rejected"]), 16)
                  for r in records]
         batch = dpo.stack(pairs, 16)
         with torch.no_grad():
@@ -219,16 +218,16 @@ def test_a_reference_of_other_pairs_or_another_model_is_refused(place, monkeypat
 def test_pairs_of_a_twentieth_of_the_prompts_are_held_out_and_long_ones_counted(place, capsys):
     (config,) = build([dpo.DPOConfig], {"init_from": "x", "pairs": str(place / "train.jsonl"), "block_size": 12})
     said = []
-    splits = dpo.read_pairs(config, tokenizers.load("bytes"), said.append)
+    splits = dpo.read_pairs(config, load_tokenizer("bytes"), said.append)
     records = [json.loads(line) for line in (place / "train.jsonl").read_text().splitlines()]
     longest = [3 + len(r["prompt"]) + max(len(r["chosen"]), len(r["rejected"])) for r in records]      # <s> <user> <AI>; eos is target only
     too_long = sum(n > 12 for n in longest)
     assert 0 < too_long < 250 and said == [f"{place / 'train.jsonl'}: {too_long} pairs left out, longer than --block_size=12 tokens"]
     assert len(splits["train"]) + len(splits["val"]) == 250 - too_long and 0 < len(splits["val"]) < 30
-    few = dpo.read_pairs(build([dpo.DPOConfig], asdict(config) | {"max_pairs": 100})[0], tokenizers.load("bytes"), said.append)
+    few = dpo.read_pairs(build([dpo.DPOConfig], asdict(config) | {"max_pairs": 100})[0], load_tokenizer("bytes"), said.append)
     assert len(few["train"]) == 100
     with pytest.raises(BadInput, match="no pair for training of at most --block_size=2"):
-        dpo.read_pairs(build([dpo.DPOConfig], asdict(config) | {"block_size": 2})[0], tokenizers.load("bytes"), said.append)
+        dpo.read_pairs(build([dpo.DPOConfig], asdict(config) | {"block_size": 2})[0], load_tokenizer("bytes"), said.append)
 
 
 def test_bad_input_is_one_line_each(place, capsys):
@@ -260,7 +259,7 @@ def test_two_processes_are_one(place):
     """Sharded, accumulated and recomputed, and resumed by one process that reads the reference of two."""
     for name, more in (("2-shard", ()), ("2-parts", ("--micro_batch_size=2", "--recompute=2")), ("2-copies", ("--replicate=2",))):
         command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master-port=0", "--rdzv-backend=c10d",
-                   "--rdzv-endpoint=localhost:0", str(ROOT / "dpo.py"), str(place / "tiny.py"), f"--out_dir={place / name}", *more]
+                   "--rdzv-endpoint=localhost:0", "-m", "family.dpo", str(place / "tiny.py"), f"--out_dir={place / name}", *more]
         result = subprocess.run(command, capture_output=True, text=True, timeout=240)
         assert result.returncode == 0, result.stdout + result.stderr
         (one, one_held_out), (two, two_held_out) = curve(place / "straight"), curve(place / name)

@@ -15,15 +15,15 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import chat
-import dpo
-import evaluate
-import metrics
-import tokenizer as tokenizers
 import train
 from configurator import ROOT
-from dataset import open_corpus, write_corpus
+from data import packing
+from data.dataset import open_corpus, write_corpus
+from data.tokenizer import load_tokenizer
+from engine import metrics
+from family import dpo
 from model import MiniCPM
+from tools import evaluate
 
 GOLDEN = ROOT / "tests" / "golden.json"
 TEXT = (ROOT / "LICENSE").read_text(encoding="utf-8")
@@ -56,10 +56,10 @@ def conversations(n):
 
 def prepare(folder):
     """Write two corpora of running text, one of packed conversations, preference pairs, and the config file."""
-    tokenizer = tokenizers.load("bytes")
+    tokenizer = load_tokenizer("bytes")
     for name, text in (("one", TEXT * 4), ("two", TEXT[::-1] * 4)):
         write_corpus(folder / name / "bytes", tokenizer, [("train", text), ("val", TEXT[:700])])
-    chat.write_rows(folder / "talks" / "bytes", tokenizer, conversations(60), 16)
+    packing.write_rows(folder / "talks" / "bytes", tokenizer, conversations(60), 16)
     pairs = [{"prompt": f"{i}?", "chosen": f"{i * 7}.", "rejected": f"{i * 3}"} for i in range(1, 40)]
     (folder / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     (folder / "tiny.py").write_text(TINY + f"data_dir = {str(folder)!r}\n", encoding="utf-8")
@@ -68,7 +68,7 @@ def prepare(folder):
 def measure(folder):
     """Run every path in a folder. Returns {path: {name: list of numbers, or a number}}."""
     prepare(folder)
-    tokenizer = tokenizers.load("bytes")
+    tokenizer = load_tokenizer("bytes")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)            # sums round alike on every machine, and tiny tensors gain nothing from more
 

@@ -3,10 +3,10 @@ import copy
 
 import pytest
 
-import checkpoint
-import tokenizer as tokenizers
-from chat import write_rows
-from dataset import write_corpus
+from data.dataset import write_corpus
+from data.packing import write_rows
+from data.tokenizer import load_tokenizer
+from engine import checkpoint
 from labs import annealing, runs
 
 TALKS = [("train" if i % 4 else "val", [{"role": "user", "content": f"Repeat: {i}"}, {"role": "assistant", "content": str(i)}]) for i in range(80)]
@@ -15,7 +15,7 @@ TALKS = [("train" if i % 4 else "val", [{"role": "user", "content": f"Repeat: {i
 @pytest.fixture
 def data_dir(tmp_path):
     """The three corpora of the lab, small."""
-    tokenizer, folder = tokenizers.load("bpe4096"), tmp_path / "data"
+    tokenizer, folder = load_tokenizer("bpe4096"), tmp_path / "data"
     for name, text in (("pytorch", "def f(x):\n    return x + {}\n"), ("speeches", "My fellow citizens, in the year {} ")):
         write_corpus(folder / name / "bpe4096", tokenizer, [(split, "".join(text.format(i) for i in range(300))) for split in ("train", "val")])
     write_rows(folder / "instruct" / "bpe4096", tokenizer, iter(TALKS), 256)

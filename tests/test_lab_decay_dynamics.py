@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-import metrics
+from engine import metrics
 from labs import decay_dynamics as lab
 from labs import runs
 
@@ -18,7 +18,7 @@ def test_the_quick_run(tmp_path, monkeypatch, capsys):
     out = capsys.readouterr().out
     assert (tmp_path / "decay_dynamics.figures.png").stat().st_size > 10_000
     assert all(name in out for name in NAMES) and "nan" not in out
-    (line,) = metrics.lines_of(tmp_path / "decay_dynamics.results.png")
+    (line,) = metrics.read_jsonl(tmp_path / "decay_dynamics.results.png")
     result = line["result"]
     assert result["steps"][-1] == 39 and {len(result[name]) for name in lab.SERIES} == {len(result["steps"])}
     assert result["lr"][0] == 0.01 and 0.001 < result["lr"][-1] < 0.002

@@ -4,8 +4,8 @@ import copy
 import pytest
 from test_prepare import script
 
-import tokenizer as tokenizers
-from dataset import write_corpus
+from data.dataset import write_corpus
+from data.tokenizer import load_tokenizer
 from labs import long_context, runs
 from labs.long_context import LONG, SHORT, VARIANTS
 
@@ -13,7 +13,7 @@ from labs.long_context import LONG, SHORT, VARIANTS
 @pytest.fixture
 def data_dir(tmp_path):
     """The corpora of the lab, small."""
-    tokenizer, folder = tokenizers.load("bpe4096"), tmp_path / "data"
+    tokenizer, folder = load_tokenizer("bpe4096"), tmp_path / "data"
     for name in ("pytorch", "speeches", "speeches_long"):
         write_corpus(folder / name / "bpe4096", tokenizer, [(split, "My fellow citizens, this is a long speech. " * 400) for split in ("train", "val")])
     for size in (SHORT, LONG):

@@ -4,9 +4,9 @@ import json
 
 import pytest
 
+from engine.run import NonFinite
 from labs import lr_transfer as lab
 from labs import runs
-from start import NonFinite
 
 SETTINGS = dataclasses.replace(lab.Settings(), seeds=(0, 1, 2))
 

@@ -5,9 +5,8 @@ from pathlib import Path
 
 import pytest
 
-import checkpoint
-import metrics
-import tokenizer as tokenizers
+from data.tokenizer import load_tokenizer
+from engine import checkpoint, metrics
 from labs import preferences, runs
 from model import MiniCPM, MiniCPMConfig, init_weights
 
@@ -25,7 +24,7 @@ def place(tmp_path, monkeypatch):
 def test_the_quick_lab_runs_draws_and_then_reads_what_it_has(place, capsys):
     preferences.main(["--quick=True", "--workers=1"])
     results, said = (place / "preferences.jsonl").read_text(), capsys.readouterr().out
-    lines = metrics.lines_of(place / "preferences.jsonl")
+    lines = metrics.read_jsonl(place / "preferences.jsonl")
     assert len(lines) == 1 + 2 * 2 and (place / "preferences.png").stat().st_size > 10_000
     assert all(line["result"]["kl"] > 0 and len(line["result"]["curve"]["margin"]) for line in lines[1:])
     assert said.count("|") == 5 and str(place) not in results
@@ -34,11 +33,11 @@ def test_the_quick_lab_runs_draws_and_then_reads_what_it_has(place, capsys):
 
 
 def test_a_reader_s_checkpoint_is_known_by_its_weights(place):
-    config = MiniCPMConfig(vocab_size=tokenizers.load("bytes").n_vocab, n_layer=1, n_head=1, n_embd=8, n_ff=8)
+    config = MiniCPMConfig(vocab_size=load_tokenizer("bytes").n_vocab, n_layer=1, n_head=1, n_embd=8, n_ff=8)
     model, starts = MiniCPM(config), []
     for name, seed in (("one", 0), ("the same", 0), ("other", 1)):
         init_weights(model, seed)
-        checkpoint.save(place / name, 0, {"model": model.state_dict()}, {"model": asdict(config)}, tokenizers.load("bytes").save)
+        checkpoint.save(place / name, 0, {"model": model.state_dict()}, {"model": asdict(config)}, load_tokenizer("bytes").save)
         starts.append(preferences.keep_copy(str(place / name)))
     assert starts[0] == starts[1] != starts[2]
     assert MiniCPM.from_pretrained(preferences.started(starts[2])).config == config

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-import metrics
+from engine import metrics
 from labs import runs, upcycling
 
 SETTINGS = upcycling.Settings(experts=2)
@@ -14,7 +14,7 @@ def test_the_quick_lab_runs_draws_and_then_reads_what_it_has(tmp_path, monkeypat
     monkeypatch.setattr(runs, "folder", lambda lab, job, plain=runs.folder: str(tmp_path / Path(plain(lab, job)).name))
     upcycling.main(["--quick=True", "--workers=1"])
     results, said = (tmp_path / "upcycling.jsonl").read_text(), capsys.readouterr().out
-    (line,) = metrics.lines_of(tmp_path / "upcycling.jsonl")
+    (line,) = metrics.read_jsonl(tmp_path / "upcycling.jsonl")
     steps = {name: [step for step, _ in curve] for name, curve in line["result"]["curves"].items()}
     assert steps["dense"] == steps["experts"] == list(range(2, 31, 2)) and steps["longer"][-1] > 30 and steps["scratch"][-1] > 30
     assert "holds    | upcycled experts compute what the dense model did" in said and (tmp_path / "upcycling.png").stat().st_size > 10_000

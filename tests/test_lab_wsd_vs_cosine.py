@@ -2,8 +2,8 @@
 import numpy as np
 import pytest
 
-import metrics
 import train
+from engine import metrics
 from labs import runs
 from labs import wsd_vs_cosine as lab
 
@@ -18,7 +18,7 @@ def test_the_quick_run_and_its_cache(tmp_path, monkeypatch, capsys):
     assert all(name in out for name in NAMES) and "nan" not in out
     assert (tmp_path / "wsd_vs_cosine.figures.png").stat().st_size > 10_000
     assert not (tmp_path / "folder").exists(), "checkpoints are gone when their results are kept"
-    lines = metrics.lines_of(tmp_path / "wsd_vs_cosine.results.png")
+    lines = metrics.read_jsonl(tmp_path / "wsd_vs_cosine.results.png")
     (trunk,) = [line["result"] for line in lines if line["work"] == "trunk_and_decays"]
     on_trunk = dict(trunk["trunk"])
     assert {8, 16} <= on_trunk.keys() and [d["curve"][-1][0] for d in trunk["decays"]] == [d["horizon"] for d in trunk["decays"]]

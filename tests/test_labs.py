@@ -10,9 +10,8 @@ import time
 import pytest
 from test_prepare import error_of
 
-import checkpoint
-import metrics
 from configurator import ROOT, BadInput
+from engine import checkpoint, metrics
 from labs import course, mup_coordinates, runs
 
 LAB = '''"""A lab."""
@@ -136,7 +135,7 @@ if __name__ == "__main__":
     time.sleep(1)
     os.killpg(lab.pid, signal.SIGINT)                                    # as a terminal does, to all of them
     assert lab.communicate(timeout=30)[1] == "interrupted\n" and lab.returncode == 130
-    assert [line["result"] for line in metrics.lines_of(file)] == [0.1]
+    assert [line["result"] for line in metrics.read_jsonl(file)] == [0.1]
 
 
 def test_an_interrupted_lab_keeps_what_it_has_and_goes_on(lab, tmp_path):
@@ -173,7 +172,7 @@ def test_the_course_is_what_the_results_say():
 
 
 def test_a_changed_result_changes_the_course(tmp_path, monkeypatch):
-    lines = metrics.lines_of(ROOT / "labs" / "results" / "mup_coordinates.jsonl")
+    lines = metrics.read_jsonl(ROOT / "labs" / "results" / "mup_coordinates.jsonl")
     for line in lines:
         if line["job"]["rule"] == "muP":
             line["result"]["10"]["mlp"] *= line["job"]["width"]

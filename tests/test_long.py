@@ -8,17 +8,16 @@ import pytest
 import torch
 from test_prepare import error_of, script
 
-import evaluate
-import passkey
-import plan
 import sample
-import tokenizer as tokenizers
 from configurator import ROOT, BadInput, configure
-from dataset import ANSWER, PADDING, Split, open_corpus, write_corpus
+from data.dataset import ANSWER, PADDING, Split, open_corpus, write_corpus
+from data.tokenizer import load_tokenizer
+from family import passkey
 from model import KVCache, MiniCPM, MiniCPMConfig
+from tools import evaluate, plan
 from train import TrainConfig, main
 
-BPE = tokenizers.load("bpe4096")
+BPE = load_tokenizer("bpe4096")
 TEXT = (ROOT / "LICENSE").read_text(encoding="utf-8")
 
 

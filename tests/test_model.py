@@ -162,7 +162,7 @@ def test_documents_do_not_see_each_other():
     """Two documents in one sample give the logits of each alone: RoPE is relative, so positions need no reset."""
     model, a, b = make(SMALL), ids(1, 9), ids(1, 7, seed=1)
     together = model(torch.cat((a, b), 1), doc_ids=torch.tensor([[1] * 9 + [2] * 7]))
-    assert (together[:, :9] - model(a)).abs().max() < 1e-5
+    assert (together[:, :9] - model(a)).abs().max() < 3e-5
     assert (together[:, 9:] - model(b)).abs().max() < 1e-4
 
 
@@ -170,7 +170,7 @@ def test_right_padding_does_not_change_a_row():
     model, idx = make(SMALL), ids(1, 9)
     padded = torch.cat((idx, torch.zeros(1, 6, dtype=torch.int64)), 1)
     assert torch.equal(model(padded)[:, :9].argmax(-1), model(idx).argmax(-1))
-    assert (model(padded)[:, :9] - model(idx)).abs().max() < 1e-5
+    assert (model(padded)[:, :9] - model(idx)).abs().max() < 3e-5
 
 
 # ---- generation
@@ -210,7 +210,7 @@ def test_prefill_in_pieces_equals_one_forward():
     model, idx = make(SMALL), ids(2, 20)
     cache = KVCache(model.config, 2, 20, torch.float32, "cpu")
     pieces = torch.cat([model(part, cache=cache) for part in idx.split((7, 1, 12), dim=1)], dim=1)
-    assert (pieces - model(idx)).abs().max() < 1e-5
+    assert (pieces - model(idx)).abs().max() < 3e-5
     with pytest.raises(BadInput, match="cache holds 20"):
         model(idx[:, :1], cache=cache)
 

@@ -10,13 +10,21 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import checkpoint
-import convert
-import plan
-import tokenizer as tokenizers
-import upcycle
 from configurator import ROOT, BadInput, configure
-from model import MiniCPM, MiniCPMConfig, MoE, SwiGLU, init_weights, optimizer_groups, routing_report, rows_by_expert
+from data.tokenizer import load_tokenizer
+from engine import checkpoint
+from family import upcycle
+from model import (
+    MiniCPM,
+    MiniCPMConfig,
+    MoE,
+    SwiGLU,
+    init_weights,
+    optimizer_groups,
+    routing_report,
+    rows_by_expert,
+)
+from tools import convert, plan
 from train import TrainConfig
 
 DENSE = MiniCPMConfig(vocab_size=300, n_layer=2, n_head=2, n_embd=32, n_ff=48, dim_model_base=16)
@@ -169,7 +177,7 @@ def test_recomputed_and_compiled_blocks_give_the_same(how, dtype, within):
     plain, other = make(SMALL), make(SMALL)
     plain.numerics.dtype = other.numerics.dtype = dtype
     if how == "recompute":
-        from parallel import recompute
+        from engine.distributed import recompute
         recompute(other, 1)
     else:                                                                # in bfloat16 nothing breaks the graph
         for block in other.blocks:
@@ -223,9 +231,9 @@ mesh = init_device_mesh("cpu", (1, 2), mesh_dim_names=("replicate", "shard"))
 with torch.device("meta"):
     model = MiniCPM(SMALL)
 model.numerics.dtype = dtype
-parallel.distribute(model, train.TrainConfig(max_steps=1, recompute=recompute), mesh, dtype, compiled=False)
+distributed.distribute(model, train.TrainConfig(max_steps=1, recompute=recompute), mesh, dtype, compiled=False)
 model.to_empty(device="cpu")
-init_weights(model, 1, parallel.put)
+init_weights(model, 1, distributed.put)
 alone, idx, targets = make(SMALL), ids(4, 12), ids(4, 12, seed=1)
 alone.numerics.dtype = dtype
 nll, aux = alone(idx, targets)
@@ -241,7 +249,7 @@ for name, value in aux.items():
     assert (mean / 2 - value).abs().max() < 1e-6, name
 for name, g in expected.items():
     assert (found[name] - g).abs().max() < (1e-6 if dtype == torch.float32 else 0.02 * g.abs().max()), name
-parallel.leave()
+distributed.leave()
 """
 
 
@@ -260,7 +268,7 @@ def test_two_processes_are_one(dtype, recompute, tmp_path):
 
 def save(out_dir, model, step=0, run=None):
     """A checkpoint of a run folder, with the byte tokenizer."""
-    tokenizer = tokenizers.load("bytes")
+    tokenizer = load_tokenizer("bytes")
     meta = {"model": dataclasses.asdict(model.config), "tokenizer_hash": tokenizer.hash} | ({"run": {"step": step, **run}} if run else {})
     return checkpoint.save(out_dir, step, {"model": model.state_dict()}, meta, tokenizer.save)
 
@@ -296,7 +304,7 @@ def test_an_upcycled_checkpoint_computes_what_the_dense_one_did(tmp_path, capsys
     assert all(torch.equal(moe.blocks[1].mlp.experts.w_out[e], dense.blocks[1].mlp.w_out.weight) for e in range(6))
     assert not torch.equal(moe.blocks[0].mlp.router.weight, moe.blocks[1].mlp.router.weight)
     folder = checkpoint.resolve(tmp_path / "moe")
-    assert tokenizers.load(str(folder)).hash == tokenizers.load("bytes").hash
+    assert load_tokenizer(str(folder)).hash == load_tokenizer("bytes").hash
     run(f"--ckpt={source}", f"--out={tmp_path / 'again'}", "--num_experts=6", "--num_experts_per_tok=3")
     run(f"--ckpt={source}", f"--out={tmp_path / 'again'}", "--num_experts=6", "--num_experts_per_tok=3", "--overwrite=True", "--seed=7")
     routers = [MiniCPM.from_pretrained(tmp_path / name).blocks[0].mlp.router.weight for name in ("moe", "again")]
@@ -384,7 +392,7 @@ def test_upcycling_holds_one_block_at_a_time(tmp_path):
     code = f"""
 import os, sys
 sys.path.insert(0, {str(ROOT)!r})
-import upcycle
+from family import upcycle
 kib = lambda name: next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(name))
 before = kib("VmRSS")
 upcycle.main(["--ckpt={source}", "--out={tmp_path / 'moe'}"])

@@ -10,12 +10,11 @@ import time
 import pytest
 import torch
 
-import checkpoint
-import metrics
-import tokenizer as tokenizers
 import train
 from configurator import ROOT
-from dataset import write_corpus
+from data.dataset import write_corpus
+from data.tokenizer import load_tokenizer
+from engine import checkpoint, metrics
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="torchrun with gloo is tried on Linux and macOS")
 
@@ -39,7 +38,7 @@ for argv in json.load(open(sys.argv[1])):
 def place(tmp_path_factory):
     """A folder with a corpus of bytes and a tiny config."""
     folder = tmp_path_factory.mktemp("parallel")
-    write_corpus(folder / "data" / "one" / "bytes", tokenizers.load("bytes"), [("train", TEXT * 4), ("val", TEXT[:700])])
+    write_corpus(folder / "data" / "one" / "bytes", load_tokenizer("bytes"), [("train", TEXT * 4), ("val", TEXT[:700])])
     (folder / "runs.py").write_text(RUNS.format(root=str(ROOT)))
     (folder / "tiny.py").write_text(f"""
 data_dir = {str(folder / "data")!r}
@@ -173,7 +172,7 @@ def wait_for(process, place, name, step):
     """Until the run has logged a step."""
     path = place / name / "metrics.jsonl"
     until = time.monotonic() + 120
-    while not (path.exists() and any(x["step"] >= step for x in metrics.lines_of(place / name / "metrics.jsonl"))):
+    while not (path.exists() and any(x["step"] >= step for x in metrics.read_jsonl(place / name / "metrics.jsonl"))):
         assert process.poll() is None and time.monotonic() < until, process.communicate()[0]
         time.sleep(0.02)
 
@@ -236,7 +235,8 @@ def test_a_shard_that_one_node_lacks_ends_all_ranks(place, when):
     (place / "lacking.py").write_text(f"""
 import os, sys
 sys.path.insert(0, {str(ROOT)!r})
-import dataset, train
+import train
+from data import dataset
 if os.environ["RANK"] == "1":
     {hide}
 train.main(sys.argv[1:])

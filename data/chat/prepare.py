@@ -11,11 +11,11 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).resolve().parents[1])]   # the project, data/
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))             # the project
 
-import chat                                                              # noqa: E402
-from configurator import ROOT, BadInput, configure, exits_cleanly        # noqa: E402
-from prepare_corpus import PrepareOptions, held_out                      # noqa: E402
+from configurator import ROOT, BadInput, configure, exits_cleanly  # noqa: E402
+from data import packing  # noqa: E402
+from data.corpus import PrepareOptions, held_out  # noqa: E402
 
 
 @dataclass
@@ -45,7 +45,7 @@ def conversations(options):
         if not files:
             raise BadInput(f"--input: {path}: no .jsonl or .json file there")
         for file in files:
-            for messages in chat.read_conversations(file, options.skip_bad):
+            for messages in packing.read_conversations(file, options.skip_bad):
                 question = next((turn for turn in messages if turn["role"] == "user"), messages[0])["content"]
                 yield "val" if held_out(question, options.val_share) else "train", messages
 
@@ -53,7 +53,7 @@ def conversations(options):
 @exits_cleanly
 def main(argv):
     (options, chosen), _ = configure(argv, PrepareOptions, ChatOptions, usage=__doc__)
-    chat.prepare(chosen.name, conversations(chosen), chosen.block_size, options)
+    packing.prepare(chosen.name, conversations(chosen), chosen.block_size, options)
 
 
 if __name__ == "__main__":

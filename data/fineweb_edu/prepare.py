@@ -12,10 +12,10 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).resolve().parents[1])]   # the project, data/
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))             # the project
 
-from configurator import BadInput, configure, exits_cleanly              # noqa: E402
-from prepare_corpus import PrepareOptions, held_out, prepare             # noqa: E402
+from configurator import BadInput, configure, exits_cleanly  # noqa: E402
+from data.corpus import PrepareOptions, held_out, prepare  # noqa: E402
 
 HUB, SAMPLE = "HuggingFaceFW/fineweb-edu", "sample/10BT"
 VAL_SHARE = 0.01

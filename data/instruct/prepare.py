@@ -22,11 +22,11 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).resolve().parents[1])]   # the project, data/
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))             # the project
 
-import chat                                                              # noqa: E402
-from configurator import ROOT, configure, exits_cleanly                  # noqa: E402
-from prepare_corpus import PrepareOptions, held_out                      # noqa: E402
+from configurator import ROOT, configure, exits_cleanly  # noqa: E402
+from data import packing  # noqa: E402
+from data.corpus import PrepareOptions, held_out  # noqa: E402
 
 TEST_SHARE = 0.1                        # of the contents
 PASSAGE = re.compile(r"\b[a-z]{2,9}(?: [a-z]{2,9}){5}\b")               # six plain words in a row: comments and docstrings
@@ -167,9 +167,9 @@ def main(argv):
     def conversations():
         write_instructions(folder, torch_documents(), {"train": sizes.train, "test": sizes.test})
         for split, name in (("train", "train"), ("val", "test")):
-            for messages in chat.read_conversations(folder / f"{name}.jsonl"):
+            for messages in packing.read_conversations(folder / f"{name}.jsonl"):
                 yield split, messages
-    chat.prepare("instruct", conversations(), sizes.block_size, options)
+    packing.prepare("instruct", conversations(), sizes.block_size, options)
 
 
 if __name__ == "__main__":

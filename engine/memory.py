@@ -6,7 +6,7 @@ import math
 import os
 
 from configurator import BadInput
-from device import free_memory
+from engine.device import free_memory
 from model import LOGITS_AT_ONCE
 
 USABLE = 0.9                                # of a GPU's memory: the rest is the CUDA context, NCCL's buffers and fragmentation

@@ -1,7 +1,7 @@
 """Direct preference optimisation (Rafailov et al. 2023, arXiv 2305.18290; MiniCPM paper section 7.1) on train.py's loop.
 
-    python dpo.py config/laptop_dpo.py [--init_from=CHECKPOINT] [--pairs=FILE] [--key=value ...]
-    torchrun --nproc_per_node=8 dpo.py config/minicpm_dpo.py --init_from=CHECKPOINT --pairs=FILE
+    python -m family.dpo config/laptop_dpo.py [--init_from=CHECKPOINT] [--pairs=FILE] [--key=value ...]
+    torchrun --nproc_per_node=8 -m family.dpo config/minicpm_dpo.py --init_from=CHECKPOINT --pairs=FILE
 
 A line of a file of pairs is {"prompt": ..., "chosen": ..., "rejected": ...}: see chat.py. The reference is the model that the
 run starts from. The first call of the loss, before any update, takes its log-probabilities of all answers, with the forward
@@ -29,19 +29,19 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-import chat
-import checkpoint
-import tokenizer as tokenizers
 from configurator import ROOT, BadInput, configure, exits_cleanly
-from dataset import permute
-from device import pick_device, pick_dtype
-from memory import choose_micro_batch
+from data import packing
+from data.dataset import permute
+from data.tokenizer import chat_ids
+from engine import checkpoint
+from engine.device import pick_device, pick_dtype
+from engine.memory import choose_micro_batch
+from engine.run import new_state
 from model import MiniCPMConfig
-from start import new_state
-from train import UNDER_TORCHRUN, TrainConfig, batch_size_at, fly, launch, open_tokenizer
+from train import UNDER_TORCHRUN, TrainConfig, batch_size_at, run_training, launch, open_tokenizer
 
 if UNDER_TORCHRUN:
-    import parallel
+    from engine import distributed
 
 HELD_OUT = 0.05                             # of the prompts, where no file of held-out pairs is given
 CHOSEN, REJECTED = 0, 1                     # places on the dimension of 2 of all tensors here
@@ -103,7 +103,7 @@ def answer_logp(forward, idx, targets):
     return -nll.view(idx.shape).sum(-1), aux
 
 
-def judge(policy, reference, targets, config):
+def dpo_metrics(policy, reference, targets, config):
     """(loss of each pair (P,), {name: measure of each pair (P,)}), from (P, 2) log-probabilities and targets (P, 2, T).
 
     The SFT term is the chosen answer's nll per token, so that long answers don't outweigh: Pang et al. 2024, equation 2.
@@ -125,7 +125,7 @@ def encode(tokenizer, messages, answers, length):
     where one of them takes more than `length` tokens."""
     rows = []
     for answer in answers:
-        ids, learn = map(np.array, tokenizers.chat_ids(tokenizer, [*messages, {"role": "assistant", "content": answer}]))
+        ids, learn = map(np.array, chat_ids(tokenizer, [*messages, {"role": "assistant", "content": answer}]))
         learn[:np.flatnonzero(~learn[:np.flatnonzero(learn)[-1]])[-1]] = False           # answers of earlier turns are prompt
         rows.append((ids[:-1].astype(np.int32), np.where(learn, ids, -100)[1:].astype(np.int32)))
     return tuple(rows) if max(len(idx) for idx, _ in rows) <= length else None
@@ -136,7 +136,7 @@ def read_pairs(config, tokenizer, say):
     splits = {"train": [], "val": []}
     for split, name in (("train", config.pairs), ("val", config.val_pairs)):
         too_long = 0
-        for messages, *answers in chat.read_pairs(find(name), config.skip_bad) if name else ():
+        for messages, *answers in packing.read_pairs(find(name), config.skip_bad) if name else ():
             pair = encode(tokenizer, messages, answers, config.block_size)
             too_long += pair is None
             if pair:
@@ -201,7 +201,7 @@ def steps_of(config, n_pairs):
 
 # ---- the reference's log-probabilities
 
-def made_from(start, config, pairs, tokenizer, device):
+def reference_fingerprint(start, config, pairs, tokenizer, device):
     """What the reference's log-probabilities follow from, as JSON."""
     digest = hashlib.sha256()
     for array in (array for split in pairs.values() for pair in split for row in pair for array in row):
@@ -231,7 +231,7 @@ def read_reference(path, origin, start):
         return {}
     try:
         with safe_open(path, "pt") as f:
-            said = json.loads(f.metadata()["made_from"])
+            said = json.loads(f.metadata()["reference_fingerprint"])
             tables = {name: f.get_tensor(name) for name in ("train", "val")}
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
         raise BadInput(f"{path}: not a reference's log-probabilities ({error}); delete it") from None
@@ -263,7 +263,7 @@ def compute_reference(forward, pairs, batches, config, micro, device, world, qui
         take("val", {**stack([pairs["val"][i] for i in index], config.block_size), "index": torch.tensor(index)})
     tables = {split: table.cpu() for split, table in tables.items()}
     if world:
-        tables["train"] = torch.stack(parallel.gathered(tables["train"])).amax(0)
+        tables["train"] = torch.stack(distributed.all_gather_object(tables["train"])).amax(0)
     return tables
 
 
@@ -274,9 +274,9 @@ def held_out_indices(n, size):
 
 # ---- a run
 
-def align(start, world=None):
+def train_dpo(start, world=None):
     """Train a Start on its pairs: train.py's loop, with this batch source and this loss."""
-    first, together = world is None or world.rank == 0, parallel.all_or_none if world else (lambda work: work())
+    first, together = world is None or world.rank == 0, distributed.on_all_ranks if world else (lambda work: work())
     say = print if first and not start.config.quiet else (lambda text: None)
     tokenizer = together(lambda: open_tokenizer(start, start.config))
     pairs = together(lambda: read_pairs(start.config, tokenizer, say))
@@ -288,14 +288,14 @@ def align(start, world=None):
     two_rows = dataclasses.replace(config, block_size=2 * config.block_size)               # a pair takes the memory of both
     state.micro = config.micro_batch_size or state.micro or choose_micro_batch(
         start.model_config, two_rows, batch_size_at(config, 0) // (world.size if world else 1), device, world)
-    path, origin = Path(config.out_dir) / "reference.safetensors", made_from(start, config, pairs, tokenizer, device)
+    path, origin = Path(config.out_dir) / "reference.safetensors", reference_fingerprint(start, config, pairs, tokenizer, device)
     reference = {split: table.to(device) for split, table in together(lambda: read_reference(path, origin, start)).items()}
     batches = make_batches(pairs["train"], config)
     say(f"{len(pairs['train']):,} pairs, {len(pairs['val']):,} held out; reference: {path if reference else 'to be computed'}")
 
     def save_reference(tables):
         temporary = path.with_suffix(".tmp")
-        save_file(tables, temporary, metadata={"made_from": json.dumps(origin)})
+        save_file(tables, temporary, metadata={"reference_fingerprint": json.dumps(origin)})
         os.replace(temporary, path)
 
     def loss(forward, part):
@@ -307,7 +307,7 @@ def align(start, world=None):
             if first and not config.quiet:
                 tqdm.write(f"reference: {path}, {time.monotonic() - clock:.0f} s")
         policy, aux = answer_logp(forward, part["idx"], part["targets"])
-        losses, measures = judge(policy, reference["train"][part["index"]], part["targets"], config)
+        losses, measures = dpo_metrics(policy, reference["train"][part["index"]], part["targets"], config)
         return losses.sum(), {**aux, **{name: value.mean() for name, value in measures.items()}}
 
     @torch.no_grad()
@@ -316,18 +316,18 @@ def align(start, world=None):
         for index in held_out_indices(len(pairs["val"]), state.micro):
             batch = {name: t.to(device) for name, t in stack([pairs["val"][i] for i in index], config.block_size).items()}
             policy, _ = answer_logp(model, batch["idx"], batch["targets"])
-            losses, measures = judge(policy, reference["val"][index], batch["targets"], config)
+            losses, measures = dpo_metrics(policy, reference["val"][index], batch["targets"], config)
             rows.append(torch.stack((losses, *measures.values()), dim=1).cpu())
         means = torch.cat(rows)[:len(pairs["val"])].double().mean(0).tolist()
         return {f"val_{name}": value for name, value in zip(("loss", *measures), means)}
 
-    fly(start, loss, lambda config, tokenizer: (batches, validate), world)
+    run_training(start, loss, lambda config, tokenizer: (batches, validate), world)
 
 
 @exits_cleanly
 def main(argv):
     (config, model), given = configure(["--mup_lr=False", *argv], DPOConfig, MiniCPMConfig, usage=__doc__)
-    launch(config, model, given, align)
+    launch(config, model, given, train_dpo)
 
 
 if __name__ == "__main__":

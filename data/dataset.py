@@ -25,7 +25,7 @@ import numpy as np
 import torch
 
 from configurator import ROOT, BadInput
-from tokenizer import BUILT_IN
+from data.tokenizer import BUILT_IN
 
 HEADER = struct.Struct("<8sIIQQ")                # magic, version, bytes per token, vocabulary size, number of tokens
 MAGIC, VERSION = b"nanoCPM\0", 1

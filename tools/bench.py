@@ -1,9 +1,9 @@
 """What a training step costs on this machine, and how it grows.
 
-    python bench.py [config/NAME.py ...] [--key=value ...]    an update of train.py's loop, taken apart; default config/laptop.py
-    python bench.py --nanogpt=PATH                            and of nanoGPT's model.py (a checkout of it), each in turn
-    python bench.py --task=sizes                              over tokens and over parameters: out/bench/sizes.jsonl, sizes.png
-    python bench.py --task=decode                             tokens/s of generating, one sequence at a time
+    python -m tools.bench [config/NAME.py ...] [--key=value ...]    an update of train.py's loop, taken apart; default config/laptop.py
+    python -m tools.bench --nanogpt=PATH                            and of nanoGPT's model.py (a checkout of it), each in turn
+    python -m tools.bench --task=sizes                              over tokens and over parameters: out/bench/sizes.jsonl, sizes.png
+    python -m tools.bench --task=decode                             tokens/s of generating, one sequence at a time
 
 Tokens are random: no corpus is needed. Files go to out/bench, or --out_dir. Sizes and programs get a process each, because
 what one leaves behind in malloc's heap slows the next.
@@ -12,6 +12,7 @@ import contextlib
 import importlib.util
 import io
 import json
+import os
 import subprocess
 import sys
 import time
@@ -24,14 +25,14 @@ from typing import Literal
 import numpy as np
 import torch
 
-import checkpoint
-import tokenizer as tokenizers
 from configurator import ROOT, BadInput, configure, exits_cleanly, print_differences
-from dataset import make_batches
-from device import pick_device, pick_dtype
-from memory import check_memory, choose_micro_batch
+from data.dataset import make_batches
+from data.tokenizer import load_tokenizer
+from engine import checkpoint
+from engine.device import pick_device, pick_dtype
+from engine.memory import check_memory, choose_micro_batch
+from engine.run import new_state
 from model import MiniCPM, MiniCPMConfig, init_weights
-from start import new_state
 from train import TrainConfig, language_loss, train
 
 PHASES = {"data": "data", "forward": "forward", "backward": "backward", "update": "clip, optimizer, and the rest of the loop"}
@@ -73,7 +74,7 @@ def read_options(argv):
     if bench.nanogpt and (shape.num_experts or shape.n_head * shape.head_size != shape.n_embd):
         raise BadInput("--nanogpt: has neither experts nor heads of another size than n_embd / n_head; give another shape")
     if "vocab_size" not in given:
-        shape = replace(shape, vocab_size=tokenizers.load(config.tokenizer).n_vocab)
+        shape = replace(shape, vocab_size=load_tokenizer(config.tokenizer).n_vocab)
     check_memory(shape, pick_device(config.device))
     settings = json.loads(json.dumps({**asdict(bench), **asdict(config), **asdict(shape)}))
     return bench, config, shape, {k: v for k, v in settings.items() if k not in ("out_dir", "overwrite", "json", "quiet")}
@@ -208,7 +209,8 @@ def in_words(x):
 
 def measure_apart(argv):
     """measure of these options in a process of its own, whose errors go to the terminal and whose exit status is ours."""
-    result = subprocess.run([sys.executable, str(ROOT / "bench.py"), *argv, "--json=True"], stdout=subprocess.PIPE, encoding="utf-8")
+    result = subprocess.run([sys.executable, "-m", "tools.bench", *argv, "--json=True"], stdout=subprocess.PIPE, encoding="utf-8",
+                            env={**os.environ, "PYTHONPATH": str(ROOT)})
     if result.returncode:
         raise SystemExit(result.returncode)
     return json.loads(result.stdout.splitlines()[-1])

@@ -25,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from configurator import ROOT, BadInput
-from released import is_released, read_json, read_released, read_released_config
+from engine.released import is_released, read_json, read_released, read_released_config
 
 STEP = re.compile(r"step-(\d{8,})")
 
@@ -258,8 +258,8 @@ def provenance():
 
 def code_hash():
     """sha256 over the project's own modules, so that an edited rule is not mistaken for the run that was made before."""
-    files = sorted(ROOT.glob("*.py"))
-    return hashlib.sha256(b"".join(p.name.encode() + p.read_bytes().replace(b"\r\n", b"\n") for p in files)).hexdigest()[:16]
+    files = sorted(path for pattern in ("*.py", "data/*.py", "engine/*.py", "family/*.py") for path in ROOT.glob(pattern))
+    return hashlib.sha256(b"".join(p.relative_to(ROOT).as_posix().encode() + p.read_bytes().replace(b"\r\n", b"\n") for p in files)).hexdigest()[:16]
 
 
 def clear(out_dir):

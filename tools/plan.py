@@ -1,6 +1,6 @@
 """What a run will cost before it starts, allocating nothing.
 
-    python plan.py config/minicpm_2b.py --gpus=64 --gpu=h100 [--recompute=1 ... any option of train.py]
+    python -m tools.plan config/minicpm_2b.py --gpus=64 --gpu=h100 [--recompute=1 ... any option of train.py]
 
 Plans `torchrun ... train.py` with the same options on so many GPUs, one process each: parameters, memory, time, communication,
 checkpoints, the paper's batch-size law, learning rates, schedule, and whether it fits. Memory is that of eager blocks with
@@ -19,14 +19,14 @@ import torch
 import torch.distributed as dist
 
 import model as model_file
-import parallel
-import tokenizer as tokenizers
 import train
 from configurator import BadInput, configure, exits_cleanly
-from device import PEAK_FLOPS
-from memory import USABLE, activations, block_size_in_parameters, divisors, peak_of
+from data.tokenizer import load_tokenizer
+from engine import distributed
+from engine.device import PEAK_FLOPS
+from engine.memory import USABLE, activations, block_size_in_parameters, divisors, peak_of
+from engine.run import resolve_start
 from model import MiniCPM, MiniCPMConfig, mup_table, optimizer_groups
-from start import choose_start
 from train import TrainConfig, batch_size_at
 
 # Name: (memory in GiB, dense FLOP/s in bfloat16 with float32 sums, bytes/s a GPU sends to another of its node, bytes/s all of
@@ -114,12 +114,12 @@ def simulate(model_config, config, micro, batch, gpus):
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=gpus)
     dtype = torch.float32 if config.dtype == "float32" else torch.bfloat16
     try:
-        mesh = init_device_mesh("cpu", parallel.mesh_shape(config, gpus), mesh_dim_names=("replicate", "shard"))
+        mesh = init_device_mesh("cpu", distributed.mesh_shape(config, gpus), mesh_dim_names=("replicate", "shard"))
         with torch.device("meta"):
             model = MiniCPM(model_config)
         model.numerics.dtype, model.numerics.flash = dtype, True
         with mock.patch.object(model_file, "EXPLICIT_ATTENTION_UP_TO", 0), FakeTensorMode(allow_non_fake_inputs=True):
-            parallel.distribute(model, config, mesh, dtype, compiled=False)
+            distributed.distribute(model, config, mesh, dtype, compiled=False)
             model.to_empty(device="cpu")
             optimizer = torch.optim.AdamW(optimizer_groups(model, config.weight_decay), lr=config.learning_rate, fused=False)
 
@@ -182,7 +182,7 @@ def communicate(model, config, micro_steps, replicate, shard, gpus, link, networ
 def make_plan(options, start):
     """The plan as a dict, of PlanConfig and a train.Start; BadInput where GPUs, mesh and batch do not go together."""
     config, model, state, gpus = start.config, start.model_config, start.state, options.gpus
-    replicate, shard = parallel.mesh_shape(config, gpus)
+    replicate, shard = distributed.mesh_shape(config, gpus)
     batches = [size for _, size in batches_of(config)]
     uneven, even = [size for size in batches if size % gpus], divisors(math.gcd(*batches))
     if uneven:
@@ -300,11 +300,11 @@ def main(argv):
         argv = ["config/laptop.py", *argv]
     (options, config, model), given = configure(argv, PlanConfig, TrainConfig, MiniCPMConfig, usage=__doc__)
     if "vocab_size" not in given and not (config.init_from or config.branch_from):
-        model = dataclasses.replace(model, vocab_size=tokenizers.load(config.tokenizer).n_vocab)
+        model = dataclasses.replace(model, vocab_size=load_tokenizer(config.tokenizer).n_vocab)
     if config.init_from and not Path(config.init_from).exists() and {"vocab_size", "n_layer", "n_embd"} <= given.keys():
         config = dataclasses.replace(config, init_from=None)              # not there yet: only its weights would come from it
     # Of a run that is there already under out_dir the whole is planned, not the rest.
-    plan = make_plan(options, choose_start(dataclasses.replace(config, overwrite=True), model, given))
+    plan = make_plan(options, resolve_start(dataclasses.replace(config, overwrite=True), model, given))
     print(json.dumps(plan) if options.json else "\n".join(text(plan)))
 
 

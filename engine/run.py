@@ -1,6 +1,6 @@
 """Where a run is and where it begins: from scratch, resumed, branched from a stable checkpoint, or from another's weights.
 
-A config here is train.py's TrainConfig or one that adds to it; start.py changes neither files nor weights, but for write_down.
+A config here is train.py's TrainConfig or one that adds to it; start.py changes neither files nor weights, but for init_run_dir.
 """
 import dataclasses
 import json
@@ -10,9 +10,8 @@ from collections import namedtuple
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-import checkpoint
-import metrics
 from configurator import BadInput, build
+from engine import checkpoint, metrics
 from model import MiniCPMConfig, model_config
 
 WARMUP_SHARE, WARMUP_TIMED = 0.025, 100     # default warm-up: share of max_steps; updates of a run that is given minutes
@@ -74,7 +73,7 @@ def set_horizon(config, state, max_steps):
     state.decay_steps = min(state.decay_steps, max_steps - state.step)
 
 
-def settle_by_clock(config, state, seconds, seconds_per_step):
+def set_horizon_from_time(config, state, seconds, seconds_per_step):
     """Fix the horizon of a timed run once its stable share is spent: the decay gets the updates that the rest is worth."""
     budget = config.minutes * 60
     if config.schedule != "wsd" or config.decay_steps == 0 or config.share == 0:
@@ -101,7 +100,7 @@ def non_finite_message(out_dir, state, batch_size, loss, norm, rank):
     return text
 
 
-def choose_start(config, model, given):
+def resolve_start(config, model, given):
     """Decide what this command does, from what is in out_dir and what it names. Returns a Start; BadInput where it cannot."""
     done = [] if config.overwrite else checkpoint.checkpoints(config.out_dir)
     if done:
@@ -221,7 +220,7 @@ def compare_model(model, given, folder):
     return model
 
 
-def write_down(start, say):
+def init_run_dir(start, say):
     """Bring the run's folder to where this run begins: config.json, and nothing in it that it has not yet done."""
     config, out_dir, now = start.config, Path(start.config.out_dir), checkpoint.provenance()
     if start.kind == "resume":

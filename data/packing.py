@@ -18,9 +18,9 @@ from pathlib import Path
 
 import numpy as np
 
-import tokenizer as tokenizers
 from configurator import ROOT, BadInput
-from dataset import ANSWER, PADDING, TEXT, complete_or_nothing, open_corpus, write_shard
+from data.dataset import ANSWER, PADDING, TEXT, complete_or_nothing, open_corpus, write_shard
+from data.tokenizer import chat_ids, check_utf8, load_tokenizer
 
 ROLES = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "system": "system"}
 OPEN_ROWS = 64                          # rows that a conversation may still go into while packing
@@ -137,7 +137,7 @@ def turns(said):
             raise ValueError(f"turn {n}: unknown role {role!r}; it is one of {', '.join(ROLES)}")
         if not isinstance(content, str) or not content.strip():
             raise ValueError(f"turn {n}: empty {'answer' if ROLES[role] == 'assistant' else 'text'}")
-        out.append({"role": ROLES[role], "content": tokenizers.valid(content.strip())})
+        out.append({"role": ROLES[role], "content": check_utf8(content.strip())})
     return out
 
 
@@ -151,7 +151,7 @@ def fit(tokenizer, messages, row):
     """([(id, class), ...], exchanges left out) of as many exchanges from the start as row tokens hold; none may be left."""
     ends = [n for n, turn in enumerate(messages, 1) if turn["role"] == "assistant"]
     for left_out, end in enumerate(reversed(ends)):
-        ids, answer = tokenizers.chat_ids(tokenizer, messages[:end])
+        ids, answer = chat_ids(tokenizer, messages[:end])
         if len(ids) <= row:
             if ids.count(tokenizer.bos) > 1:
                 raise BadInput(f"tokenizer {tokenizer.name!r} uses its mark of a beginning inside conversations too, so they could not be told apart")
@@ -238,7 +238,7 @@ def prepare(name, documents, block_size, options, fit=fit):
 
     options: tokenizer, data_dir, overwrite (data/prepare_corpus.py: PrepareOptions)
     """
-    tokenizer = tokenizers.load(options.tokenizer)
+    tokenizer = load_tokenizer(options.tokenizer)
     folder = ROOT / options.data_dir / name / tokenizer.name
     if folder.exists() and not options.overwrite:
         row = open_corpus(options.data_dir, name, tokenizer, "train").row

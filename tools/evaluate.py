@@ -1,8 +1,8 @@
 """Measure a checkpoint on held-out text, or on questions.
 
-    python evaluate.py --ckpt=out/laptop [--data=plays] [--task=bpb|cloze|exact|all]
-    python evaluate.py --ckpt=... --data=speeches --task=passkey [--lengths=256,1024] [--figure=passkey.png]
-    python evaluate.py --ckpt=... --data=speeches --task=positions --block_size=2048
+    python -m tools.evaluate --ckpt=out/laptop [--data=plays] [--task=bpb|cloze|exact|all]
+    python -m tools.evaluate --ckpt=... --data=speeches --task=passkey [--lengths=256,1024] [--figure=passkey.png]
+    python -m tools.evaluate --ckpt=... --data=speeches --task=positions --block_size=2048
 
 bpb    bits per byte, comparable across tokenizers: the nats of all targets over the bytes that they stand for; in
        packed rows (conversations, say) the targets are the answers
@@ -26,13 +26,13 @@ from typing import Literal
 import numpy as np
 import torch
 
-import chat
-import checkpoint
-import passkey
-import tokenizer as tokenizers
 from configurator import ROOT, BadInput, build, configure, exits_cleanly
-from dataset import check_block_size, held_out_loss, open_corpus
-from device import pick_device
+from data import packing
+from data.dataset import check_block_size, held_out_loss, open_corpus
+from data.tokenizer import chat_ids, load_for_model
+from engine import checkpoint
+from engine.device import pick_device
+from family import passkey
 from model import MiniCPM, MiniCPMConfig
 
 
@@ -132,13 +132,13 @@ def normalise(answer):
 def exact(model, tokenizer, config, file):
     """{"exact", "exact_se", "exact_questions", "answer_tokens", "families": {family: (share, standard error, questions)}} of greedy
     answers to the questions of a file."""
-    asked = list(itertools.islice(chat.read_questions(file), config.questions))
+    asked = list(itertools.islice(packing.read_questions(file), config.questions))
     if not asked:
         raise BadInput(f"{file}: holds no questions")
     right, lengths = [], []
     for at in range(0, len(asked), config.batch_size):
         group = asked[at:at + config.batch_size]
-        prompts = [tokenizers.chat_ids(tokenizer, messages, generate=True)[0] for messages, _, _ in group]
+        prompts = [chat_ids(tokenizer, messages, generate=True)[0] for messages, _, _ in group]
         answers = torch.stack(list(model.generate(prompts, config.answer_tokens, temperature=0, stop_ids=tokenizer.stop_ids,
                                                   never_ids=[tokenizer.bos])), dim=1).tolist()     # (questions, tokens)
         for (_, wanted, _), ids in zip(group, answers):
@@ -188,7 +188,7 @@ def main(argv):
     if not name and not (config.task == "exact" and config.questions_file):
         raise BadInput(f"--data: {folder} does not say on what it was trained; name a prepared corpus "
                        f"(python data/pytorch/prepare.py --tokenizer={folder} prepares one)")
-    tokenizer = tokenizers.of_model(folder, config.tokenizer, meta["model"]["vocab_size"])
+    tokenizer = load_for_model(folder, config.tokenizer, meta["model"]["vocab_size"])
     file = Path(config.questions_file) if config.questions_file else ROOT / config.data_dir / name / "test.jsonl"
     tasks, block_size = {config.task}, config.block_size
     if config.task == "exact" and not file.is_file():

