@@ -103,6 +103,18 @@ def configure(argv, *classes, usage):
     return instances, given
 
 
+def must_be_positive(config, names):
+    """Return one problem per field of a space-separated list that is set and not above 0."""
+    values = {name: getattr(config, name) for name in names.split()}
+    return [f"--{name}={value}: must be above 0" for name, value in values.items() if value is not None and value <= 0]
+
+
+def must_not_be_negative(config, names):
+    """Return one problem per field of a space-separated list that is set and below 0."""
+    values = {name: getattr(config, name) for name in names.split()}
+    return [f"--{name}={value}: must not be negative" for name, value in values.items() if value is not None and value < 0]
+
+
 def build(classes, values):
     """One instance of each dataclass from a flat dict of values; raises BadInput with all that their checks find."""
     instances, problems = [], []

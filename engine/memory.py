@@ -7,7 +7,7 @@ import os
 
 from configurator import BadInput
 from engine.device import free_memory
-from model import LOGITS_AT_ONCE
+from engine.ops import MAX_LOGITS
 
 USABLE = 0.9                                # of a GPU's memory: the rest is the CUDA context, NCCL's buffers and fragmentation
 MICRO_TOKENS_CPU = 8192                     # tokens per forward at most; larger is not faster on a CPU
@@ -45,10 +45,10 @@ def block_size_in_parameters(model):
 def head_memory(model, N, width):
     """(kept until the backward pass, held besides during it) in bytes by the loss over N tokens, its weight gradient apart."""
     C, V = model.n_embd, model.vocab_size
-    if N * V <= LOGITS_AT_ONCE:                                            # plain_nll: log-probabilities, the rounded weight; two gradients
+    if N * V <= MAX_LOGITS:                                            # plain_nll: log-probabilities, the rounded weight; two gradients
         cast = width * V * C if width < 4 else 0
         return 4 * N * V + cast, 8 * N * V
-    slice_ = max(1, LOGITS_AT_ONCE // N)
+    slice_ = max(1, MAX_LOGITS // N)
     # ChunkedNLL.backward: d_hidden; a slice's logits twice, softmax and the last slice's; rows of the weight, or the product.
     return 0, 4 * N * C + max(N * slice_ * (2 * width + 4) + width * slice_ * C, N * (C + 2 * slice_) * width)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from configurator import BadInput, build
 from engine import checkpoint, metrics
-from model import MiniCPMConfig, model_config
+from model import MiniCPMConfig, model_config_from
 
 WARMUP_SHARE, WARMUP_TIMED = 0.025, 100     # default warm-up: share of max_steps; updates of a run that is given minutes
 MAY_CHANGE = ("max_steps", "minutes", "eval_interval", "eval_tokens", "log_interval", "save_interval", "keep_last", "keep_every",
@@ -111,7 +111,7 @@ def resolve_start(config, model, given):
         raise BadInput(f"--out_dir={config.out_dir}: holds a released model, which a run would overwrite; give another one")
     if config.init_from:
         folder = checkpoint.resolve(config.init_from)
-        theirs = model_config(checkpoint.read_meta(folder), folder)
+        theirs = model_config_from(checkpoint.read_meta(folder), folder)
         was_asked = asked(config, model)
         if "tokenizer" not in given:
             config = dataclasses.replace(config, tokenizer=str(folder))
@@ -150,7 +150,7 @@ def resume(config, model, folder):
         if not config.skip_samples:
             raise NonFinite(note["message"])
         state.skips.append([note["samples_seen"], config.skip_samples])
-    return Start(config, model_config(meta, folder), state, folder, "resume", now)
+    return Start(config, model_config_from(meta, folder), state, folder, "resume", now)
 
 
 def in_decay(meta):
@@ -201,7 +201,7 @@ def branch(config, given, was_asked):
     if config.data != state.plan[-1][1]:
         state.plan.append([state.position, config.data])
     state.seconds, state.compiled, state.micro = 0.0, None, 0
-    model = compare_model(model_config(meta, folder), given, folder)
+    model = compare_model(model_config_from(meta, folder), given, folder)
     if model.tie_word_embeddings != meta["model"]["tie_word_embeddings"]:
         raise BadInput("--tie_word_embeddings: untying changes the optimizer's state; use --init_from")
     return Start(config, model, state, folder, "branch", was_asked)

@@ -38,7 +38,7 @@ from engine.device import pick_device, pick_dtype
 from engine.memory import choose_micro_batch
 from engine.run import new_state
 from model import MiniCPMConfig
-from train import UNDER_TORCHRUN, TrainConfig, batch_size_at, run_training, launch, open_tokenizer
+from train import UNDER_TORCHRUN, TrainConfig, batch_size_at, launch, open_tokenizer, run_training
 
 if UNDER_TORCHRUN:
     from engine import distributed

@@ -22,7 +22,7 @@ from configurator import BadInput, configure, exits_cleanly
 from data.tokenizer import has_tokenizer, load_tokenizer
 from engine import checkpoint
 from engine.run import in_decay, latest_stable
-from model import MiniCPM, draw, model_config, mup_table
+from model import MiniCPM, model_config_from, mup_table, seeded_normal
 
 
 @dataclass
@@ -47,7 +47,7 @@ def upcycled(tensors, config, seed):
         yield f"{layer}.mlp.experts.{part}", tensor.expand(config.num_experts, -1, -1).contiguous()
         if part == "w_in":
             router = f"{layer}.mlp.router.weight"
-            yield router, (draw(seed, router, (config.num_experts, config.n_embd)) * std).to(tensor.dtype)
+            yield router, (seeded_normal(seed, router, (config.num_experts, config.n_embd)) * std).to(tensor.dtype)
 
 
 def write_blocks(folder, tensors):
@@ -70,7 +70,7 @@ def upcycle(options):
     if in_decay(meta) and source != Path(options.ckpt):
         raise BadInput(f"{options.ckpt}: all checkpoints are of the decay; upcycling takes one of the stable stage, or name one itself: "
                        f"--ckpt={source}")
-    dense = model_config(meta, source)
+    dense = model_config_from(meta, source)
     if dense.num_experts:
         raise BadInput(f"--ckpt={options.ckpt}: {source} has {dense.num_experts} experts already; upcycling takes a dense model")
     if options.num_experts < 1:

@@ -28,7 +28,7 @@ from configurator import ROOT, BadInput, configure
 from data.tokenizer import load_tokenizer
 from engine import checkpoint, metrics
 from engine.run import RunState, finished
-from model import MiniCPM, init_weights, model_config
+from model import MiniCPM, init_weights, model_config_from
 
 
 @dataclass
@@ -250,7 +250,7 @@ def of_pattern(pattern):
         about = checkpoint.read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
         if not {"train", "model"} <= about.keys():
             raise BadInput(f"{folder}: metrics.jsonl without the config.json that train.py writes beside it, so without batch and model size")
-        found.append((folder, about["train"], model_config(about, folder), metrics.read_jsonl(folder / "metrics.jsonl")))
+        found.append((folder, about["train"], model_config_from(about, folder), metrics.read_jsonl(folder / "metrics.jsonl")))
     return found
 
 

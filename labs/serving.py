@@ -28,9 +28,10 @@ import torch
 
 import train
 from configurator import ROOT, exits_cleanly
+from engine import ops
 from labs import runs
 from labs.runs import Check
-from model import MiniCPM, MiniCPMConfig, init_weights, project
+from model import MiniCPM, MiniCPMConfig, init_weights
 
 VOCAB, BYTES = 4096, 4                      # tokens; of a weight and of an entry of the cache
 KINDS = {"dense": {}, "8 experts, 2 a token": {"num_experts": 8, "num_experts_per_tok": 2}, "dense, size of 2": {}, "dense, size of 8": {}}
@@ -104,7 +105,7 @@ def bandwidth(row, matrix):
     seconds = []
     for _ in range(3):
         clock = time.perf_counter()
-        project(row, matrix)
+        ops.linear(row, matrix)
         seconds.append(time.perf_counter() - clock)
     return matrix.nbytes / min(seconds)
 

@@ -4,8 +4,8 @@ import dataclasses
 import pytest
 import torch
 
-import model as model_module
 from configurator import BadInput
+from engine import ops
 from model import KVCache, MiniCPM, MiniCPMConfig, init_weights, sample_next
 
 SMALL = MiniCPMConfig(vocab_size=97, n_layer=2, n_head=4, n_kv_head=2, n_embd=64, n_ff=96, max_position=32)
@@ -130,7 +130,7 @@ def test_chunked_loss_equals_plain_loss(monkeypatch, tied):
     weights = torch.rand(3, 20)                                            # DPO and masks weigh tokens differently
     results = []
     for at_once in (2 ** 25, 60 * 10):                                     # 600 logits: ten of the 97 columns at a time
-        monkeypatch.setattr(model_module, "LOGITS_AT_ONCE", at_once)
+        monkeypatch.setattr(ops, "MAX_LOGITS", at_once)
         model.zero_grad()
         nll, aux = model(idx, targets)
         (nll * weights).sum().backward()
@@ -154,7 +154,7 @@ def test_fused_attention_equals_written_out(monkeypatch, dtype):
     model, idx = make(SMALL), ids(2, 20)
     model.numerics.dtype = dtype
     written = model(idx)
-    monkeypatch.setattr(model_module, "EXPLICIT_ATTENTION_UP_TO", 0)
+    monkeypatch.setattr(ops, "EXPLICIT_ATTENTION_UP_TO", 0)
     assert (model(idx) - written).abs().max() < (1e-5 if dtype == torch.float32 else 0.05) * written.abs().max()
 
 

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from configurator import ROOT, BadInput, configure
 from data.tokenizer import load_tokenizer
 from engine import checkpoint
+from engine.ops import rows_by_expert
 from family import upcycle
 from model import (
     MiniCPM,
@@ -21,8 +22,7 @@ from model import (
     SwiGLU,
     init_weights,
     optimizer_groups,
-    routing_report,
-    rows_by_expert,
+    routing_metrics,
 )
 from tools import convert, plan
 from train import TrainConfig
@@ -86,7 +86,7 @@ def test_the_grouped_product_equals_a_loop(E, k, shape, dtype, within, monkeypat
         assert (ours - reference).float().abs().max() <= within * reference.float().abs().max().clamp(min=1e-3 if E == 1 else 0)
     with torch.no_grad():                                                  # in float32 one product for each expert that has rows
         assert torch.allclose(moe(x)[0], results[1][0], atol=within, rtol=within)
-        monkeypatch.setattr("model.ONEDNN", False)                         # a torch without it
+        monkeypatch.setattr("engine.ops.ONEDNN", False)                         # a torch without it
         assert torch.allclose(moe(x)[0], results[1][0], atol=within, rtol=within)
     used = set(moe(x)[1][1].unique().tolist())
     unused = [e for e in range(E) if e not in used]
@@ -126,7 +126,7 @@ def test_the_balance_loss_is_switchs_and_transformers():
     config = dataclasses.replace(SMALL, num_experts=5, num_experts_per_tok=3)
     logits = 2 * torch.randn(3, 4, 7, 5, generator=torch.Generator().manual_seed(0))       # (L, B, T, E)
     expert = logits.topk(3).indices
-    aux = routing_report(config, logits, expert)
+    aux = routing_metrics(config, logits, expert)
     by_hand = z = 0
     for layer in range(3):
         for sequence in range(4):
@@ -140,7 +140,7 @@ def test_the_balance_loss_is_switchs_and_transformers():
     assert aux["balance_loss"].item() == pytest.approx(0.01 * theirs.item(), rel=1e-5)     # they sum over the choices
     assert (aux["expert_load"].sum(1) - 1).abs().max() < 1e-6 and aux["expert_load"].shape == (3, 5)
     assert aux["router_entropy"].shape == (3,) and (aux["router_entropy"] < math.log(5)).all()
-    even = routing_report(config, torch.zeros(3, 1, 5, 5), torch.arange(5).view(1, 1, 5, 1).expand(3, 1, 5, 3))
+    even = routing_metrics(config, torch.zeros(3, 1, 5, 5), torch.arange(5).view(1, 1, 5, 1).expand(3, 1, 5, 3))
     assert even["balance_loss"].item() == pytest.approx(0.01 * 3) and even["router_entropy"].tolist() == pytest.approx([math.log(5)] * 3)
 
 

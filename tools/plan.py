@@ -18,11 +18,10 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 
-import model as model_file
 import train
 from configurator import BadInput, configure, exits_cleanly
 from data.tokenizer import load_tokenizer
-from engine import distributed
+from engine import distributed, ops
 from engine.device import PEAK_FLOPS
 from engine.memory import USABLE, activations, block_size_in_parameters, divisors, peak_of
 from engine.run import resolve_start
@@ -118,7 +117,7 @@ def simulate(model_config, config, micro, batch, gpus):
         with torch.device("meta"):
             model = MiniCPM(model_config)
         model.numerics.dtype, model.numerics.flash = dtype, True
-        with mock.patch.object(model_file, "EXPLICIT_ATTENTION_UP_TO", 0), FakeTensorMode(allow_non_fake_inputs=True):
+        with mock.patch.object(ops, "EXPLICIT_ATTENTION_UP_TO", 0), FakeTensorMode(allow_non_fake_inputs=True):
             distributed.distribute(model, config, mesh, dtype, compiled=False)
             model.to_empty(device="cpu")
             optimizer = torch.optim.AdamW(optimizer_groups(model, config.weight_decay), lr=config.learning_rate, fused=False)
