@@ -21,7 +21,8 @@ ROOT = Path(__file__).resolve().parent
 
 
 class BadInput(ValueError):
-    """Something the user gave cannot be used. Each argument is one line: what is wrong, where, and what to do."""
+    """Something the user gave cannot be used. Each argument is one line: what is wrong, where, what to do."""
+    exit_code = 2
 
     def __str__(self):
         return "\n".join(map(str, self.args))
@@ -34,8 +35,11 @@ def exits_cleanly(main):
     def wrapper(argv=None):
         try:
             return main(sys.argv[1:] if argv is None else argv)
-        except BadInput as error:
+        except (BadInput, RuntimeError) as error:
+            if not hasattr(error, "exit_code"):
+                raise
             print(error, file=sys.stderr)
+            raise SystemExit(error.exit_code) from None
         except OSError as error:
             if error.filename is None and error.errno is None:
                 raise

@@ -580,7 +580,7 @@ class MiniCPM(nn.Module):
         """
         from engine import checkpoint  # the model itself needs no files
         folder = checkpoint.resolve(path)
-        config = model_config_from(checkpoint.read_meta(folder), folder)
+        config = checkpoint.model_config_of(MiniCPMConfig, checkpoint.read_meta(folder), folder)
         with torch.device("meta"):
             model = cls(config)
         load_weights(model, checkpoint.read_weights(folder, dtype), folder)
@@ -645,18 +645,6 @@ def sample_next(logits, uniform, temperature, top_k=None, top_p=None):
 
 
 # ---- weights from a checkpoint
-
-def model_config_from(meta, where):
-    """Return the MiniCPMConfig of a checkpoint's meta. Raises BadInput if it has none that is
-    usable."""
-    try:
-        values = dict(meta["model"])
-        for name in ("rope_short_factor", "rope_long_factor"):             # JSON has no tuples
-            values[name] = tuple(values.get(name, ()))
-        return MiniCPMConfig(**values)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise BadInput(f"{where}/meta.json: no usable model config ({error})") from None
-
 
 def load_weights(model, tensors, where, copy=None):
     """Load (name, tensor) pairs into a model. Raises one BadInput that lists every name and shape

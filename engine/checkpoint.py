@@ -1,15 +1,13 @@
-"""Checkpoints: tensors in safetensors, everything readable in JSON, and nothing that could run code. Knows no model.
+"""Checkpoints: tensors in safetensors, all else in readable JSON, and nothing that could run code.
 
-    out_dir/step-00001000/      meta.json, model.safetensors, optimizer.safetensors, the tokenizer's files
-                                from several ranks: model-00001-of-00004.safetensors, ..., and index.json
+    out_dir/step-00001000/      meta.json, model.safetensors, optimizer.safetensors, the tokenizer
+                                several ranks: model-00001-of-00004.safetensors, ..., index.json
 
-A checkpoint is written into a folder beside its place and renamed when complete, so whatever stops a run leaves the last
-good one. Its meta.json names every file with its sha256.
-
-resolve, read_meta and read_weights take the folders of released models too (released.py).
+A checkpoint is written to a folder beside its final place and renamed when it is complete, so a
+killed run leaves the last good one. Its meta.json lists every file with its sha256. This file knows
+no model. resolve, read_meta and read_weights take the folders of released models too (released.py).
 """
 import contextlib
-import errno
 import hashlib
 import json
 import os
@@ -18,109 +16,226 @@ import re
 import shutil
 import subprocess
 import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from configurator import ROOT, BadInput
+from engine import distributed
 from engine.released import is_released, read_json, read_released, read_released_config
 
 STEP = re.compile(r"step-(\d{8,})")
 
 
-def save(out_dir, step, tensors, meta, write_more=None, places=None, rank=0, ranks=1, attempt=None, timeout=600):
+# ---- writing
+
+class CheckpointWriter:
+    """Writes the checkpoints of a run: save() at a step, finish() before the run ends.
+
+    save() copies or writes this rank's shards. With config.async_save a thread writes the copies
+    while training continues.
+    """
+
+    def __init__(self, config, state, model, optimizer, scaler, tokenizer, world,
+                 log):
+        """tokenizer: saved in every checkpoint; None: nothing is ever written."""
+        self.config, self.state, self.world, self.tokenizer = config, state, world, tokenizer
+        self.model, self.optimizer, self.scaler, self.log = model, optimizer, scaler, log
+        self.out_dir = Path(config.out_dir)
+        self.thread, self.pending = ThreadPoolExecutor(1), None
+        exists = tokenizer and step_folder(self.out_dir, state.step).exists()
+        self.saved_step = state.step if exists else None
+
+    def save(self, keep=False):
+        """Save the run as it is now, unless it is saved. keep: never delete this checkpoint."""
+        if self.tokenizer is None or self.saved_step == self.state.step and not keep:
+            return
+        start = time.monotonic()
+        self.finish()
+        if self.saved_step == self.state.step:             # an interval fell on the end of a stage
+            if self.world.rank == 0:
+                amend_meta(self.out_dir, self.state.step, run=asdict(self.state), keep=True)
+            return
+        self.saved_step = self.state.step
+        self.state.seconds = self.log.run_seconds()
+        self.state.scaler = self.scaler.state_dict() or None
+        write = self.snapshot(keep)
+        if self.config.async_save:
+            self.pending = self.thread.submit(write)
+        else:
+            write()
+        self.log.write(step=self.state.step, save_pause_s=round(time.monotonic() - start, 3))
+
+    def finish(self):
+        """Wait for the checkpoint that is being written. Raises what went wrong meanwhile."""
+        pending, self.pending = self.pending, None
+        if pending:
+            pending.result()
+
+    def snapshot(self, keep):
+        """Return a function that writes this rank's part of the run as it is now."""
+        config, world = self.config, self.world
+        meta = {"run": asdict(self.state), "train": asdict(config),
+                "model": asdict(self.model.config), "keep": keep,
+                "tokenizer_hash": self.tokenizer.hash, "provenance": provenance()}
+        meta = json.loads(json.dumps(meta))                # a copy: the state goes on changing
+        parts = {"model": self.model.state_dict(), "optimizer": optimizer_state(self.optimizer)}
+        shards, placements = {}, {}
+        for part, tensors in parts.items():
+            local = {name: distributed.local_shard(tensor) for name, tensor in tensors.items()}
+            shards[part] = {name: shard.detach() for name, (shard, _, _) in local.items()}
+            placements[part] = {name: (offset, shape) for name, (_, offset, shape) in local.items()}
+            if config.async_save:
+                shards[part] = {name: shard.to("cpu", copy=True)
+                                for name, shard in shards[part].items()}
+        sharding = {}
+        if world.mesh:
+            if world.mesh.get_local_rank("replicate") > 0:
+                return lambda: None                        # replicas are equal: one of them writes
+            sharding = {"placements": placements, "rank": world.mesh.get_local_rank("shard"),
+                        "ranks": world.shards, "attempt": world.attempt,
+                        "timeout": 60 * config.timeout}
+
+        def write():
+            save(self.out_dir, meta["run"]["step"], shards, meta, self.tokenizer.save, **sharding)
+            if world.rank == 0:
+                prune(self.out_dir, config.keep_last, config.keep_every)
+                (self.out_dir / "nonfinite.json").unlink(missing_ok=True)
+        return write
+
+    def close(self):
+        self.thread.shutdown(wait=False)                   # do not block on a dead peer
+
+
+def save(out_dir, step, tensors, meta, write_more=None, placements=None, rank=0, ranks=1,
+         attempt=None, timeout=600):
     """Write out_dir/step-N and return its path.
 
-    tensors     {"model": {name: tensor}, "optimizer": {...}}: one file each
+    tensors     {"model": {name: tensor}, "optimizer": {...}}: one file per part
     meta        JSON dict; "step" and "files" are added
-    write_more  called with the folder while it is still out of sight: writes further files (the tokenizer's)
+    write_more  called with the hidden folder: writes further files (the tokenizer's)
 
-    Several ranks write together, each the pieces that it holds, into a folder that all of them see. Rank 0 then writes
-    index.json, which says where each piece belongs, and makes the checkpoint visible.
-    places      {"model": {name: (offset of the piece, shape of the whole)}, ...}; None: tensors are whole
-    attempt     the same word on every rank, and another one after a restart
-    timeout     seconds that rank 0 waits for the others' files
+    Several ranks write together, each its own shards, into a folder that all of them see. Rank 0
+    then writes index.json, which says where each shard belongs, and makes the checkpoint visible.
+
+    placements  {"model": {name: (offset of the shard, shape of the whole)}, ...}; None: not sharded
+    attempt     the same text on every rank, and another one after a restart
+    timeout     seconds that rank 0 waits for the files of the others
     """
-    final = Path(out_dir) / f"step-{step:08d}"
+    final = step_folder(out_dir, step)
     attempt = attempt or str(os.getpid())
-    temporary = final.with_name(f".{final.name}.{attempt}.tmp")
+    hidden = final.with_name(f".{final.name}.{attempt}.tmp")
     if rank == 0:
-        for left_over in final.parent.glob(".step-*.tmp"):               # of a run that was killed while saving or pruning
-            if left_over.suffixes[-2:-1] != [f".{attempt}"]:
-                shutil.rmtree(left_over, ignore_errors=True)
-    temporary.mkdir(parents=True, exist_ok=ranks > 1)
+        for leftover in final.parent.glob(".step-*.tmp"):  # of a run killed while saving or pruning
+            if leftover.suffixes[-2:-1] != [f".{attempt}"]:
+                shutil.rmtree(leftover, ignore_errors=True)
+    hidden.mkdir(parents=True, exist_ok=ranks > 1)
     try:
-        pieces = {}
-        for part, named in tensors.items():
-            file = f"{part}.safetensors" if places is None else f"{part}-{rank + 1:05d}-of-{ranks:05d}.safetensors"
-            here = {name: t.detach().contiguous().cpu() for name, t in named.items()       # a scalar is the same on all ranks
-                    if places is None or (t.numel() and (t.dim() or rank == 0))}
-            save_file(here, temporary / file)
-            if places:
-                where = {name: places[part][name] for name in here}
-                pieces[part] = {name: {"shape": shape, "pieces": [[file, offset]]} for name, (offset, shape) in where.items()}
+        written, index = write_tensors(hidden, tensors, placements, rank, ranks)
         if write_more and rank == 0:
-            write_more(temporary)
-        own = [path for path in temporary.iterdir() if f"-{rank + 1:05d}-of-" in path.name
-               or rank == 0 and "-of-" not in path.name and not path.name.startswith((".", "rank-"))]
-        for path in own:                                                 # on the disk before the rename is: power can fail too
+            (hidden / "more").mkdir()
+            write_more(hidden / "more")
+            written += [path.rename(hidden / path.name) for path in (hidden / "more").iterdir()]
+            (hidden / "more").rmdir()
+        for path in written:                               # on the disk before the rename is
             with open(path, "rb+") as f:
                 os.fsync(f.fileno())
-        files = {path.name: sha256(path) for path in sorted(own)}
-        if places:
-            write_json(temporary / f"rank-{rank}.json", {"files": files, "index": pieces})
+        files = {path.name: sha256(path) for path in sorted(written)}
+        if placements:
+            write_json(hidden / f"rank-{rank}.json", {"files": files, "index": index})
             if rank > 0:
                 return final
-            files |= merge_ranks(temporary, ranks, timeout)
-        write_json(temporary / "meta.json", {**meta, "step": step, "files": files})
-        if final.exists():                                               # damaged or left over: a good one is never rewritten
+            files |= merge_ranks(hidden, ranks, timeout)
+        write_json(hidden / "meta.json", {**meta, "step": step, "files": files})
+        if final.exists():                                 # damaged or left over: never a good one
             shutil.rmtree(final)
-        os.rename(temporary, final)
-    except SafetensorError as error:                                     # how the library reports a full disk
-        raise OSError(None, f"could not be written ({error}); the last good checkpoint is untouched", str(final)) from None
+        os.rename(hidden, final)                           # from here on the checkpoint is visible
+    except SafetensorError as error:                       # how the library reports a full disk
+        message = f"could not be written ({error}); the last good checkpoint is untouched"
+        raise OSError(None, message, str(final)) from None
     finally:
         if rank == 0:
-            shutil.rmtree(temporary, ignore_errors=True)
+            shutil.rmtree(hidden, ignore_errors=True)
     return final
 
 
-def merge_ranks(temporary, ranks, timeout):
-    """Wait until all ranks have written their files, and make one index.json of what they say. Returns {file: sha256}."""
-    waiting, until = {temporary / f"rank-{rank}.json" for rank in range(ranks)}, time.monotonic() + timeout
-    while waiting := {path for path in waiting if not path.exists()}:
-        if time.monotonic() > until:
-            raise OSError(None, f"{len(waiting)} of {ranks} ranks did not write their files within {timeout:.0f} s", str(temporary))
+def step_folder(out_dir, step):
+    return Path(out_dir) / f"step-{step:08d}"
+
+
+def write_tensors(folder, tensors, placements, rank, ranks):
+    """Write one safetensors file per part. Returns (paths, what index.json has to say of them)."""
+    paths, index = [], {}
+    for part, named in tensors.items():
+        file = f"{part}.safetensors"
+        if placements:
+            file = f"{part}-{rank + 1:05d}-of-{ranks:05d}.safetensors"
+            named = {name: tensor for name, tensor in named.items()     # a scalar is on all ranks
+                     if tensor.numel() and (tensor.dim() or rank == 0)}
+            index[part] = {name: {"shape": shape, "pieces": [[file, offset]]}
+                           for name, (offset, shape) in placements[part].items() if name in named}
+        named = {name: tensor.detach().contiguous().cpu() for name, tensor in named.items()}
+        save_file(named, folder / file)
+        paths.append(folder / file)
+    return paths, index
+
+
+def merge_ranks(folder, ranks, timeout):
+    """Wait until all ranks have written, and merge their indexes. Returns {file: sha256}."""
+    missing = {folder / f"rank-{rank}.json" for rank in range(ranks)}
+    deadline = time.monotonic() + timeout
+    while missing := {path for path in missing if not path.exists()}:
+        if time.monotonic() > deadline:
+            raise OSError(None, f"{len(missing)} of {ranks} ranks did not write their files within "
+                          f"{timeout:.0f} s", str(folder))
         time.sleep(0.02)
     files, index = {}, {}
-    for path in sorted(temporary.glob("rank-*.json")):
-        said = read_json(path)
-        files |= said["files"]
-        for part, named in said["index"].items():
+    for path in sorted(folder.glob("rank-*.json")):
+        rank = read_json(path)
+        files |= rank["files"]
+        for part, named in rank["index"].items():
             for name, entry in named.items():
-                index.setdefault(part, {}).setdefault(name, {"shape": entry["shape"], "pieces": []})["pieces"] += entry["pieces"]
+                empty = {"shape": entry["shape"], "pieces": []}
+                merged = index.setdefault(part, {}).setdefault(name, empty)
+                merged["pieces"] += entry["pieces"]
         path.unlink()
-    write_json(temporary / "index.json", index)
-    return {**files, "index.json": sha256(temporary / "index.json")}
+    write_json(folder / "index.json", index)
+    return {**files, "index.json": sha256(folder / "index.json")}
 
 
-def amend(out_dir, step, **changes):
-    """Change entries of the meta.json of a checkpoint that is there."""
-    path = Path(out_dir) / f"step-{step:08d}" / "meta.json"
+def amend_meta(out_dir, step, **changes):
+    """Change entries of the meta.json of a checkpoint."""
+    path = step_folder(out_dir, step) / "meta.json"
     write_json(path, {**read_json(path), **changes})
+
+
+def prune(out_dir, keep_last, keep_every):
+    """Delete all checkpoints but the last few, every keep_every-th step, and those marked keep."""
+    for path in checkpoints(out_dir)[:-keep_last or None]:
+        step = int(STEP.fullmatch(path.name)[1])
+        try:
+            kept = keep_every and step % keep_every == 0 or read_meta(path).get("keep")
+        except BadInput:                                   # damaged: not ours to delete
+            kept = True
+        if not kept:                                       # renamed: never half a checkpoint
+            shutil.rmtree(path.rename(path.with_name(f".{path.name}.tmp")))
 
 
 def sha256(path):
     digest = hashlib.sha256()
     with open(path, "rb") as f:
-        while chunk := f.read(1 << 20):
+        while chunk := f.read(2 ** 20):
             digest.update(chunk)
     return digest.hexdigest()
 
 
 def write_json(path, value):
-    """Write JSON so that a reader finds the old file or the new one."""
+    """Write JSON so that a reader finds the old file or the new one, never half of it."""
     temporary = Path(f"{path}.tmp")
     with open(temporary, "w", encoding="utf-8") as f:
         json.dump(value, f, indent=1)
@@ -129,144 +244,198 @@ def write_json(path, value):
     os.replace(temporary, path)
 
 
+# ---- reading
+
 def checkpoints(out_dir):
-    """Complete checkpoints of a run folder, oldest first."""
-    found = [path for path in Path(out_dir).glob("step-*") if STEP.fullmatch(path.name) and (path / "meta.json").is_file()]
+    """Return the complete checkpoints of a run folder, oldest first."""
+    found = [path for path in Path(out_dir).glob("step-*")
+             if STEP.fullmatch(path.name) and (path / "meta.json").is_file()]
     return sorted(found, key=lambda path: int(STEP.fullmatch(path.name)[1]))
 
 
 def resolve(path):
-    """The checkpoint meant by a path: itself, a released folder, or the latest of a run folder. BadInput where there is none."""
+    """Return the checkpoint that a path means: itself, a released folder, or the latest of a run.
+
+    Raises BadInput if there is none.
+    """
     path = Path(path)
     if (path / "meta.json").is_file() or is_released(path):
         return path
     if checkpoints(path):
         return checkpoints(path)[-1]
     if path.is_file():
-        raise BadInput(f"{path}: a checkpoint is a folder step-NNNNNNNN with meta.json; single files (pickles) are never read")
+        raise BadInput(f"{path}: a checkpoint is a folder step-NNNNNNNN with meta.json; single "
+                       "files (pickles) are never read")
     if not path.exists():
         raise BadInput(f"{path}: no such checkpoint or run folder")
-    raise BadInput(f"{path}: holds no complete checkpoint (a folder step-NNNNNNNN with meta.json), and no config.json of a model")
+    raise BadInput(f"{path}: holds no complete checkpoint (a folder step-NNNNNNNN with meta.json), "
+                   "and no config.json of a model")
 
 
 def read_meta(folder):
-    """meta.json of a checkpoint folder; of a released one what can be said: its model."""
+    """Return the meta.json of a checkpoint; for a released folder what is known: its model."""
     if is_released(folder):
         return {"step": 0, "files": {}, "model": read_released_config(folder)[1]}
     meta = read_json(Path(folder) / "meta.json")
-    if not isinstance(meta, dict) or not isinstance(meta.get("files"), dict) or not isinstance(meta.get("step"), int):
+    valid = (isinstance(meta, dict) and isinstance(meta.get("files"), dict)
+             and isinstance(meta.get("step"), int))
+    if not valid:
         raise BadInput(f"{folder}/meta.json: not the meta.json of a checkpoint")
     return meta
 
 
-def read_tensors(folder, part, share=(0, 1)):
-    """Yield (name, tensor) of part "model" or "optimizer", one whole tensor at a time, whoever wrote its pieces.
+def model_config_of(cls, meta, where):
+    """Return cls(...) from a checkpoint's meta. Raises BadInput if its model config is unusable."""
+    try:
+        values = {name: tuple(value) if isinstance(value, list) else value      # JSON has no tuples
+                  for name, value in meta["model"].items()}
+        return cls(**values)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise BadInput(f"{where}/meta.json: no usable model config ({error})") from None
 
-    share: (i, n): check the sha256 of every n-th file only, from the i-th on, where n ranks read the same checkpoint.
-    BadInput names what is wrong.
+
+def read_weights(folder, dtype=None, share=(0, 1)):
+    """Yield (our name, tensor) of a checkpoint or a released folder, in `dtype` or as stored.
+
+    share: see read_tensors.
+    """
+    if is_released(folder):
+        yield from read_released(folder, dtype)
+        return
+    for name, tensor in read_tensors(folder, "model", share):
+        yield name, tensor if dtype is None else tensor.to(dtype)
+
+
+def read_tensors(folder, part, share=(0, 1)):
+    """Yield (name, tensor) of part "model" or "optimizer", one whole tensor at a time.
+
+    share: (i, n): verify the sha256 of every n-th file only, from the i-th on, if n ranks read the
+    same checkpoint. Raises BadInput that names the damaged file.
     """
     folder, meta = Path(folder), read_meta(folder)
-    remedy = f"delete {folder} to go on from the checkpoint before it, or name another one"
-    sharded = "index.json" in meta["files"]
-    names = [f"{part}.safetensors"]
-    if sharded:
-        check(folder / "index.json", meta, remedy)
+    names, index = [f"{part}.safetensors"], None
+    if "index.json" in meta["files"]:
+        check_file(folder / "index.json", meta)
         index = read_json(folder / "index.json").get(part, {})
         names = sorted({file for entry in index.values() for file, _ in entry["pieces"]})
     for i, name in enumerate(names):
-        check(folder / name, meta, remedy, i % share[1] == share[0])
+        check_file(folder / name, meta, verify=i % share[1] == share[0])
     with contextlib.ExitStack() as stack:
-        opened = {name: stack.enter_context(safe_open(folder / name, "pt")) for name in names}
-        if not sharded:
-            yield from ((name, opened[names[0]].get_tensor(name)) for name in opened[names[0]].keys())
+        files = {name: stack.enter_context(safe_open(folder / name, "pt")) for name in names}
+        if index is None:
+            for name in files[names[0]].keys():
+                yield name, files[names[0]].get_tensor(name)
             return
         for name, entry in index.items():
-            if len(entry["pieces"]) == 1:
-                yield name, opened[entry["pieces"][0][0]].get_tensor(name)
-                continue
-            pieces = [(opened[file].get_tensor(name), offset) for file, offset in entry["pieces"]]
-            whole = torch.empty(entry["shape"], dtype=pieces[0][0].dtype)
-            for piece, offset in pieces:
-                whole[tuple(slice(first, first + n) for first, n in zip(offset, piece.shape))] = piece
-            if sum(piece.numel() for piece, _ in pieces) != whole.numel():
-                raise BadInput(f"{folder}: index.json has not all pieces of {name}; {remedy}")
-            yield name, whole
+            yield name, join_shards(files, name, entry, folder)
 
 
-def check(path, meta, remedy, hashed=True):
-    """BadInput where a file of a checkpoint is missing or not the one that was saved."""
+def join_shards(files, name, entry, folder):
+    """Return the whole tensor of an entry of index.json."""
+    if len(entry["pieces"]) == 1:
+        return files[entry["pieces"][0][0]].get_tensor(name)
+    shards = [(files[file].get_tensor(name), offset) for file, offset in entry["pieces"]]
+    whole = torch.empty(entry["shape"], dtype=shards[0][0].dtype)
+    for shard, offset in shards:
+        whole[tuple(slice(first, first + n) for first, n in zip(offset, shard.shape))] = shard
+    if sum(shard.numel() for shard, _ in shards) != whole.numel():
+        raise BadInput(f"{folder}: index.json lacks shards of {name}; {remedy(folder)}")
+    return whole
+
+
+def check_file(path, meta, verify=True):
+    """Raise BadInput if a file of a checkpoint is missing or, verified, not the one saved."""
     recorded = meta["files"].get(path.name)
     if recorded is None or not path.is_file():
-        raise BadInput(f"{path}: missing; {remedy}")
+        raise BadInput(f"{path}: missing; {remedy(path.parent)}")
     try:
         if path.suffix == ".safetensors":
             with safe_open(path, "pt"):
                 pass
     except (SafetensorError, OSError, ValueError) as error:
-        raise BadInput(f"{path}: not a whole safetensors file ({error}); {remedy}") from None
-    if hashed and sha256(path) != recorded:
-        raise BadInput(f"{path}: changed since it was saved (sha256 differs); {remedy}")
+        raise BadInput(f"{path}: not a whole safetensors file ({error}); "
+                       f"{remedy(path.parent)}") from None
+    if verify and sha256(path) != recorded:
+        raise BadInput(f"{path}: changed since it was saved (sha256 differs); "
+                       f"{remedy(path.parent)}")
 
 
-def read_weights(folder, dtype=None, share=(0, 1)):
-    """Yield (our name, tensor) of a checkpoint or released folder, in `dtype` or as stored; share: see read_tensors."""
-    if is_released(folder):
-        yield from read_released(folder, dtype)
-    else:
-        yield from ((name, t if dtype is None else t.to(dtype)) for name, t in read_tensors(folder, "model", share))
+def remedy(folder):
+    return f"delete {folder} to continue from the checkpoint before it, or name another one"
 
 
-def prune(out_dir, keep_last, keep_every):
-    """Delete all but the last few checkpoints, every keep_every-th step, and those whose meta says keep."""
-    for path in checkpoints(out_dir)[:-keep_last or None]:
-        step = int(STEP.fullmatch(path.name)[1])
-        try:
-            kept = keep_every and step % keep_every == 0 or read_meta(path).get("keep")
-        except BadInput:                                                 # damaged: no reason to stop a run, nor ours to delete
-            kept = True
-        if not kept:
-            shutil.rmtree(path.rename(path.with_name(f".{path.name}.tmp")))      # never half a checkpoint under its name
+# ---- the optimizer's state
+
+def optimizer_state(optimizer):
+    """Return {"NAME/exp_avg": tensor, ...}: AdamW's state by parameter name, not by position."""
+    state = {}
+    for group in optimizer.param_groups:
+        for name, p in zip(group["names"], group["params"]):
+            state |= {f"{name}/{key}": value for key, value in optimizer.state[p].items()}
+    return state
 
 
-def lock(out_dir):
-    """Hold a folder for this process; BadInput where another one has it. The system frees it however we end."""
-    path = Path(out_dir) / ".lock"
-    handle = open(path, "a+")
-    try:
-        try:
-            import fcntl
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except ImportError:                                              # Windows
-            import msvcrt
-            msvcrt.locking(handle.fileno(), msvcrt.LK_NBLCK, 1)
-    except OSError as error:
-        handle.close()
-        if error.errno not in (errno.EAGAIN, errno.EACCES, errno.EDEADLK):
-            raise BadInput(f"{out_dir}: can't be locked ({error.strerror}); give a folder on a file system that has locks") from None
-        raise BadInput(f"{out_dir}: in use by another process; wait for it, or give another folder") from None
-    return handle
+def restore_optimizer(optimizer, tensors, fused):
+    """Load (name, tensor) pairs of optimizer_state. Raises BadInput if one is missing."""
+    params = {name: p for group in optimizer.param_groups
+              for name, p in zip(group["names"], group["params"])}
+    for name, tensor in tensors:
+        name, _, key = name.rpartition("/")
+        p = params[name]
+        if key == "step":
+            optimizer.state[p][key] = tensor.to(p.device if fused else "cpu")
+        else:
+            optimizer.state[p][key] = torch.zeros_like(p)
+            distributed.copy_local_shard(optimizer.state[p][key], tensor)
+    for name, p in params.items():
+        missing = {"step", "exp_avg", "exp_avg_sq"} - optimizer.state[p].keys()
+        if missing:
+            raise BadInput(f"the checkpoint's optimizer state lacks {name}/{sorted(missing)[0]}; "
+                           "use --init_from to take the weights only")
 
 
 # ---- the rest of a run folder
 
+def lock(folder):
+    """Lock a folder for this process: `with lock(folder):`. Also free if the process dies.
+
+    Raises BadInput if another process has it.
+    """
+    try:
+        return FileLock(Path(folder) / ".lock").acquire(timeout=0)
+    except Timeout:
+        raise BadInput(f"{folder}: in use by another process; wait for it, or give another "
+                       "folder") from None
+    except (NotImplementedError, OSError) as error:
+        raise BadInput(f"{folder}: can't be locked ({error}); give a folder on a file system that "
+                       "has locks") from None
+
+
 def provenance():
-    """Where and by what a file was made: enough to say why two runs differ."""
-    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True) if shutil.which("git") else None
-    return {"git": git.stdout.strip() if git else "", "code": code_hash(), "torch": torch.__version__,
-            "python": platform.python_version(), "machine": platform.machine(), "threads": torch.get_num_threads()}
+    """Return where and by what a file was made: enough to say why two runs differ."""
+    git = ""
+    if shutil.which("git"):
+        git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True,
+                             text=True).stdout.strip()
+    return {"git": git, "code": code_hash(), "torch": torch.__version__,
+            "python": platform.python_version(), "machine": platform.machine(),
+            "threads": torch.get_num_threads()}
 
 
 def code_hash():
-    """sha256 over the project's own modules, so that an edited rule is not mistaken for the run that was made before."""
-    files = sorted(path for pattern in ("*.py", "data/*.py", "engine/*.py", "family/*.py") for path in ROOT.glob(pattern))
-    return hashlib.sha256(b"".join(p.relative_to(ROOT).as_posix().encode() + p.read_bytes().replace(b"\r\n", b"\n") for p in files)).hexdigest()[:16]
+    """Return a hash of the code that trains, to tell an edited rule from the one before."""
+    files = sorted(path for pattern in ("*.py", "data/*.py", "engine/*.py", "family/*.py")
+                   for path in ROOT.glob(pattern))
+    digest = hashlib.sha256()
+    for path in files:
+        digest.update(path.relative_to(ROOT).as_posix().encode())
+        digest.update(path.read_bytes().replace(b"\r\n", b"\n"))
+    return digest.hexdigest()[:16]
 
 
 def clear(out_dir):
-    """Remove a run's own files, and nothing else, from its folder."""
+    """Remove the files of a run from its folder, and nothing else."""
     for path in [*Path(out_dir).glob("step-*"), *Path(out_dir).glob(".step-*.tmp")]:
         shutil.rmtree(path)
     for name in ("metrics.jsonl", "config.json", "loss.png", "nonfinite.json"):
         (Path(out_dir) / name).unlink(missing_ok=True)
-
-

@@ -35,7 +35,7 @@ def is_released(folder):
     if (path.parent / "meta.json").is_file() or not path.is_file():
         return False
     config = read_json(path)
-    return isinstance(config, dict) and "asked" not in config
+    return isinstance(config, dict) and "train" not in config
 
 
 def read_released_config(folder):

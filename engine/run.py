@@ -1,46 +1,60 @@
-"""Where a run is and where it begins: from scratch, resumed, branched from a stable checkpoint, or from another's weights.
+"""Where a run is and where it begins: from scratch, resumed, branched from a stable checkpoint, or
+from other weights.
 
-A config here is train.py's TrainConfig or one that adds to it; start.py changes neither files nor weights, but for init_run_dir.
+A config here is train.py's TrainConfig or a dataclass that adds to it. Only init_run_dir changes
+files.
 """
+import contextlib
 import dataclasses
 import json
 import math
+import signal
 import sys
-from collections import namedtuple
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from configurator import BadInput, build
 from engine import checkpoint, metrics
-from model import MiniCPMConfig, model_config_from
 
-WARMUP_SHARE, WARMUP_TIMED = 0.025, 100     # default warm-up: share of max_steps; updates of a run that is given minutes
-MAY_CHANGE = ("max_steps", "minutes", "eval_interval", "eval_tokens", "log_interval", "save_interval", "keep_last", "keep_every",
-              "sample_tokens", "skip_samples", "overwrite", "quiet", "tensorboard", "wandb", "async_save", "timeout", "replicate", "shard",
-              "recompute", "sync_micro_steps")                           # by a command that continues a run
-# From the model of a checkpoint to start from; and rope_....
-MAY_DIFFER = ("max_position", "original_max_position", "tie_word_embeddings", "mup_lr", "balance_coef", "router_z_coef")
+# default warm-up: share of max_steps; steps of a run given minutes
+WARMUP_SHARE, WARMUP_STEPS_TIMED = 0.025, 100
+# What a command that continues a run may change.
+MAY_CHANGE = ("max_steps minutes micro_batch_size eval_interval eval_tokens log_interval "
+              "save_interval keep_last keep_every sample_tokens skip_samples overwrite quiet "
+              "tensorboard wandb async_save timeout replicate shard recompute "
+              "sync_micro_steps").split()
+# What a new run may change of the model whose weights it starts from, besides rope_...
+MAY_DIFFER = ("max_position original_max_position tie_word_embeddings mup_lr balance_coef "
+              "router_z_coef").split()
+# What a branch does not inherit from its trunk.
+NOT_INHERITED = ("max_steps minutes decay_steps decay_share overwrite skip_samples init_from "
+                 "branch_from out_dir").split()
 
-Start = namedtuple("Start", "config model_config state folder kind asked")       # kind: scratch, resume, branch, init
+
+# Why a continued run may differ from the interrupted one, by what changed.
+CONSEQUENCES = {"code": "its rules may differ", "torch": "its kernels may differ",
+                "threads": "sums may round differently"}
 
 
 class NonFinite(RuntimeError):
-    """The loss or the gradient is no number; the update was not made."""
+    """The loss or the gradient is NaN or infinite; the update was not made."""
+    exit_code = 3
 
 
 @dataclass
 class RunState:
-    """Where a run is: all that changes, beside weights and optimizer. Kept in a checkpoint's meta.json."""
+    """Where a run is: all that changes besides weights and optimizer. Kept in a checkpoint's
+    meta.json."""
     step: int = 0                       # updates done
-    samples_seen: int = 0               # sequences, so also the position in the data (but for skips)
+    samples_seen: int = 0               # sequences; with the skipped ones the position in the data
     tokens_seen: int = 0
-    seconds: float = 0.0                # of the run so far, all its processes together
-    max_steps: int | None = None        # None until a timed run settles it
-    decay_steps: int = 0                # last updates spent decaying, meaningful once max_steps is
-    warmup: int = 0
-    start: int = 0                      # step from which warmup counts
+    seconds: float = 0.0                # wall time of the run so far, all its processes together
+    max_steps: int | None = None        # None until the horizon of a timed run is set
+    decay_steps: int = 0  # updates of the decay, at the end; meaningful once max_steps is set
+    warmup: int = 0                     # updates of the warm-up
+    start: int = 0                      # step from which the warm-up counts
     plan: list = field(default_factory=list)     # data plan: [[first sample, mixture], ...]
-    skips: list = field(default_factory=list)    # [[from this many samples seen, samples left out], ...]
+    skips: list = field(default_factory=list)  # [[at this many samples seen, samples skipped], ...]
     compiled: bool | None = None        # None: not yet decided; a resume must compute as before
     micro: int = 0                      # sequences per forward; 0: not yet decided
     scaler: dict | None = None          # of float16
@@ -51,30 +65,53 @@ class RunState:
         return math.inf if self.max_steps is None else self.max_steps - self.decay_steps
 
     @property
-    def position(self):                 # index of the next sample of the plan
+    def position(self):                 # index of the next sample in the data plan
         return self.samples_seen + sum(n for first, n in self.skips if self.samples_seen >= first)
 
 
+@dataclass
+class Start:
+    """What a command was resolved to: a run and where it begins."""
+    config: object                      # TrainConfig
+    model_config: object                # MiniCPMConfig
+    state: RunState
+    folder: Path | None                 # checkpoint to load; None: from scratch
+    kind: str                           # scratch, resume, branch, or init (weights only)
+    requested: dict                     # every option as the command set it
+
+
+# ---- horizon
+
 def new_state(config):
-    """RunState at step 0, with the horizon where it is known."""
-    state = RunState(plan=[[0, config.data]], warmup=config.warmup_steps if config.warmup_steps is not None else WARMUP_TIMED)
+    """Return the RunState at step 0, with the horizon if it is known."""
+    state = RunState(plan=[[0, config.data]], warmup=WARMUP_STEPS_TIMED)
     if config.max_steps is not None:
         set_horizon(config, state, config.max_steps)
-        if config.warmup_steps is None:
-            state.warmup = int(WARMUP_SHARE * config.max_steps)
+        state.warmup = int(WARMUP_SHARE * config.max_steps)
+    if config.warmup_steps is not None:
+        state.warmup = config.warmup_steps
     return state
 
 
 def set_horizon(config, state, max_steps):
-    """Fix where the run ends and where its decay begins."""
+    """Set the last step of the run and the length of its decay."""
     state.max_steps = max_steps
-    state.decay_steps = 0 if config.schedule != "wsd" else \
-        config.decay_steps if config.decay_steps is not None else round(config.share * max_steps)
-    state.decay_steps = min(state.decay_steps, max_steps - state.step)
+    if config.schedule != "wsd":
+        decay_steps = 0
+    elif config.decay_steps is not None:
+        decay_steps = config.decay_steps
+    else:
+        decay_steps = round(config.share * max_steps)
+    state.decay_steps = min(decay_steps, max_steps - state.step)
 
 
-def set_horizon_from_time(config, state, seconds, seconds_per_step):
-    """Fix the horizon of a timed run once its stable share is spent: the decay gets the updates that the rest is worth."""
+def set_horizon_from_time(config, state, log, world):
+    """Set the horizon of a timed run once the stable share of its time is spent: the decay gets the
+    updates that fit in
+    the rest. Rank 0's clock decides."""
+    seconds, seconds_per_step = log.run_seconds(), log.seconds_per_step()
+    if seconds_per_step is None:
+        return
     budget = config.minutes * 60
     if config.schedule != "wsd" or config.decay_steps == 0 or config.share == 0:
         if seconds >= budget:
@@ -85,161 +122,241 @@ def set_horizon_from_time(config, state, seconds, seconds_per_step):
     elif seconds >= (1 - config.share) * budget:
         state.decay_steps = max(1, round((budget - seconds) / seconds_per_step))
         state.max_steps = state.step + state.decay_steps
+    state.max_steps, state.decay_steps = world.from_rank0((state.max_steps, state.decay_steps))
 
 
-def non_finite_message(out_dir, state, batch_size, loss, norm, rank):
-    """What happened and what to do; also left in the run folder, so that a restarting agent does not run into it again."""
-    text = (f"step {state.step + 1}: loss {loss}, gradient norm {norm}; the update was not made "
-            f"(samples {state.position} to {state.position + batch_size - 1} of the data plan)")
-    if out_dir:
-        good = checkpoint.checkpoints(out_dir)
-        text += f"; last good checkpoint: {good[-1] if good else 'none'}; lower --learning_rate in a new run, or repeat the " \
-                f"command with --skip_samples={batch_size} to go round the place"
-        if rank == 0:
-            checkpoint.write_json(out_dir / "nonfinite.json", {"samples_seen": state.samples_seen, "message": text})
-    return text
+# ---- where a command begins
 
+def resolve_start(config, model_config, given):
+    """Decide what a command does, from what out_dir holds and what the command names. Raises
+    BadInput if it cannot.
 
-def resolve_start(config, model, given):
-    """Decide what this command does, from what is in out_dir and what it names. Returns a Start; BadInput where it cannot."""
+    given: {name: value} of the options that the command set. Returns a Start.
+    """
     done = [] if config.overwrite else checkpoint.checkpoints(config.out_dir)
     if done:
-        return resume(config, model, done[-1])
+        return resume(config, model_config, done[-1])
+    requested = requested_config(config, model_config)
     if config.branch_from:
-        return branch(config, given, asked(config, model))
+        return branch(config, type(model_config), given, requested)
     if checkpoint.is_released(config.out_dir):
-        raise BadInput(f"--out_dir={config.out_dir}: holds a released model, which a run would overwrite; give another one")
+        raise BadInput(f"--out_dir={config.out_dir}: holds a released model, which a run would "
+                       "overwrite; give another one")
     if config.init_from:
         folder = checkpoint.resolve(config.init_from)
-        theirs = model_config_from(checkpoint.read_meta(folder), folder)
-        was_asked = asked(config, model)
+        meta = checkpoint.read_meta(folder)
+        theirs = checkpoint.model_config_of(type(model_config), meta, folder)
         if "tokenizer" not in given:
             config = dataclasses.replace(config, tokenizer=str(folder))
-        return Start(config, compare_model(theirs, given, folder), new_state(config), folder, "init", was_asked)
-    return Start(config, model, new_state(config), None, "scratch", asked(config, model))
+        model_config = merge_model_config(theirs, given, folder)
+        return Start(config, model_config, new_state(config), folder, "init", requested)
+    return Start(config, model_config, new_state(config), None, "scratch", requested)
 
 
-def asked(config, model):
-    """The knobs as the command set them, flat, as JSON gives them back."""
-    return json.loads(json.dumps({**asdict(config), **asdict(model)}))
+def requested_config(config, model_config):
+    """Return every option as the command set it, flat, with JSON's types."""
+    return json.loads(json.dumps({**asdict(config), **asdict(model_config)}))
 
 
-def resume(config, model, folder):
-    """Continue the run in out_dir: the command must be the one that began it, but for MAY_CHANGE."""
-    meta, now = checkpoint.read_meta(folder), asked(config, model)
-    before = asked(type(config)(), MiniCPMConfig()) | checkpoint.read_json(Path(config.out_dir) / "config.json")["asked"]   # knobs are added
-    changed = [name for name in now if now[name] != before.get(name)]
+def resume(config, model_config, folder):
+    """Continue the run in out_dir. The command must be the one that began it, but for
+    MAY_CHANGE."""
+    meta, requested = checkpoint.read_meta(folder), requested_config(config, model_config)
+    defaults = requested_config(type(config)(), type(model_config)())  # options newer than the run
+    before = defaults | checkpoint.read_json(Path(config.out_dir) / "config.json")["requested"]
+    changed = [name for name in requested if requested[name] != before.get(name)]
     refused = [name for name in changed if name not in MAY_CHANGE]
     if refused:
-        raise BadInput(*[f"--{name}={now[name]}: the run in {config.out_dir} was begun with {before.get(name)}; repeat its command, "
-                         f"or give --overwrite=True or another --out_dir" for name in refused])
+        raise BadInput(*[f"--{name}={requested[name]}: the run in {config.out_dir} was begun with "
+                         f"{before.get(name)}; repeat its command, or give --overwrite=True or "
+                         "another --out_dir" for name in refused])
     state = RunState(**meta["run"])
-    saved = type(config)(**meta["train"])
-    config = dataclasses.replace(saved, **{name: getattr(config, name) for name in MAY_CHANGE if name in changed})
-    if "max_steps" in changed:
-        if state.max_steps is not None and state.decay_steps and state.step > state.decay_start:
-            raise BadInput(f"--max_steps={config.max_steps}: the run in {config.out_dir} is in its decay; "
-                           f"branch from its stable checkpoint instead (--branch_from={config.out_dir})")
-        if config.max_steps is not None and config.max_steps < state.step:
-            raise BadInput(f"--max_steps={config.max_steps}: the run in {config.out_dir} has {state.step} steps already")
-        if config.max_steps is not None:
-            set_horizon(config, state, config.max_steps)
+    new_values = {name: getattr(config, name) for name in changed}
+    config = dataclasses.replace(type(config)(**meta["train"]), **new_values)
+    if "max_steps" in changed and config.max_steps is not None:
+        change_horizon(config, state)
+    skip_nonfinite(config, state)
+    model_config = checkpoint.model_config_of(type(model_config), meta, folder)
+    return Start(config, model_config, state, folder, "resume", requested)
+
+
+def change_horizon(config, state):
+    """Give a resumed run another --max_steps. Raises BadInput if it is too late for that."""
+    if state.max_steps is not None and state.decay_steps and state.step > state.decay_start:
+        raise BadInput(f"--max_steps={config.max_steps}: the run in {config.out_dir} is in its "
+                       "decay; branch from its stable checkpoint instead "
+                       f"(--branch_from={config.out_dir})")
+    if config.max_steps < state.step:
+        raise BadInput(f"--max_steps={config.max_steps}: the run in {config.out_dir} has "
+                       f"{state.step} steps already")
+    set_horizon(config, state, config.max_steps)
+
+
+def skip_nonfinite(config, state):
+    """Skip the samples at which the run stopped, as requested. Raises NonFinite if nothing was
+    requested."""
     marker = Path(config.out_dir) / "nonfinite.json"
     if marker.exists():
         note = checkpoint.read_json(marker)
         if not config.skip_samples:
             raise NonFinite(note["message"])
         state.skips.append([note["samples_seen"], config.skip_samples])
-    return Start(config, model_config_from(meta, folder), state, folder, "resume", now)
 
 
 def in_decay(meta):
-    """Whether a checkpoint has decay behind it."""
+    """Return whether a checkpoint has updates of the decay behind it."""
     return "run" in meta and meta["run"]["step"] > RunState(**meta["run"]).decay_start
 
 
 def latest_stable(path):
-    """The checkpoint meant by a path: of a run folder the latest before its decay, where there is one."""
+    """Return the checkpoint that a path means; for a run folder the latest before its decay, if
+    there is one."""
     folder = checkpoint.resolve(path)
-    stable = [f for f in checkpoint.checkpoints(path) if not in_decay(checkpoint.read_meta(f))] if folder != Path(path) else []
+    if folder == Path(path):
+        return folder
+    stable = [each for each in checkpoint.checkpoints(path)
+              if not in_decay(checkpoint.read_meta(each))]
     return stable[-1] if stable else folder
 
 
-def branch(config, given, was_asked):
-    """Go on from a stable checkpoint in a folder of its own: the trunk's settings, but for what this command says."""
-    folder = checkpoint.resolve(config.branch_from) if config.rewarm_steps else latest_stable(config.branch_from)
+def branch(config, model_class, given, requested):
+    """Continue from a stable checkpoint in a folder of its own, with the trunk's settings but for
+    what the command sets."""
+    find = checkpoint.resolve if config.rewarm_steps else latest_stable
+    folder = find(config.branch_from)
     meta = checkpoint.read_meta(folder)
     if "run" not in meta:
-        raise BadInput(f"{folder}: weights alone, no optimizer or place in the data to go on from; use --init_from")
+        raise BadInput(f"{folder}: holds weights only, no optimizer state or data position to "
+                       "continue from; use --init_from")
     state = RunState(**meta["run"])
     if in_decay(meta) and not config.rewarm_steps:
-        raise BadInput(f"{folder}: is in its decay (stable until step {state.decay_start}); branch from a stable checkpoint, "
-                       f"or give --rewarm_steps")
+        raise BadInput(f"{folder}: is in its decay (stable until step {state.decay_start}); branch "
+                       "from a stable checkpoint, or give --rewarm_steps")
     if "out_dir" not in given or Path(config.out_dir).resolve() == folder.parent.resolve():
         raise BadInput("--out_dir: a branch needs a folder of its own")
-    own = ("max_steps", "minutes", "decay_steps", "decay_share", "overwrite", "skip_samples", "init_from", "branch_from", "out_dir")
-    names = {f.name for f in dataclasses.fields(config)}
-    values = {**meta["train"], **{name: getattr(config, name) for name in own},
-              **{name: value for name, value in given.items() if name in names}}
-    if config.decay_share is None and config.decay_steps is None:
-        values["decay_share"] = meta["train"]["decay_share"]
-    (config,) = build([type(config)], values)
-    end = config.max_steps
-    if config.decay_steps is None and end is None:
-        state.decay_steps = max(1, round(state.step * config.share / (1 - config.share)))
-    elif config.decay_steps is None:
-        state.decay_steps = min(end - state.step, round(config.share * end))
-    else:
-        state.decay_steps = config.decay_steps
-    state.max_steps = state.step + state.decay_steps if end is None else end
-    if config.schedule != "wsd":
-        state.decay_steps = 0
-    if state.max_steps <= state.step or state.decay_start < state.step:
-        raise BadInput(f"--max_steps={state.max_steps}, --decay_steps={state.decay_steps}: the checkpoint is at step {state.step} already")
+    config = inherit_config(config, given, meta["train"])
+    set_branch_horizon(config, state)
     if config.rewarm_steps:
         state.start, state.warmup = state.step, config.rewarm_steps
     if config.data != state.plan[-1][1]:
         state.plan.append([state.position, config.data])
     state.seconds, state.compiled, state.micro = 0.0, None, 0
-    model = compare_model(model_config_from(meta, folder), given, folder)
-    if model.tie_word_embeddings != meta["model"]["tie_word_embeddings"]:
-        raise BadInput("--tie_word_embeddings: untying changes the optimizer's state; use --init_from")
-    return Start(config, model, state, folder, "branch", was_asked)
+    theirs = checkpoint.model_config_of(model_class, meta, folder)
+    model_config = merge_model_config(theirs, given, folder)
+    if model_config.tie_word_embeddings != theirs.tie_word_embeddings:
+        raise BadInput("--tie_word_embeddings: untying changes the optimizer's state; "
+                       "use --init_from")
+    return Start(config, model_config, state, folder, "branch", requested)
 
 
-def compare_model(model, given, folder):
-    """The checkpoint's model config, with what may differ taken from the command; BadInput lists what may not."""
-    fields = {f.name for f in dataclasses.fields(MiniCPMConfig)} & given.keys()
-    changed = {name for name in fields if given[name] != getattr(model, name)}
-    refused = sorted(name for name in changed if name not in MAY_DIFFER and not name.startswith("rope_"))
-    if not model.tie_word_embeddings and "tie_word_embeddings" in changed:
+def inherit_config(config, given, trunk):
+    """Return the config of a branch: the trunk's values, replaced by those that the command
+    gave."""
+    names = {f.name for f in dataclasses.fields(config)}
+    values = {**trunk, **{name: getattr(config, name) for name in NOT_INHERITED},
+              **{name: value for name, value in given.items() if name in names}}
+    if config.decay_share is None and config.decay_steps is None:
+        values["decay_share"] = trunk["decay_share"]
+    return build([type(config)], values)[0]
+
+
+def set_branch_horizon(config, state):
+    """Set where a branch ends and its decay begins, from --max_steps, --decay_steps and
+    --decay_share."""
+    end = config.max_steps
+    if config.decay_steps is not None:
+        state.decay_steps = config.decay_steps
+    elif end is not None:
+        state.decay_steps = min(end - state.step, round(config.share * end))
+    else:                               # the decay has its share of the whole run
+        state.decay_steps = max(1, round(state.step * config.share / (1 - config.share)))
+    state.max_steps = state.step + state.decay_steps if end is None else end
+    if config.schedule != "wsd":
+        state.decay_steps = 0
+    if state.max_steps <= state.step or state.decay_start < state.step:
+        raise BadInput(f"--max_steps={state.max_steps}, --decay_steps={state.decay_steps}: the "
+                       f"checkpoint is at step {state.step} already")
+
+
+def merge_model_config(theirs, given, folder):
+    """Return a checkpoint's model config with what may differ taken from the command. BadInput
+    lists what may not."""
+    names = {f.name for f in dataclasses.fields(theirs)}
+    changed = {name: value for name, value in given.items()
+               if name in names and value != getattr(theirs, name)}
+    refused = sorted(name for name in changed
+                     if name not in MAY_DIFFER and not name.startswith("rope_"))
+    if not theirs.tie_word_embeddings and "tie_word_embeddings" in changed:
         refused.append("tie_word_embeddings")
     if refused:
-        raise BadInput(*[f"--{name}={given[name]}: {folder} has {getattr(model, name)}" for name in refused])
-    (model,) = build([MiniCPMConfig], {**asdict(model), **{name: given[name] for name in changed}})
-    return model
+        raise BadInput(*[f"--{name}={given[name]}: {folder} has {getattr(theirs, name)}"
+                         for name in refused])
+    return build([type(theirs)], {**asdict(theirs), **changed})[0]
 
+
+# ---- a run's folder, and how a run ends
 
 def init_run_dir(start, say):
-    """Bring the run's folder to where this run begins: config.json, and nothing in it that it has not yet done."""
+    """Bring the run's folder to where this run begins: config.json, and nothing that it has not
+    done yet."""
     config, out_dir, now = start.config, Path(start.config.out_dir), checkpoint.provenance()
     if start.kind == "resume":
         metrics.rewind(out_dir, start.state.step)
         say(f"continuing {out_dir} from step {start.state.step}")
         before = checkpoint.read_meta(start.folder)["provenance"]
-        for name, why in (("code", "its rules may differ"), ("torch", "its kernels may differ"), ("threads", "sums may round otherwise")):
+        for name, why in CONSEQUENCES.items():
             if before[name] != now[name]:
-                say(f"note: {name} was {before[name]} and is now {now[name]}: {why}, so the run is not the one that was interrupted")
+                say(f"note: {name} was {before[name]} and is now {now[name]}: {why}, so this is "
+                    "not exactly the interrupted run")
     else:
-        checkpoint.clear(out_dir)                                        # overwritten, or killed before its first checkpoint
+        checkpoint.clear(out_dir)       # overwritten, or killed before its first checkpoint
         if start.folder:
             say(f"starting {out_dir} from {start.folder}")
-    checkpoint.write_json(out_dir / "config.json", {"asked": start.asked, "command": sys.argv, "train": asdict(config),
-                                                    "model": asdict(start.model_config), "provenance": now})
+    checkpoint.write_json(out_dir / "config.json", {
+        "requested": start.requested, "command": sys.argv, "train": asdict(config),
+        "model": asdict(start.model_config), "provenance": now})
 
 
-def finished(out_dir, state):
-    """Whether a run has done all its updates, and measured what it got."""
+def is_finished(out_dir, state):
+    """Return whether a run has done all its updates and its last evaluation."""
     if state.step != state.max_steps:
         return False
-    return any(x["step"] == state.step for x in metrics.read(out_dir)[1])
+    return any(line["step"] == state.step for line in metrics.read(out_dir)[1])
+
+
+def non_finite(out_dir, state, batch_size, loss, grad_norm, rank):
+    """Return the NonFinite that says what happened and what to do.
+
+    Leaves a marker in the run's folder (None: no files), so that a restart does not meet the same
+    batch again.
+    """
+    last = state.position + batch_size - 1
+    message = (f"step {state.step + 1}: loss {loss}, gradient norm {grad_norm}; the update was not "
+               f"made (samples {state.position} to {last} of the data plan)")
+    if out_dir:
+        saved = checkpoint.checkpoints(out_dir)
+        message += (f"; last good checkpoint: {saved[-1] if saved else 'none'}; lower "
+                    "--learning_rate in a new run, or repeat the command with "
+                    f"--skip_samples={batch_size} to skip this batch")
+        if rank == 0:
+            marker = {"samples_seen": state.samples_seen, "message": message}
+            checkpoint.write_json(Path(out_dir) / "nonfinite.json", marker)
+    return NonFinite(message)
+
+
+@contextlib.contextmanager
+def stop_on_signals():
+    """Yield a function that says whether SIGINT or SIGTERM has come. A second signal ends the
+    process at once."""
+    received = []
+
+    def on_signal(number, frame):
+        received.append(number)
+        signal.signal(number, signal.SIG_DFL)
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    handlers = {number: signal.signal(number, on_signal) for number in numbers}
+    try:
+        yield lambda: bool(received)
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)

@@ -34,14 +34,10 @@ from data import packing
 from data.dataset import permute
 from data.tokenizer import chat_ids
 from engine import checkpoint
-from engine.device import pick_device, pick_dtype
-from engine.memory import choose_micro_batch
+from engine.device import choose_micro_batch, pick_dtype
 from engine.run import new_state
 from model import MiniCPMConfig
-from train import UNDER_TORCHRUN, TrainConfig, batch_size_at, launch, open_tokenizer, run_training
-
-if UNDER_TORCHRUN:
-    from engine import distributed
+from train import TrainConfig, batch_size_at, launch, open_tokenizer, run_training
 
 HELD_OUT = 0.05                             # of the prompts, where no file of held-out pairs is given
 CHOSEN, REJECTED = 0, 1                     # places on the dimension of 2 of all tensors here
@@ -249,7 +245,7 @@ def compute_reference(forward, pairs, batches, config, micro, device, world, qui
 
     forward sees what it will see in training, gradients included, since kernels may differ without. Ranks share the training pairs.
     """
-    rank, ranks = (world.rank, world.size) if world else (0, 1)
+    rank, ranks = world.rank, world.size
     tables = {split: torch.full((len(rows), 2), -torch.inf, device=device) for split, rows in pairs.items()}
 
     def take(split, batch):
@@ -262,8 +258,7 @@ def compute_reference(forward, pairs, batches, config, micro, device, world, qui
     for index in held_out_indices(len(pairs["val"]), micro):
         take("val", {**stack([pairs["val"][i] for i in index], config.block_size), "index": torch.tensor(index)})
     tables = {split: table.cpu() for split, table in tables.items()}
-    if world:
-        tables["train"] = torch.stack(distributed.all_gather_object(tables["train"])).amax(0)
+    tables["train"] = torch.stack(world.all_gather(tables["train"])).amax(0)
     return tables
 
 
@@ -274,22 +269,21 @@ def held_out_indices(n, size):
 
 # ---- a run
 
-def train_dpo(start, world=None):
+def train_dpo(start, world):
     """Train a Start on its pairs: train.py's loop, with this batch source and this loss."""
-    first, together = world is None or world.rank == 0, distributed.on_all_ranks if world else (lambda work: work())
-    say = print if first and not start.config.quiet else (lambda text: None)
-    tokenizer = together(lambda: open_tokenizer(start, start.config))
-    pairs = together(lambda: read_pairs(start.config, tokenizer, say))
+    say = print if not start.config.quiet else (lambda text: None)
+    tokenizer = open_tokenizer(start)
+    pairs = read_pairs(start.config, tokenizer, say)
     if start.kind == "init":
-        n_steps = start.config.max_steps or together(lambda: steps_of(start.config, len(pairs["train"])))
-        start = start._replace(config=dataclasses.replace(start.config, reference=together(lambda: weights_hash(start.folder))),
-                               state=new_state(dataclasses.replace(start.config, max_steps=n_steps)))
-    config, state, device = start.config, start.state, world.device if world else pick_device(start.config.device)
+        n_steps = start.config.max_steps or steps_of(start.config, len(pairs["train"]))
+        start.config = dataclasses.replace(start.config, reference=weights_hash(start.folder))
+        start.state = new_state(dataclasses.replace(start.config, max_steps=n_steps))
+    config, state, device = start.config, start.state, world.device
     two_rows = dataclasses.replace(config, block_size=2 * config.block_size)               # a pair takes the memory of both
-    state.micro = config.micro_batch_size or state.micro or choose_micro_batch(
-        start.model_config, two_rows, batch_size_at(config, 0) // (world.size if world else 1), device, world)
+    state.micro = config.micro_batch_size or state.micro or world.from_rank0(choose_micro_batch(
+        start.model_config, two_rows, batch_size_at(config, 0) // world.size, device, world.shards))
     path, origin = Path(config.out_dir) / "reference.safetensors", reference_fingerprint(start, config, pairs, tokenizer, device)
-    reference = {split: table.to(device) for split, table in together(lambda: read_reference(path, origin, start)).items()}
+    reference = {split: table.to(device) for split, table in read_reference(path, origin, start).items()}
     batches = make_batches(pairs["train"], config)
     say(f"{len(pairs['train']):,} pairs, {len(pairs['val']):,} held out; reference: {path if reference else 'to be computed'}")
 
@@ -301,10 +295,12 @@ def train_dpo(start, world=None):
     def loss(forward, part):
         if not reference:                                                # before the first update of all
             clock = time.monotonic()
-            tables = compute_reference(forward, pairs, batches, config, state.micro, device, world, config.quiet or not first)
-            together(lambda: save_reference(tables) if first else None)
+            tables = compute_reference(forward, pairs, batches, config, state.micro, device, world, config.quiet)
+            if world.rank == 0:
+                save_reference(tables)
+            world.barrier()
             reference.update({split: table.to(device) for split, table in tables.items()})
-            if first and not config.quiet:
+            if not config.quiet:
                 tqdm.write(f"reference: {path}, {time.monotonic() - clock:.0f} s")
         policy, aux = answer_logp(forward, part["idx"], part["targets"])
         losses, measures = dpo_metrics(policy, reference["train"][part["index"]], part["targets"], config)
@@ -321,7 +317,7 @@ def train_dpo(start, world=None):
         means = torch.cat(rows)[:len(pairs["val"])].double().mean(0).tolist()
         return {f"val_{name}": value for name, value in zip(("loss", *measures), means)}
 
-    run_training(start, loss, lambda config, tokenizer: (batches, validate), world)
+    run_training(start, world, loss, lambda config, tokenizer: (batches, validate))
 
 
 @exits_cleanly

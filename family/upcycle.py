@@ -22,7 +22,7 @@ from configurator import BadInput, configure, exits_cleanly
 from data.tokenizer import has_tokenizer, load_tokenizer
 from engine import checkpoint
 from engine.run import in_decay, latest_stable
-from model import MiniCPM, model_config_from, mup_table, seeded_normal
+from model import MiniCPM, MiniCPMConfig, mup_table, seeded_normal
 
 
 @dataclass
@@ -70,7 +70,7 @@ def upcycle(options):
     if in_decay(meta) and source != Path(options.ckpt):
         raise BadInput(f"{options.ckpt}: all checkpoints are of the decay; upcycling takes one of the stable stage, or name one itself: "
                        f"--ckpt={source}")
-    dense = model_config_from(meta, source)
+    dense = checkpoint.model_config_of(MiniCPMConfig, meta, source)
     if dense.num_experts:
         raise BadInput(f"--ckpt={options.ckpt}: {source} has {dense.num_experts} experts already; upcycling takes a dense model")
     if options.num_experts < 1:

@@ -25,10 +25,12 @@ import torch
 
 import train
 from configurator import ROOT, BadInput, configure
+from data.corpus import prepare_missing
+from data.dataset import open_data
 from data.tokenizer import load_tokenizer
 from engine import checkpoint, metrics
-from engine.run import RunState, finished
-from model import MiniCPM, init_weights, model_config_from
+from engine.run import RunState, is_finished
+from model import MiniCPM, MiniCPMConfig, init_weights
 
 
 @dataclass
@@ -198,7 +200,7 @@ def prepare(config, **knobs):
     """Make the corpora of these knobs (data, tokenizer) where they are not there yet, before runs side by side want them."""
     if not config.draw:
         of = train.TrainConfig(**{"data": "pytorch", "tokenizer": "bytes", **knobs})
-        train.prepare_missing(of, load_tokenizer(of.tokenizer))
+        prepare_missing(of, load_tokenizer(of.tokenizer))
 
 
 def begin(config_file, **knobs):
@@ -208,7 +210,7 @@ def begin(config_file, **knobs):
     tokenizer = load_tokenizer(config.tokenizer)
     if "vocab_size" not in given:
         shape = dataclasses.replace(shape, vocab_size=tokenizer.n_vocab)
-    batches, validate = train.open_data(config, tokenizer)
+    batches, validate = open_data(config, tokenizer)
     model = MiniCPM(shape)
     init_weights(model, config.seed)
     return model, train.train(config, batches, train.language_loss, model), lambda: validate(model.eval())
@@ -218,7 +220,7 @@ def finish(script, *words, out_dir, **knobs):
     """Bring the run in out_dir to its end by script (train.main, dpo.main): True, or False where the loss was no number.
     What is there is not run again. raises KeyboardInterrupt: stopped by a signal, and saved, to go on the next time"""
     def at_its_end():
-        return bool(checkpoint.checkpoints(out_dir)) and finished(out_dir, RunState(**checkpoint.read_meta(checkpoint.resolve(out_dir))["run"]))
+        return bool(checkpoint.checkpoints(out_dir)) and is_finished(out_dir, RunState(**checkpoint.read_meta(checkpoint.resolve(out_dir))["run"]))
 
     if at_its_end():
         return True
@@ -250,7 +252,7 @@ def of_pattern(pattern):
         about = checkpoint.read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
         if not {"train", "model"} <= about.keys():
             raise BadInput(f"{folder}: metrics.jsonl without the config.json that train.py writes beside it, so without batch and model size")
-        found.append((folder, about["train"], model_config_from(about, folder), metrics.read_jsonl(folder / "metrics.jsonl")))
+        found.append((folder, about["train"], checkpoint.model_config_of(MiniCPMConfig, about, folder), metrics.read_jsonl(folder / "metrics.jsonl")))
     return found
 
 

@@ -79,7 +79,7 @@ def test_a_pickle_is_never_run(tmp_path, capsys):
         for _ in range(2):
             with pytest.raises(BadInput, match="not a whole safetensors file"):
                 dict(checkpoint.read_tensors(path, "model"))
-            checkpoint.amend(path.parent, 1, files={"model.safetensors": checkpoint.sha256(path / "model.safetensors")})
+            checkpoint.amend_meta(path.parent, 1, files={"model.safetensors": checkpoint.sha256(path / "model.safetensors")})
     assert names(tmp_path) == ["evil.pt", "run"]
 
 
@@ -113,7 +113,7 @@ def test_a_failing_write_leaves_the_last_good_one(tmp_path, monkeypatch, error):
 def test_prune_keeps_the_last_the_marked_and_every_nth(tmp_path):
     save(tmp_path, 1, 3, 5, 10, 15, 20)
     save(tmp_path, 2, keep=True)
-    checkpoint.amend(tmp_path, 3, keep=True)
+    checkpoint.amend_meta(tmp_path, 3, keep=True)
     for last, every, kept in ((9, 0, (1, 2, 3, 5, 10, 15, 20)), (2, 5, (2, 3, 5, 10, 15, 20)), (2, 0, (2, 3, 15, 20)), (1, 7, (2, 3, 20))):
         checkpoint.prune(tmp_path, last, every)
         assert names(tmp_path) == [f"step-{step:08d}" for step in kept]
@@ -128,7 +128,8 @@ def test_a_run_folder_has_one_process_and_is_free_when_it_is_killed(tmp_path):
                 checkpoint.lock(tmp_path)
         finally:
             other.kill()
-    checkpoint.lock(tmp_path).close()
+    with checkpoint.lock(tmp_path):
+        pass
 
 
 def test_json_is_written_whole_or_not_at_all(tmp_path):

@@ -233,7 +233,7 @@ with torch.device("meta"):
 model.numerics.dtype = dtype
 distributed.distribute(model, train.TrainConfig(max_steps=1, recompute=recompute), mesh, dtype, compiled=False)
 model.to_empty(device="cpu")
-init_weights(model, 1, distributed.put)
+init_weights(model, 1, distributed.copy_local_shard)
 alone, idx, targets = make(SMALL), ids(4, 12), ids(4, 12, seed=1)
 alone.numerics.dtype = dtype
 nll, aux = alone(idx, targets)

@@ -15,6 +15,7 @@ import torch
 
 import train as train_module
 from configurator import ROOT, build
+from data import dataset
 from data.dataset import write_corpus
 from data.tokenizer import load_tokenizer
 from engine import checkpoint, metrics
@@ -338,7 +339,7 @@ def test_init_from_takes_the_weights_and_the_model(fly, capsys):
 
 def poisoned(monkeypatch, at):
     """The sample at this place of the data gives a loss that is no number."""
-    plain = train_module.make_batches
+    plain = dataset.make_batches
 
     def make(*args, **kwargs):
         batches = plain(*args, **kwargs)
@@ -347,7 +348,7 @@ def poisoned(monkeypatch, at):
             batch, n = batches(plan, first, count)
             return batch, (math.nan if first <= at < first + count else n)
         return poisoned_batches
-    monkeypatch.setattr(train_module, "make_batches", make)
+    monkeypatch.setattr(dataset, "make_batches", make)
 
 
 def test_a_non_finite_loss_stops_with_three_and_can_be_gone_round(fly, capsys, monkeypatch):

@@ -38,7 +38,7 @@ from data.tokenizer import (
 )
 from engine import checkpoint, metrics
 from engine.released import is_released, released_names
-from model import MiniCPM, model_config_from
+from model import MiniCPM, MiniCPMConfig
 
 SHARD_BYTES = 5 * 10 ** 9           # a weight file holds at most this, unless one tensor is larger
 
@@ -259,7 +259,7 @@ def to_hf(folder, options):
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise BadInput(f"--to_hf={target}: is not an empty folder; give another one")
     meta = checkpoint.read_meta(folder)
-    config = model_config_from(meta, folder)
+    config = checkpoint.model_config_of(MiniCPMConfig, meta, folder)
     if options.form == "llama" and config.num_experts:
         raise BadInput("--form=llama: Llama has no experts; --form=granite computes the same function")
     if options.form == "minicpm" and config.head_size * config.n_head != config.n_embd:
@@ -313,7 +313,7 @@ def to_gguf(folder, options):
         source = str(Path(package.submodule_search_locations[0]) / "llama.cpp")
     if not (Path(source) / "convert_hf_to_gguf.py").is_file():
         raise BadInput(f"--llama_cpp={source}: holds no convert_hf_to_gguf.py")
-    tokenizer = tokenizer_of(folder, options, model_config_from(checkpoint.read_meta(folder), folder))
+    tokenizer = tokenizer_of(folder, options, checkpoint.model_config_of(MiniCPMConfig, checkpoint.read_meta(folder), folder))
     if tokenizer is None:
         raise BadInput(f"{folder}: holds no tokenizer, which a GGUF file needs; name one with --tokenizer")
     ours = not isinstance(tokenizer, ReleasedTokenizer)
