@@ -2,8 +2,9 @@
 
     python train.py [config/NAME.py ...] [--key=value ...]        later wins
 
-The dataclasses of a script (TrainConfig in train.py, MiniCPMConfig in model.py) are the one list of its knobs. A config
-file is plain assignments, arithmetic included. Every problem is found before any work starts, and each takes one line.
+The dataclasses of a script (TrainConfig in train.py, MiniCPMConfig in model.py) are the one list of
+its options. A config file is plain assignments, arithmetic included. All problems are found before
+any work starts, and each takes one line.
 """
 import ast
 import dataclasses
@@ -21,7 +22,7 @@ ROOT = Path(__file__).resolve().parent
 
 
 class BadInput(ValueError):
-    """Something the user gave cannot be used. Each argument is one line: what is wrong, where, what to do."""
+    """Something the user gave cannot be used. Each argument is one line: what, where, remedy."""
     exit_code = 2
 
     def __str__(self):
@@ -29,164 +30,185 @@ class BadInput(ValueError):
 
 
 def exits_cleanly(main):
-    """Decorate a script's main(argv): bad input and failing disks become one line a problem and exit status 2,
-    Ctrl-C one line and 130."""
+    """Decorate a script's main(argv): expected errors become one line each and an exit status.
+
+    2 for bad input and failing disks, 130 for Ctrl-C, else the exit_code of the exception.
+    """
     @functools.wraps(main)
     def wrapper(argv=None):
         try:
             return main(sys.argv[1:] if argv is None else argv)
-        except (BadInput, RuntimeError) as error:
-            if not hasattr(error, "exit_code"):
-                raise
-            print(error, file=sys.stderr)
-            raise SystemExit(error.exit_code) from None
         except OSError as error:
             if error.filename is None and error.errno is None:
                 raise
             print(f"{error.filename or 'writing'}: {error.strerror or error}", file=sys.stderr)
+            raise SystemExit(2) from None
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             raise SystemExit(130) from None
-        raise SystemExit(2)
+        except Exception as error:
+            if not hasattr(error, "exit_code"):
+                raise
+            print(error, file=sys.stderr)
+            raise SystemExit(error.exit_code) from None
     return wrapper
 
+
+# ---- from the command line to dataclasses
 
 def configure(argv, *classes, usage):
     """Read config files and options into one instance of each dataclass.
 
     argv     list of str: config files and --key=value, in the order in which they count
-    classes  dataclasses with distinct field names; `problems(self)` may return a list of lines
-    usage    text printed above the options by --help
+    classes  dataclasses with distinct field names; their problems() may return a list of lines
+    usage    text that --help prints above the options
     returns  (instances, given): given maps each name that was set to its value
     raises   BadInput with every problem found
     """
-    knobs = {field.name: (cls, field) for cls in classes for field in dataclasses.fields(cls)}
     hints = {name: hint for cls in classes for name, hint in typing.get_type_hints(cls).items()}
-    if any(word in ("--help", "-h") for word in argv):
-        print(usage.strip() + "\n")
-        for cls in classes:
-            print(help_text(cls, hints))
+    if "--help" in argv or "-h" in argv:
+        print("\n".join([usage.strip(), "", *[help_text(cls, hints) for cls in classes]]))
         raise SystemExit(0)
-    given, problems, unread = {}, [], set()                              # unread: names whose values could not be had
+    given, problems = {}, []
+    unread = set()                                         # names whose values are not known
+    names = {field.name for cls in classes for field in dataclasses.fields(cls)}
 
-    def accept(name, value, where):
-        if name not in knobs:
-            near = difflib.get_close_matches(name, knobs, n=1)
+    for where, name, value in settings(argv, problems, unread, names):
+        if name not in names:
+            near = difflib.get_close_matches(name, names, n=1)
             unread.update(near)
-            problems.append(f"{where}: unknown option" + (f"; did you mean --{near[0]}?" if near else "; --help lists them all"))
-            return
+            hint = f"did you mean --{near[0]}?" if near else "--help lists them all"
+            problems.append(f"{where}: unknown option; {hint}")
+            continue
         try:
             given[name] = coerce(value, hints[name])
         except ValueError as error:
             problems.append(f"{where} {error}")
             unread.add(name)
-
-    for word in argv:
-        if word.startswith("--"):
-            name, equals, text = word[2:].partition("=")
-            if not equals or not text:
-                problems.append(f"--{name} needs a value: --{name}=VALUE")
-                unread.add(name)
-            else:
-                accept(name, text, f"--{name}")
-        elif word.endswith(".py"):
-            try:
-                for name, value, line in read_config_file(word):
-                    accept(name, value, f"{word}:{line}: {name}")
-            except BadInput as error:
-                problems.append(str(error))
-                unread.update(knobs)
-        else:
-            problems.append(f"{word}: neither a config file (.py) nor --key=value")
     try:
         instances = build(classes, given)
-    except BadInput as error:                                            # what only follows from an unread value is not said
-        problems += [line for line in error.args if not unread.intersection(re.findall(r"--(\w+)", line))]
+    except BadInput as error:                              # without what follows from unread values
+        problems += [line for line in error.args
+                     if not unread.intersection(re.findall(r"--(\w+)", line))]
     if problems:
         raise BadInput(*problems)
     return instances, given
 
 
-def must_be_positive(config, names):
-    """Return one problem per field of a space-separated list that is set and not above 0."""
-    values = {name: getattr(config, name) for name in names.split()}
-    return [f"--{name}={value}: must be above 0" for name, value in values.items() if value is not None and value <= 0]
-
-
-def must_not_be_negative(config, names):
-    """Return one problem per field of a space-separated list that is set and below 0."""
-    values = {name: getattr(config, name) for name in names.split()}
-    return [f"--{name}={value}: must not be negative" for name, value in values.items() if value is not None and value < 0]
+def settings(argv, problems, unread, names):
+    """Yield (where, name, value) of all settings of a command; extends problems and unread."""
+    for word in argv:
+        if word.startswith("--"):
+            name, _, text = word[2:].partition("=")
+            if text:
+                yield f"--{name}", name, text
+            else:
+                problems.append(f"--{name} needs a value: --{name}=VALUE")
+                unread.add(name)
+        elif word.endswith(".py"):
+            try:
+                for name, value, line in read_config_file(word):
+                    yield f"{word}:{line}: {name}", name, value
+            except BadInput as error:
+                problems.append(str(error))
+                unread.update(names)
+        else:
+            problems.append(f"{word}: neither a config file (.py) nor --key=value")
 
 
 def build(classes, values):
-    """One instance of each dataclass from a flat dict of values; raises BadInput with all that their checks find."""
+    """Return one instance of each dataclass from a flat dict. BadInput lists all problems."""
     instances, problems = [], []
     for cls in classes:
         fields = [field.name for field in dataclasses.fields(cls)]
-        instances.append(cls(**{name: value for name, value in values.items() if name in fields}))
-        problems += getattr(instances[-1], "problems", list)()
+        instance = cls(**{name: value for name, value in values.items() if name in fields})
+        problems += instance.problems() if hasattr(instance, "problems") else []
+        instances.append(instance)
     if problems:
         raise BadInput(*problems)
     return instances
 
 
+def must_be_positive(config, names):
+    """Return one problem per field of a space-separated list that is set and not above 0."""
+    return [f"--{name}={getattr(config, name)}: must be above 0" for name in names.split()
+            if getattr(config, name) is not None and getattr(config, name) <= 0]
+
+
+def must_not_be_negative(config, names):
+    """Return one problem per field of a space-separated list that is set and below 0."""
+    return [f"--{name}={getattr(config, name)}: must not be negative" for name in names.split()
+            if getattr(config, name) is not None and getattr(config, name) < 0]
+
+
 def read_config_file(path):
-    """[(name, value, line)] of a file of plain assignments. Relative paths count from here, then from the project."""
+    """Return [(name, value, line)] of a file of plain assignments.
+
+    A relative path counts from the current folder, then from the project.
+    """
     found = next((p for p in (Path(path), ROOT / path) if p.is_file()), None)
     if found is None:
         have = sorted(p.name for p in (ROOT / "config").glob("*.py"))
         near = difflib.get_close_matches(Path(path).name, have, n=1)
-        raise BadInput(f"{path}: no such config file" + (f"; did you mean config/{near[0]}?" if near else ""))
+        hint = f"; did you mean config/{near[0]}?" if near else ""
+        raise BadInput(f"{path}: no such config file{hint}")
     try:
         tree = ast.parse(found.read_text(encoding="utf-8-sig"))
-    except (SyntaxError, ValueError) as error:                           # ValueError: not UTF-8, or a null byte
+    except (SyntaxError, ValueError) as error:             # ValueError: not UTF-8, or a null byte
         raise BadInput(f"{path}:{getattr(error, 'lineno', 1)}: not Python: {error}")
-    names, out = {}, []
+    names, assignments = {}, []
     for node in tree.body:
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
-            continue                                                     # a docstring
-        if not (isinstance(node, ast.Assign) and len(node.targets) == 1 and isinstance(node.targets[0], ast.Name)):
-            raise BadInput(f"{path}:{node.lineno}: a config file holds assignments 'name = value' only")
+            continue                                       # a docstring
+        is_assignment = isinstance(node, ast.Assign) and len(node.targets) == 1
+        if not is_assignment or not isinstance(node.targets[0], ast.Name):
+            raise BadInput(f"{path}:{node.lineno}: a config file holds assignments "
+                           "'name = value' only")
+        code = compile(ast.Expression(node.value), str(found), "eval")
         try:
-            value = eval(compile(ast.Expression(node.value), str(found), "eval"), {"__builtins__": {}}, names)
+            value = eval(code, {"__builtins__": {}}, names)
         except Exception as error:
             raise BadInput(f"{path}:{node.lineno}: {error}")
         names[node.targets[0].id] = value
-        out.append((node.targets[0].id, value, node.lineno))
-    return out
+        assignments.append((node.targets[0].id, value, node.lineno))
+    return assignments
 
+
+# ---- types
 
 def coerce(value, hint):
-    """A value from the command line (str) or a config file (any) as the type of its field; ValueError says what fits."""
+    """Return a value from the command line (str) or a config file (any) as the type of its field.
+
+    Raises ValueError that says what the field takes.
+    """
     options = typing.get_args(hint)
-    if isinstance(hint, types.UnionType):                                # int | None: 'None' means unset
-        if value is None or value == "None":
-            return None
-        return coerce(value, options[0])
+    if isinstance(hint, types.UnionType):                  # int | None: 'None' means unset
+        return None if value in (None, "None") else coerce(value, options[0])
     if typing.get_origin(hint) is typing.Literal:
         if value not in options:
             raise ValueError(f"is one of {', '.join(options)}, not {value!r}")
         return value
-    if typing.get_origin(hint) is tuple:                                 # --rope_long_factor=1,1.5,2
+    if typing.get_origin(hint) is tuple:                   # --rope_long_factor=1,1.5,2
         parts = value.split(",") if isinstance(value, str) else value
         if not isinstance(parts, (list, tuple)):
             raise ValueError(f"takes numbers separated by commas, not {value!r}")
         return tuple(coerce(part, options[0]) for part in parts)
     if hint is bool:
-        if value is True or value == "True":
-            return True
-        if value is False or value == "False":
-            return False
-        raise ValueError(f"takes True or False, not {value!r}")
+        if not isinstance(value, bool) and value not in ("True", "False"):
+            raise ValueError(f"takes True or False, not {value!r}")
+        return value in (True, "True")
     if hint is str:
         if not isinstance(value, str) or value == "":
             raise ValueError(f"takes text, not {value!r}")
         return value
-    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+    return coerce_number(value, hint)
+
+
+def coerce_number(value, hint):
+    """Return a value as an int or a finite float; a float is never taken for an int."""
+    wrong_type = isinstance(value, bool) or not isinstance(value, (str, int, float))
+    if wrong_type or hint is int and isinstance(value, float):
         raise ValueError(f"takes {hint.__name__}, not {value!r}")
-    if hint is int and isinstance(value, float):
-        raise ValueError(f"takes int, not {value!r}")
     try:
         number = hint(value)
         finite = math.isfinite(number)
@@ -199,35 +221,54 @@ def coerce(value, hint):
     return number
 
 
+# ---- help
+
 def field_comments(cls):
-    """{field: its trailing comment}, with the comment lines that continue it, from the source of the dataclass and its bases."""
-    comments, last = {}, None
-    for line in "".join(inspect.getsource(base) for base in reversed(cls.__mro__[:-1])).splitlines():
-        code, mark, comment = line.partition("#")
-        name = code.partition(":")[0].strip()
-        if mark and name in cls.__dataclass_fields__:
-            comments[name], last = comment.strip(), name
-        elif mark and not code.strip() and last:
-            comments[last] += " " + comment.strip()
+    """Return ({field: its comment}, {field: title of the section that begins with it}).
+
+    They are read from the source of the dataclass and its bases. A comment line continues the
+    comment of the field above; one that begins with ---- opens a section.
+    """
+    comments, sections = {}, {}
+    field = title = None
+    source = "".join(inspect.getsource(base) for base in reversed(cls.__mro__[:-1]))
+    for line in source.splitlines():
+        code, _, comment = line.partition("#")
+        name, comment = code.partition(":")[0].strip(), comment.strip()
+        if name in cls.__dataclass_fields__:
+            field, comments[name] = name, comment
+            if title:
+                sections[name], title = title, None
+        elif comment.startswith("----"):
+            title = comment.strip("- ")
+        elif comment and not code.strip() and field:
+            comments[field] = f"{comments[field]} {comment}".strip()
         else:
-            last = None
-    return comments
+            field = None
+    return comments, sections
 
 
 def help_text(cls, hints):
-    """The options of one dataclass: name, type, default, comment."""
-    comments, lines = field_comments(cls), [f"{cls.__name__}:"]
+    """Return the options of a dataclass, by sections: name, type, default, comment."""
+    comments, sections = field_comments(cls)
+    lines = [f"{cls.__name__}:"]
     for field in dataclasses.fields(cls):
         hint = hints[field.name]
-        kind = "|".join(map(str, typing.get_args(hint))) if typing.get_origin(hint) is typing.Literal else \
-            hint.__name__ if isinstance(hint, type) else str(hint)
+        if typing.get_origin(hint) is typing.Literal:
+            kind = "|".join(map(str, typing.get_args(hint)))
+        else:
+            kind = hint.__name__ if isinstance(hint, type) else str(hint)
+        if field.name in sections:
+            lines.append(f"\n  -- {sections[field.name]}")
         default = "required" if field.default is dataclasses.MISSING else repr(field.default)
-        lines.append(f"  --{field.name}={kind}  (default {default})\n        {comments.get(field.name, '')}".rstrip())
+        lines.append(f"  --{field.name}={kind}  (default {default})")
+        lines.append(f"        {comments.get(field.name, '')}")
     return "\n".join(lines) + "\n"
 
 
 def print_differences(*configs):
-    """One line with every value that is not its dataclass's default."""
+    """Print one line with every value that is not the default of its dataclass."""
     different = [f"{field.name}={getattr(config, field.name)!r}" for config in configs
-                 for field in dataclasses.fields(config) if getattr(config, field.name) != field.default]
+                 for field in dataclasses.fields(config)
+                 if getattr(config, field.name) != field.default]
     print("config: " + (" ".join(different) or "all defaults"))

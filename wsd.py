@@ -1,26 +1,29 @@
 """Learning-rate schedules: pure functions of the step.
 
-    python wsd.py [--out=schedules.png]        draws them all
+    python wsd.py [--out=schedules.png]        draws all of them
 
-Step s means that s updates are done: update s + 1 uses lr_at(s). A run of max_steps updates uses steps 0 to max_steps - 1,
-and its last update uses the floor.
+Step s means that s updates are done: update s + 1 uses lr_at(s). A run of max_steps updates uses
+steps 0 to max_steps - 1, and its last update uses the floor.
 """
 import math
 from dataclasses import dataclass
 
-from configurator import BadInput, configure, exits_cleanly
+from configurator import configure, exits_cleanly
 
 DECAYS = ("exponential", "linear", "cosine", "1-sqrt")
 
 
-def lr_at(step, *, peak, floor, warmup, max_steps, decay_steps, schedule="wsd", decay="exponential", half_life=None, start=0):
-    """Learning rate of the update after `step` updates.
+def lr_at(step, *, peak, floor, warmup, max_steps, decay_steps, schedule="wsd",
+          decay="exponential", half_life=None, start=0):
+    """Return the learning rate of the update after `step` updates.
 
     peak, floor  highest and last learning rate
-    warmup       updates of linear warm-up, counted from `start` (a branch that warms up again starts late)
-    max_steps    updates in all; math.inf where the horizon is not settled yet
-    decay_steps  last updates of a WSD run, spent decaying; 0: none
-    half_life    updates in which an exponential decay halves the rate; None: whatever ends exactly at the floor
+    warmup       updates of linear warm-up, counted from `start` (a branch that warms up again
+                 starts late)
+    max_steps    updates in all; math.inf if the horizon is not known yet
+    decay_steps  updates of the decay at the end of a WSD run; 0: none
+    decay        form of that decay, see wsd_decay
+    half_life    updates in which an exponential decay halves the rate; None: it ends at the floor
     """
     if step - start < warmup:
         return peak * (step - start + 1) / warmup
@@ -30,16 +33,21 @@ def lr_at(step, *, peak, floor, warmup, max_steps, decay_steps, schedule="wsd", 
         return cosine(step, peak, floor, max_steps)
     if schedule == "cosine_loop":
         return cosine_loop(step, peak, floor, max_steps)
-    return peak if step < max_steps - decay_steps else wsd_decay(
-        step - (max_steps - decay_steps), peak, floor, decay_steps, decay, half_life)
+    decay_start = max_steps - decay_steps
+    if step < decay_start:
+        return peak
+    return wsd_decay(step - decay_start, peak, floor, decay_steps, decay, half_life)
 
 
 def wsd_decay(k, peak, floor, decay_steps, decay, half_life=None):
-    """The decay stage of WSD (paper section 4.2), k updates into it: peak at k = 0, floor at k = decay_steps - 1.
+    """Return the rate k updates into the decay of WSD (paper section 4.2).
 
-    exponential  peak * 0.5 ** (k / half_life). Section 6.2 prints the start of the decay nowhere in its exponent and
-                 so exceeds 1; this is the consistent reading, with the paper's half-life of 5,000 steps. A half-life that
-                 is given wins over the length of the decay: the floor is then only a lower bound.
+    It is the peak at k = 0 and the floor at k = decay_steps - 1.
+
+    exponential  peak * 0.5 ** (k / half_life). The formula of section 6.2 does not subtract the
+                 start of the decay in its exponent, so it would exceed 1; this is the consistent
+                 reading, with the paper's half-life of 5,000 steps. A half-life that is given wins
+                 over decay_steps: the floor is then only a lower bound.
     """
     if decay == "exponential" and half_life is not None:
         return max(floor, peak * 0.5 ** (k / half_life))
@@ -48,14 +56,17 @@ def wsd_decay(k, peak, floor, decay_steps, decay, half_life=None):
     share = k / (decay_steps - 1)
     if decay == "exponential":
         return peak * (floor / peak) ** share
-    falling = {"linear": 1 - share, "cosine": 0.5 * (1 + math.cos(math.pi * share)), "1-sqrt": 1 - math.sqrt(share)}[decay]
-    return floor + (peak - floor) * falling
+    remaining = {"linear": 1 - share,
+                 "cosine": 0.5 * (1 + math.cos(math.pi * share)),
+                 "1-sqrt": 1 - math.sqrt(share)}[decay]
+    return floor + (peak - floor) * remaining
 
 
 def cosine(step, peak, floor, max_steps):
-    """Cosine(T) of appendix B.1 with T = max_steps: from peak to floor, and floor after that.
+    """Return Cosine(T) of appendix B.1 with T = max_steps: from peak to floor, then the floor.
 
-    The paper prints 0.9 cos(pi s / T) + 0.1, which turns negative; this is the usual form with the same ends.
+    The paper prints 0.9 cos(pi s / T) + 0.1, which becomes negative; this is the usual form with
+    the same ends.
     """
     if step >= max_steps - 1:
         return floor
@@ -63,42 +74,56 @@ def cosine(step, peak, floor, max_steps):
 
 
 def cosine_loop(step, peak, floor, max_steps):
-    """CosineLoop(T) of appendix B.1: as cosine, but it rises again after T."""
+    """Return CosineLoop(T) of appendix B.1: like cosine, but it rises again after T."""
     return floor + (peak - floor) * 0.5 * (1 + math.cos(math.pi * step / max(1, max_steps - 1)))
 
 
+# ---- the figure
+
 @dataclass
 class DrawConfig:
-    out: str = "schedules.png"  # where the figure goes
+    out: str = "schedules.png"          # where the figure goes
+
+    def problems(self):
+        if self.out.endswith((".png", ".pdf", ".svg")):
+            return []
+        return [f"--out={self.out}: must end in .png, .pdf or .svg"]
+
+
+def draw(path):
+    """Draw every schedule over 1,000 steps, and the one of MiniCPM-2.4B."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    figure, (left, right) = plt.subplots(1, 2, figsize=(13, 4.5))
+    common = dict(peak=1e-2, floor=1e-3, warmup=50)
+    curves = {f"WSD, {decay} decay": dict(max_steps=1000, decay_steps=200, decay=decay)
+              for decay in DECAYS}
+    for schedule, horizon in (("cosine", 1000), ("cosine_loop", 500), ("constant", 1000)):
+        curves[f"{schedule}, T = {horizon}"] = dict(max_steps=horizon, decay_steps=0,
+                                                    schedule=schedule)
+    styles = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 3)))
+    for (label, options), style in zip(curves.items(), styles):
+        left.plot([lr_at(step, **common, **options) for step in range(1000)], linestyle=style,
+                  label=label)
+    left.set(title="1,000 steps, decay 20 %", xlabel="step", ylabel="learning rate")
+    steps = range(0, 279_501, 100)
+    right.plot(steps, [lr_at(step, peak=1e-2, floor=0, warmup=2000, max_steps=279_500,
+                             decay_steps=18_500, half_life=5000) for step in steps],
+               label="halved every 5,000 steps from step 261,000")
+    right.set(title="MiniCPM-2.4B (the paper does not state the warm-up: 2,000 drawn)",
+              xlabel="step", ylabel="learning rate")
+    for axes in (left, right):
+        axes.legend(fontsize=8)
+        axes.grid(alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
 
 
 @exits_cleanly
 def main(argv):
     (config,), _ = configure(argv, DrawConfig, usage=__doc__)
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    if not config.out.endswith((".png", ".pdf", ".svg")):
-        raise BadInput(f"--out={config.out}: must end in .png, .pdf or .svg")
-    figure, (left, right) = plt.subplots(1, 2, figsize=(13, 4.5))
-    common = dict(peak=1e-2, floor=1e-3, warmup=50)
-    styles = iter(("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 3))))
-    for decay in DECAYS:
-        rates = [lr_at(s, **common, max_steps=1000, decay_steps=200, decay=decay) for s in range(1000)]
-        left.plot(rates, linestyle=next(styles), label=f"WSD, {decay} decay")
-    for schedule, horizon in (("cosine", 1000), ("cosine_loop", 500), ("constant", 1000)):
-        rates = [lr_at(s, **common, max_steps=horizon, decay_steps=0, schedule=schedule) for s in range(1000)]
-        left.plot(rates, linestyle=next(styles), label=f"{schedule}, T = {horizon}")
-    left.set(title="1,000 steps, decay 20 %", xlabel="step", ylabel="learning rate")
-    steps = range(0, 279_501, 100)
-    right.plot(steps, [lr_at(s, peak=1e-2, floor=0, warmup=2000, max_steps=279_500, decay_steps=18_500, half_life=5000)
-                       for s in steps], label="halved every 5,000 steps from step 261,000")
-    right.set(title="MiniCPM-2.4B (warm-up is not stated: 2,000 drawn)", xlabel="step", ylabel="learning rate")
-    for axes in (left, right):
-        axes.legend(fontsize=8)
-        axes.grid(alpha=0.3)
-    figure.tight_layout()
-    figure.savefig(config.out, dpi=120)
+    draw(config.out)
     print(f"drew {config.out}")
 
 

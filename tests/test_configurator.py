@@ -38,7 +38,7 @@ def problems_of(*argv):
     return lines
 
 
-def read_jsonl(main, argv, capsys):
+def error_lines(main, argv, capsys):
     with pytest.raises(SystemExit, match="^2$"):
         main(argv)
     return capsys.readouterr().err.splitlines()
@@ -118,10 +118,10 @@ def test_all_problems_at_once_and_nothing_that_only_follows_from_them(file):
 def test_train_reports_all_and_exits_with_2(capsys):
     argv = ["--n_layerz=3", "--max_steps=1e3", "--compile=yes", "--out_dir=", "--n_head=6", "--n_kv_head=4", "--head_dim=63",
             "--decay_share=0.1", "--decay_steps=5", "--schedule=wsdd", "--data=a,b"]
-    lines = read_jsonl(train.main, argv, capsys)
+    lines = error_lines(train.main, argv, capsys)
     starts = ["--n_layerz: unknown option; did you mean --n_layer?", "--max_steps takes int", "--compile takes True or False",
               "--out_dir needs a value", "--schedule is one of wsd", "--decay_share and --decay_steps: give one", "data='a,b': give NAME",
-              "--n_kv_head=4: does not divide --n_head=6", "--head_dim=63: RoPE rotates pairs"]
+              "--n_kv_head=4: does not divide --n_head=6", "--head_dim=63: must be even (RoPE rotates pairs)"]
     assert [line[:len(start)] for line, start in zip(lines, starts, strict=True)] == starts
 
 
@@ -130,8 +130,8 @@ def test_exits_cleanly_hides_no_bugs(capsys):
     def fail(error):
         raise error
 
-    assert read_jsonl(fail, BadInput("one", "two"), capsys) == ["one", "two"]
-    assert read_jsonl(fail, FileNotFoundError(2, "No such file", "a/b"), capsys) == ["a/b: No such file"]
+    assert error_lines(fail, BadInput("one", "two"), capsys) == ["one", "two"]
+    assert error_lines(fail, FileNotFoundError(2, "No such file", "a/b"), capsys) == ["a/b: No such file"]
     with pytest.raises(ValueError, match="bug"):
         fail(ValueError("bug"))
 
