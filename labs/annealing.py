@@ -157,8 +157,11 @@ def experiment(settings, config):
 
 def exact_percent(by_decay, after_sft):
     """Return (seeds, rows): % of exact answers in each of ROWS, after SFT or after the decay."""
-    return np.array([[result[str(times) if after_sft else "decay"]["exact"]
-                      for result in by_decay[data]] for data, times in ROWS.values()]).T
+    columns = []
+    for data, times in ROWS.values():
+        name = str(times) if after_sft else "decay"
+        columns.append([result[name]["exact"] for result in by_decay[data]])
+    return np.array(columns).T
 
 
 # %% The figure
@@ -176,7 +179,7 @@ def draw(results, settings, path, stale):
     ticks = [f"{row}\n{data}\nSFT x {times}" for row, (data, times) in ROWS.items()]
     answers.set_xticks(x, ticks, fontsize=7)
     answers.set(ylabel="exact answers (%)", title="data of the decay, and length of SFT",
-                xlim=(-0.5, 2.5), ylim=(-3, 75))
+                xlim=(-0.5, 2.5), ylim=(-3, 100))
 
     for ax, corpus, title in ((new, "speeches", "new domain (speeches)"),
                               (old, "pytorch", "old domain (pytorch)")):
