@@ -21,6 +21,7 @@ import json
 import os
 import re
 import shutil
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -300,6 +301,7 @@ def load_released(folder, name):
     except ImportError:
         raise BadInput(NEEDS_TRANSFORMERS) from None
     transformers.logging.set_verbosity_error()                  # what matters is raised
+    warnings.filterwarnings("ignore", module="transformers")
     try:
         hf = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True,
                                                         trust_remote_code=False)
@@ -311,7 +313,7 @@ def load_released(folder, name):
         if (folder / "tokenizer.json").is_file():
             raise
         raise BadInput(f"{folder}: could not be converted ({first_line(error)}); a tokenizer.model "
-                       "needs pip install sentencepiece protobuf") from None
+                       "needs pip install -U transformers sentencepiece protobuf") from None
     if not hf.is_fast:
         raise BadInput(f"{folder}: {type(hf).__name__} is not a fast tokenizer, so it cannot say "
                        "which characters a token stands for")

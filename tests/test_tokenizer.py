@@ -364,7 +364,7 @@ def test_what_a_released_tokenizer_needs_is_named(tmp_path, monkeypatch):
         patch.setattr(transformers.AutoTokenizer, "from_pretrained", no_package)
         refused("damaged")
         (folder / "tokenizer.json").rename(folder / "tokenizer.model")
-        refused("pip install sentencepiece protobuf")
+        refused("requires the protobuf library.*pip install -U transformers sentencepiece protobuf")
         (folder / "tokenizer.model").rename(folder / "tokenizer.json")
         patch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda *args, **options: Slow())
         refused("Slow is not a fast tokenizer")
