@@ -20,7 +20,6 @@ import importlib
 import json
 import os
 import re
-import shutil
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -131,7 +130,7 @@ class ReleasedTokenizer(Tokenizer):
 
     def __init__(self, folder, hf, name):
         """folder: where it comes from; hf: the fast tokenizer of transformers."""
-        self.folder, self.hf, self.name = folder, hf, name
+        self.hf, self.name = hf, name
         saved, vocab, added = hf.init_kwargs, hf.get_vocab(), hf.added_tokens_decoder
         self.n_vocab = max(vocab.values()) + 1
         self.eos = hf.eos_token_id
@@ -145,10 +144,12 @@ class ReleasedTokenizer(Tokenizer):
                          if i not in added}
         self.bytes_of |= {i: token.content.encode("utf-8") for i, token in added.items()}
         self.hash = fingerprint(sorted(vocab.items()), self.bos, self.eos, self.encode(PROBE))
+        model = folder / "tokenizer.model"                      # needed by llama.cpp's converter
+        self.sentencepiece = model.read_bytes() if model.is_file() else None
 
     def encode_batch(self, texts):
         if not texts:
-            return []                                           # transformers fails on none
+            return []                                           # on which transformers fails
         return self.hf([check_utf8(text) for text in texts], add_special_tokens=False,
                        split_special_tokens=True, verbose=False)["input_ids"]
 
@@ -156,8 +157,8 @@ class ReleasedTokenizer(Tokenizer):
         self.hf.init_kwargs |= {"name": self.name, "stop_ids": self.stop_ids,
                                 "tokenizer_hash": self.hash}    # go to tokenizer_config.json
         self.hf.save_pretrained(folder)
-        if (self.folder / "tokenizer.model").is_file():         # read by llama.cpp's converter
-            shutil.copy(self.folder / "tokenizer.model", folder)
+        if self.sentencepiece:
+            (Path(folder) / "tokenizer.model").write_bytes(self.sentencepiece)
 
 
 def configured_eos_ids(folder):
@@ -270,8 +271,10 @@ def download(name):
 
 
 def load_folder(folder, name=None):
-    """Return the Tokenizer of a folder. name: of a released one; unset: the saved name, or the
-    folder's. Raises BadInput if there is none or its files are damaged."""
+    """Return the Tokenizer of a folder. Raises BadInput if there is none or its files are damaged.
+
+    name: the name of a released tokenizer; unset: the one that was saved with it, or the folder's.
+    """
     if not has_tokenizer(folder):
         raise BadInput(f"{folder}: holds no tokenizer ({' or '.join(TOKENIZER_FILES)} is missing)")
     try:
