@@ -12,7 +12,13 @@ from typing import Literal
 
 import torch
 
-from configurator import BadInput, configure, exits_cleanly
+from configurator import (
+    BadInput,
+    configure,
+    exits_cleanly,
+    must_be_positive,
+    must_not_be_negative,
+)
 from data.tokenizer import chat_ids, load_for_model
 from engine import checkpoint
 from engine.device import pick_device
@@ -37,13 +43,8 @@ class SampleConfig:
     dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto'   # auto: as stored
 
     def problems(self):
-        lines = []
-        for name in ("num_samples", "max_new_tokens", "top_k"):
-            value = getattr(self, name)
-            if value is not None and value <= 0:
-                lines.append(f"--{name}={value}: must be above 0")
-        if self.temperature < 0:
-            lines.append(f"--temperature={self.temperature}: must not be negative")
+        lines = must_be_positive(self, "num_samples max_new_tokens top_k")
+        lines += must_not_be_negative(self, "temperature")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             lines.append(f"--top_p={self.top_p}: must be above 0 and at most 1")
         prompted = self.prompt is not None or self.prompt_file is not None
@@ -86,9 +87,8 @@ def check_length(model, ids, config):
 def generate(model, tokenizer, prompts, config, seed):
     """Return an iterator over the new ids of B prompts, (B,) int64 per step."""
     # Never begin another document, unless the same token ends this one.
-    never_ids = [] if tokenizer.bos in tokenizer.stop_ids else [tokenizer.bos]
     return model.generate(prompts, config.max_new_tokens, config.temperature, config.top_k,
-                          config.top_p, seed, tokenizer.stop_ids, never_ids)
+                          config.top_p, seed, tokenizer.stop_ids, [tokenizer.bos])
 
 
 def stream(model, tokenizer, ids, config, seed):
