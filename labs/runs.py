@@ -258,7 +258,7 @@ def build(config_file, **knobs):
 
     The model has its initial weights; batches and validate are those of train.open_data.
     """
-    arguments = [str(ROOT / config_file), "--quiet=True", *options(**knobs)]
+    arguments = [config_file, "--quiet=True", *options(**knobs)]
     config, architecture, _ = train.read_config(arguments)
     tokenizer = load_tokenizer(config.tokenizer)
     batches, validate = train.open_data(config, tokenizer)
