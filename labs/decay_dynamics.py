@@ -216,7 +216,8 @@ def draw(results, settings):
             ax.axhline(0, color="0.4", linewidth=0.8)
         ax.axvspan(begins, settings.steps, color="0.9", zorder=0)
         ax.set(xlabel="update (gray: decay)", ylabel=ylabel, title=name)
-        ax.legend(fontsize=7)
+        if len(ax.get_legend_handles_labels()[0]) > 1:
+            ax.legend(fontsize=7)
     for ax, name, style in zip(axes.flat[6:], results[0]["lines"], runs.STYLES):
         losses = np.array([result["lines"][name] for result in results])
         runs.curve(ax, LINE, losses, style, markersize=4)
@@ -252,7 +253,7 @@ def checks(results, settings):
               f"{cosine:+.3f} to {cosine_end:+.3f}; of training batches "
               f"{batch_cosine:+.3f} to {batch_cosine_end:+.3f}", "mostly above 0",
               cosine_end > max(0, cosine)),
-        Check("the slope along the update shrinks, |D1| to less than half", change["D1"],
+        Check("the slope along the update, D1, shrinks to less than half", change["D1"],
               "shrinks with the rate", ratio["D1"] < 0.5),
         Check("the curvature along the update grows", change["curvature"], "grows",
               ratio["curvature"] > 1),

@@ -1,4 +1,4 @@
-"""Lab: a learning rate found on a small model is right for a large one (paper sections 3.1, 3.3)
+"""Lab: one learning rate for small and large models (paper sections 3.1, 3.3, figures 3 and 14).
 
 Question    The best learning rate of the 2.4B model cannot be searched for: the budget is one run.
             Can a model that trains in seconds tell it?
