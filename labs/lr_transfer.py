@@ -63,21 +63,24 @@ def final_loss(width, depth, seed, mup, steps, eval_tokens, **constants):
 
 
 def losses_of(jobs, settings, config):
-    """Return ([loss, ...], stale) of jobs: the arguments of final_loss that are no settings."""
+    """Return ([loss, ...], stale) of jobs: arguments of final_loss, without those in settings.
+
+    The loss of a run that diverged is infinite.
+    """
     jobs = [dict(job, steps=settings.steps, eval_tokens=settings.eval_tokens) for job in jobs]
     results, stale = runs.collect("lr_transfer", final_loss, jobs, config)
-    return [result["loss"] for result in results], stale
+    losses = [result["loss"] for result in results]
+    return [math.inf if loss is None else loss for loss in losses], stale
 
 
 def mean(losses):
-    """Return the mean of {seed: loss}, infinite if a run diverged."""
-    return math.inf if None in losses.values() else float(np.mean(list(losses.values())))
+    """Return the mean of {seed: loss}."""
+    return float(np.mean(list(losses.values())))
 
 
 def spread(losses):
-    """Return the highest minus the lowest of {seed: loss}, infinite if a run diverged."""
-    values = losses.values()
-    return math.inf if None in values else max(values) - min(values)
+    """Return the highest minus the lowest of {seed: loss}."""
+    return max(losses.values()) - min(losses.values())
 
 
 def best_rate(curve):

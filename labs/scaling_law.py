@@ -359,10 +359,9 @@ def checks(results, settings):
                                   for each in laws])
     ours, ahead = [], []
     for flops in settings.budgets:
-        lowest, _ = interval([best_ratio(each, flops) for each in laws]) / BYTES_PER_TOKEN
+        best, lowest, _ = ratio_and_interval(law, laws, flops, BYTES_PER_TOKEN)
         theirs = best_ratio(CHINCHILLA, flops)
-        ours.append(f"{best_ratio(law, flops) / BYTES_PER_TOKEN:.0f} (from {lowest:.0f}), theirs "
-                    f"{theirs:.0f}, at {flops:.0e}")
+        ours.append(f"{best:.0f} (from {lowest:.0f}), theirs {theirs:.0f}, at {flops:.0e}")
         ahead.append(lowest > theirs)
     return [
         Check("the paper's constants give its tokens per parameter at 1e21 FLOPs, all six fits as "
@@ -397,23 +396,28 @@ def prediction_check(points, held_out, law, laws):
                  f"{runs.mean_and_range(measured)}: {100 * error:+.1f} %", "-", abs(error) < 0.02)
 
 
+def ratio_and_interval(law, laws, flops, unit):
+    """Return the best tokens per parameter (by a law, and the 95 % bounds by the bootstrap's)."""
+    return (best_ratio(law, flops) / unit,
+            *interval([best_ratio(each, flops) / unit for each in laws]))
+
+
 def print_law(results, settings):
     """Print the fit with its 95 % intervals, and the best use of each budget."""
     points, _, law, laws = results
-    unit = bytes_per_token(settings)
+    unit, fitted = bytes_per_token(settings), (6 * points[:, 0] * points[:, 1]).max()
     print(f"L(N, D) = C_N N^-alpha + C_D D^-beta + L_0 of {len(points)} runs, R^2 "
           f"{r_squared(law, points):.4f}; in brackets 95 % of {len(laws)} resampled fits")
     for name, value, low, high in zip(Law._fields, law, *interval(laws)):
         print(f"  {name:>5} {value:10.4g}  [{low:.4g}, {high:.4g}]")
     print(f"best tokens per parameter, {unit:g} of our tokens counted as one: ours, by the paper's "
           f"law, by Hoffmann et al.'s")
-    fitted = (6 * points[:, 0] * points[:, 1]).max()
     for flops in (*settings.budgets, PAPER_FLOPS):
-        low, high = interval([best_ratio(each, flops) / unit for each in laws])
+        best, low, high = ratio_and_interval(law, laws, flops, unit)
         paper, chinchilla = best_ratio(PAPER_LAW, flops, PAPER_UNIT), best_ratio(CHINCHILLA, flops)
-        print(f"  {flops:8.0e} FLOPs   {best_ratio(law, flops) / unit:8.4g} [{low:.4g}, {high:.4g}]"
-              f"   {paper:8.4g}   {chinchilla:8.4g}"
-              + ("   far outside of what was fitted" if flops > 100 * fitted else ""))
+        note = "   far outside of what was fitted" if flops > 100 * fitted else ""
+        print(f"  {flops:8.0e} FLOPs   {best:8.4g} [{low:.4g}, {high:.4g}]   {paper:8.4g}"
+              f"   {chinchilla:8.4g}{note}")
 
 
 # %% What it means: one trunk and six decays of a tenth cost 75N tokens, six runs from scratch 210N.

@@ -1,6 +1,7 @@
 """labs/lr_transfer.py: its machinery, and its checks on curves whose best rate is known."""
 import dataclasses
 import json
+import math
 
 import pytest
 
@@ -62,7 +63,7 @@ def test_each_check_fails_where_its_claim_does(which, changed):
 
 
 def test_the_best_rate_is_taken_where_all_seeds_ran():
-    lucky = {0.01: {0: 2.0, 1: 2.1, 2: 2.2}, 0.02: {0: 2.05, 1: 2.1, 2: 2.1}, 0.04: {0: 1.9}, 0.005: {0: 1.0, 1: 1.0, 2: None}}
+    lucky = {0.01: {0: 2.0, 1: 2.1, 2: 2.2}, 0.02: {0: 2.05, 1: 2.1, 2: 2.1}, 0.04: {0: 1.9}, 0.005: {0: 1.0, 1: 1.0, 2: math.inf}}
     assert lab.best_rate(lucky) == 0.02
 
 
