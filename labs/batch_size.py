@@ -300,7 +300,6 @@ def draw_law(ax, points, law):
     ax.set(yscale="log", xlabel="loss (nats per token)", ylabel="best batch (tokens)",
            title="best batch over loss")
     runs.log_x(ax, np.geomspace(*ends, 4).round(2))
-    ax.legend(fontsize=7)
 
 
 # %% The checks
@@ -375,7 +374,7 @@ def checks(results, settings):
 @exits_cleanly
 def main(argv):
     quick = dict(widths=(16, 32), batches=(1, 2, 4), seeds=(0,), tokens=4096)
-    runs.main("batch_size", argv, __doc__, Settings, quick, experiment, draw, checks)
+    runs.main("batch_size", argv, Settings, quick, __doc__, experiment, draw, checks)
 
 
 if __name__ == "__main__":

@@ -216,8 +216,6 @@ def draw(results, settings):
             ax.axhline(0, color="0.4", linewidth=0.8)
         ax.axvspan(begins, settings.steps, color="0.9", zorder=0)
         ax.set(xlabel="update (gray: decay)", ylabel=ylabel, title=name)
-        if len(ax.get_legend_handles_labels()[0]) > 1:
-            ax.legend(fontsize=7)
     for ax, name, style in zip(axes.flat[6:], results[0]["lines"], runs.STYLES):
         losses = np.array([result["lines"][name] for result in results])
         runs.curve(ax, LINE, losses, style, markersize=4)
@@ -295,7 +293,7 @@ def checks(results, settings):
 @exits_cleanly
 def main(argv):
     quick = dict(width=32, steps=40, every=2, probe_tokens=256, seeds=(0,), batch_size=4)
-    runs.main("decay_dynamics", argv, __doc__, Settings, quick, experiment, draw, checks)
+    runs.main("decay_dynamics", argv, Settings, quick, __doc__, experiment, draw, checks)
 
 
 if __name__ == "__main__":

@@ -214,7 +214,6 @@ def draw(results, settings):
     for ax in axes.flat:
         ax.set(xlabel="learning rate", ylabel="loss (nats per byte)")
         ax.axvline(PAPER["learning_rate"], color="0.5", linestyle=":", label="the paper's rate")
-        ax.legend(fontsize=7)
     return figure
 
 
@@ -294,7 +293,7 @@ def checks(results, settings):
 def main(argv):
     quick = dict(widths=(32, 64), depths=(2,), rates=(0.005, 0.01), control_rates=(0.002,),
                  seeds=(0, 1), trials=2, steps=2, eval_tokens=2048)
-    runs.main("lr_transfer", argv, __doc__, Settings, quick, experiment, draw, checks)
+    runs.main("lr_transfer", argv, Settings, quick, __doc__, experiment, draw, checks)
 
 
 if __name__ == "__main__":

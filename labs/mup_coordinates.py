@@ -150,7 +150,8 @@ def draw(found, settings):
         probes = (*HIDDEN, "logits") if kind == "width" else ("residual",)
         for style, probe in zip(runs.STYLES, probes):
             sizes, values = by_size(results, probe, step)
-            runs.curve(ax, sizes, values / values[:, :1], style, label=probe)
+            label = probe if rule == "muP" else None
+            runs.curve(ax, sizes, values / values[:, :1], style, label=label)
         if kind == "width":
             ax.set(xlabel="width", title=rule, ylim=(0.2, 1500))
         else:
@@ -158,7 +159,6 @@ def draw(found, settings):
         ax.set(yscale="log", ylabel="relative to the smallest size")
         runs.log_x(ax, sizes)
         ax.axhline(1, color="0.5", linewidth=0.8)
-    axes.flat[0].legend(fontsize=7)
     return figure
 
 
@@ -218,7 +218,7 @@ def checks(found, settings):
 @exits_cleanly
 def main(argv):
     quick = dict(widths=(32, 64), depths=(2, 4), seeds=(0,), steps=(0, 2))
-    runs.main("mup_coordinates", argv, __doc__, Settings, quick, experiment, draw, checks)
+    runs.main("mup_coordinates", argv, Settings, quick, __doc__, experiment, draw, checks)
 
 
 if __name__ == "__main__":

@@ -73,14 +73,14 @@ def settings(argv, Settings, quick, usage):
     return chosen, config
 
 
-def main(lab, argv, usage, Settings, quick, experiment, draw, checks):
+def main(lab, argv, Settings, quick, usage, experiment, draw, checks):
     """Run a lab: its experiment, figure and checks. Returns (results, settings).
 
     lab              name of the lab
-    usage            text that --help prints above the options
     Settings, quick  as in settings()
+    usage            text that --help prints above the options
     experiment       experiment(settings, config) -> (results, stale)
-    draw             draw(results, settings) -> a matplotlib figure
+    draw             draw(results, settings) -> a matplotlib figure; labelled curves get a legend
     checks           checks(results, settings) -> list of Check
     """
     chosen, config = settings(argv, Settings, quick, usage)
@@ -91,6 +91,9 @@ def main(lab, argv, usage, Settings, quick, experiment, draw, checks):
     drawing = draw(results, chosen)
     if stale:
         drawing.suptitle(f"{drawing.get_suptitle()} [results of earlier code]")
+    for ax in drawing.axes:
+        if ax.get_legend() is None and ax.get_legend_handles_labels()[0]:
+            ax.legend(fontsize=7)
     drawing.savefig(file, dpi=110)
     print(f"drew {file}")
     report(checks(results, chosen), stale)
@@ -373,9 +376,10 @@ def report(checks, stale):
         print(f"{verdict} | {check.claim}: {check.ours}{paper}")
 
 
-def mean_and_range(values, form=".3f"):
-    """Return "MEAN (LOWEST to HIGHEST)", the numbers in a format."""
-    return f"{np.mean(values):{form}} ({np.min(values):{form}} to {np.max(values):{form}})"
+def mean_and_range(values, form=".1f"):
+    """Return "MEAN (LOWEST to HIGHEST)" of the values of all seeds, or the mean if they agree."""
+    mean, low, high = (format(of(values), form) for of in (np.mean, np.min, np.max))
+    return mean if low == high else f"{mean} ({low} to {high})"
 
 
 def figure(rows, columns, title, stale=False, width=4.2, height=3.4):
@@ -397,10 +401,10 @@ def curve(ax, x, seeds, style, **more):
     ax.fill_between(x, seeds.min(0), seeds.max(0), color=style["color"], alpha=0.15)
 
 
-def bars(ax, x, samples, style, **more):
-    """Plot the mean of each list in samples, with a bar from its lowest to its highest value."""
-    lowest, means, highest = (np.array(list(map(of, samples))) for of in (min, np.mean, max))
-    ax.errorbar(x, means, [means - lowest, highest - means], capsize=3, markersize=5,
+def bars(ax, x, samples, style, center=np.mean, **more):
+    """Plot the center of each list in samples, with a bar from its lowest to its highest value."""
+    low, middle, high = (np.array(list(map(of, samples))) for of in (min, center, max))
+    ax.errorbar(x, middle, [middle - low, high - middle], capsize=3, markersize=5,
                 **{**style, **more})
 
 

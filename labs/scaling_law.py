@@ -282,8 +282,6 @@ def draw(results, settings):
     draw_ratio(axes[1, 1], points, law, laws, bytes_per_token(settings))
     for ax in axes.flat:
         ax.set(xscale="log")
-        if ax.get_legend_handles_labels()[0]:
-            ax.legend(fontsize=7)
     return figure
 
 
@@ -393,7 +391,8 @@ def prediction_check(points, held_out, law, laws):
     return Check(f"it predicts the loss of a model {n / points[:, 0].max():.1f} times larger than "
                  "any it was fitted to, within 2 %",
                  f"predicted {predicted:.3f} [{low:.3f}, {high:.3f}], measured "
-                 f"{runs.mean_and_range(measured)}: {100 * error:+.1f} %", "-", abs(error) < 0.02)
+                 f"{runs.mean_and_range(measured, '.3f')}: {100 * error:+.1f} %", "-",
+                 abs(error) < 0.02)
 
 
 def ratio_and_interval(law, laws, flops, unit):
@@ -444,7 +443,7 @@ def print_law(results, settings):
 def main(argv):
     quick = dict(widths=(16, 32, 48), ratios=(0.2, 0.3, 0.4), held_out_width=64, held_out_ratio=0.1,
                  eval_tokens=4096, resamples=10, seeds=(0,), budgets=(1e10,))
-    print_law(*runs.main("scaling_law", argv, __doc__, Settings, quick, experiment, draw, checks))
+    print_law(*runs.main("scaling_law", argv, Settings, quick, __doc__, experiment, draw, checks))
 
 
 if __name__ == "__main__":

@@ -267,8 +267,6 @@ def draw(found, settings):
         ax.plot(lengths, spent * million, **style, label=label)
     ax.set(title="cost", xlabel="number of lengths", ylabel="million tokens trained on",
            xticks=lengths)
-    for ax in axes.flat:
-        ax.legend(fontsize=7)
     return figure
 
 
@@ -356,7 +354,7 @@ def checks(found, settings):
 def main(argv):
     quick = dict(width=32, horizons=(8, 16), shares=(0.2,), forms=DECAYS[:2], seeds=(0,), every=8,
                  warmup=2, batch_size=4, block_size=32, eval_tokens=2048)
-    runs.main("wsd_vs_cosine", argv, __doc__, Settings, quick, experiment, draw, checks)
+    runs.main("wsd_vs_cosine", argv, Settings, quick, __doc__, experiment, draw, checks)
 
 
 if __name__ == "__main__":
