@@ -80,7 +80,7 @@ def main(lab, argv, Settings, quick, usage, experiment, draw, checks):
     Settings, quick  as in settings()
     usage            text that --help prints above the options
     experiment       experiment(settings, config) -> (results, stale)
-    draw             draw(results, settings) -> a matplotlib figure; labelled curves get a legend
+    draw             draw(results, settings) -> a matplotlib figure, None if there is no result
     checks           checks(results, settings) -> list of Check
     """
     chosen, config = settings(argv, Settings, quick, usage)
@@ -89,6 +89,14 @@ def main(lab, argv, Settings, quick, usage, experiment, draw, checks):
     if getattr(chosen, "runs", None):               # the reader's own runs: not the lab's figure
         file = path(f"{lab}_own", "figures", dataclasses.replace(config, quick=True))
     drawing = draw(results, chosen)
+    if drawing:
+        save_figure(drawing, file, stale)
+    report(checks(results, chosen), stale)
+    return results, chosen
+
+
+def save_figure(drawing, file, stale):
+    """Write a figure; labelled curves get a legend, results of earlier code a note."""
     if stale:
         drawing.suptitle(f"{drawing.get_suptitle()} [results of earlier code]")
     for ax in drawing.axes:
@@ -96,8 +104,6 @@ def main(lab, argv, Settings, quick, usage, experiment, draw, checks):
             ax.legend(fontsize=7)
     drawing.savefig(file, dpi=110)
     print(f"drew {file}")
-    report(checks(results, chosen), stale)
-    return results, chosen
 
 
 def path(lab, kind, config):
