@@ -30,7 +30,7 @@ from configurator import ROOT, exits_cleanly
 from data.dataset import open_corpus
 from labs import runs
 from labs.runs import Check
-from labs.shared import bars, group, load_model, run_lab, save_figure, spread, train_stage
+from labs.shared import group, load_model, train_stage
 from tools import evaluate
 
 PLAIN, LABELLED = "pytorch", "pytorch:0.7,instruct:0.3"     # data of the decay
@@ -140,8 +140,8 @@ def experiment(settings, config):
     places = [("trunk", 0), *itertools.product(("trunk", "nothing"), settings.domain)]
     domains = [dict(seed=seed, start=start, steps=steps, **common)
                for start, steps in places for seed in settings.seeds]
-    missing = [*runs.lacking("annealing", labels, decays, config).values(),
-               *runs.lacking("annealing", adaptation, domains, config).values()]
+    missing = [*runs.missing_jobs("annealing", labels, decays, config).values(),
+               *runs.missing_jobs("annealing", adaptation, domains, config).values()]
     if missing and not config.draw:
         runs.prepare(config, data="pytorch:1,speeches:1,instruct:1", tokenizer="bpe4096",
                      data_dir=settings.data_dir)
@@ -166,14 +166,16 @@ def exact_percent(by_decay, after_sft):
 
 # %% The figure
 
-def draw(results, settings, path, stale):
+def draw(results, settings):
     by_decay, by_place = results
     figure, ((answers, new, old),) = runs.figure(
         1, 3, "Labelled data in the decay, and a new domain for a stable trunk (bars and bands: "
-        "all seeds)", stale, width=5, height=4)
+        "all seeds)", width=5, height=4)
     x, points = np.arange(len(ROWS)), [{**style, "linestyle": ""} for style in runs.STYLES]
-    bars(answers, x - 0.1, exact_percent(by_decay, after_sft=False), points[0], "after the decay")
-    bars(answers, x - 0.1, exact_percent(by_decay, after_sft=True), points[1], "after SFT")
+    runs.bars(answers, x - 0.1, exact_percent(by_decay, after_sft=False).T, points[0],
+              label="after the decay")
+    runs.bars(answers, x - 0.1, exact_percent(by_decay, after_sft=True).T, points[1],
+              label="after SFT")
     for (name, scores), style in zip(PAPER.items(), points[2:]):
         answers.plot(x + 0.1, scores, label=f"paper, {name}", fillstyle="none", **style)
     ticks = [f"{row}\n{data}\nSFT x {times}" for row, (data, times) in ROWS.items()]
@@ -189,7 +191,7 @@ def draw(results, settings, path, stale):
             tokens = np.array(steps) * settings.batch_size * 256 / 1e6
             runs.curve(ax, tokens, bpb, style, label=f"from {start}")
         ax.set(xlabel="tokens of speeches (millions)", ylabel="held-out bits per byte", title=title)
-    save_figure(figure, path)
+    return figure
 
 
 # %% The checks
@@ -204,14 +206,16 @@ def checks(results, settings):
     nothing = [speeches["nothing", n] for n in settings.domain]
     return [
         Check("SFT data in the decay, then SFT (A-2), beats SFT alone (A-1), for every seed",
-              f"{spread(labelled)} against {spread(plain)} % exact; the mixture costs "
+              f"{runs.mean_and_range(labelled)} against {runs.mean_and_range(plain)} % exact; "
+              f"the mixture costs "
               f"{bpb[LABELLED] - bpb[PLAIN]:+.3f} bits per byte of Python",
               f"{paper_a[2]:.1f} against {paper_a[0]:.1f}", all(labelled > plain)),
         Check("SFT data in the decay, then SFT (B-3), beats twice the SFT (B-2), for every seed",
-              f"{spread(labelled)} against {spread(twice)} % exact",
+              f"{runs.mean_and_range(labelled)} against {runs.mean_and_range(twice)} % exact",
               f"{paper_b[2]:.1f} against {paper_b[1]:.1f}", all(labelled > twice)),
         Check("on a new domain, continuing from the trunk beats starting over after as many tokens",
-              "; ".join(f"{n} updates: {spread(a, '.3f')} against {spread(b, '.3f')} bits per byte"
+              "; ".join(f"{n} updates: {runs.mean_and_range(a, '.3f')} against "
+                        f"{runs.mean_and_range(b, '.3f')} bits per byte"
                         for n, a, b in zip(settings.domain, trunk, nothing)),
               "-", all(max(a) < min(b) for a, b in zip(trunk, nothing))),
     ]
@@ -240,7 +244,7 @@ def checks(results, settings):
 def main(argv):
     quick = dict(seeds=(0,), width=32, batch_size=2, trunk=4, decay=2, sft=2, domain=(4,),
                  questions=8, eval_tokens=1024)
-    run_lab("annealing", argv, Settings, quick, __doc__, experiment, draw, checks)
+    runs.main("annealing", argv, Settings, quick, __doc__, experiment, draw, checks)
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from data.dataset import open_corpus
 from family import passkey
 from labs import runs
 from labs.runs import Check
-from labs.shared import load_model, run_lab, save_figure, spread, train_stage
+from labs.shared import load_model, train_stage
 from tools import evaluate
 
 SHORT, LONG = 256, 1024                     # block_size in config/laptop_long_256.py and _1024.py
@@ -106,7 +106,7 @@ def experiment(settings, config):
     del fixed["seeds"]
     cases = [(variant, seed) for variant in VARIANTS for seed in (None, *settings.seeds)]
     jobs = [dict(variant=variant, seed=seed, **fixed) for variant, seed in cases]
-    if not config.draw and runs.lacking("long_context", extend, jobs, config):
+    if not config.draw and runs.missing_jobs("long_context", extend, jobs, config):
         prepare(settings.data_dir)      # parallel jobs would otherwise do both at the same time
         train_short(settings.code_steps, settings.short_steps, settings.data_dir)
     results, stale = runs.collect("long_context", extend, jobs, config)
@@ -123,9 +123,9 @@ def found(results, length):
 
 # %% The figure: heat maps above, loss by position below
 
-def draw(results, settings, path, stale):
+def draw(results, settings):
     figure, axes = runs.figure(3, len(VARIANTS), "Keys found (%), and loss by position in held-out "
-                               "speeches", stale, height=2.8)
+                               "speeches", height=2.8)
     for column, variant in enumerate(VARIANTS):
         losses = axes[2, column]
         for row, (trained, style) in enumerate(zip((False, True), runs.STYLES)):
@@ -146,7 +146,7 @@ def draw(results, settings, path, stale):
         losses.set_xscale("log", base=2)
         losses.axvline(SHORT, color="0.5")
         losses.set(xlabel="position (up to)", ylabel="nats per token", ylim=(3.4, 5))
-    save_figure(figure, path)
+    return figure
 
 
 # %% The checks
@@ -182,7 +182,7 @@ def checks(results, settings):
 
 
 def percent(values):
-    return f"{spread(values, '.0f')} %"
+    return f"{runs.mean_and_range(values, '.0f')} %"
 
 
 # %% What it means: the base sets the wavelength of RoPE's slowest component. Beyond the trained
@@ -206,7 +206,7 @@ def percent(values):
 def main(argv):
     quick = dict(code_steps=2, short_steps=2, long_steps=1, seeds=(0,), windows=1, questions=1,
                  lengths=(SHORT, LONG, 2 * LONG), depths=(0.5,))
-    run_lab("long_context", argv, Settings, quick, __doc__, experiment, draw, checks)
+    runs.main("long_context", argv, Settings, quick, __doc__, experiment, draw, checks)
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ from engine import checkpoint, metrics
 from family import dpo
 from labs import runs
 from labs.runs import Check
-from labs.shared import group, load_model, run_lab, save_figure, train_stage
+from labs.shared import group, load_model, train_stage
 from tools import evaluate
 
 QUESTIONS = ROOT / "data" / "instruct" / "test.jsonl"
@@ -174,7 +174,7 @@ def experiment(settings, config):
                  val_pairs=settings.val_pairs, batch_size=settings.batch_size, **common)
             for sft_coef in settings.sft_coefs for beta in settings.betas
             for seed in settings.seeds]
-    if not config.draw and runs.lacking("preferences", aligned, jobs, config):
+    if not config.draw and runs.missing_jobs("preferences", aligned, jobs, config):
         start_folder(start)     # parallel jobs would otherwise train it at the same time
     results, after_stale = runs.collect("preferences", aligned, jobs, config)
     return (before, group(jobs, results, "sft_coef", "beta")), before_stale or after_stale
@@ -188,11 +188,10 @@ def values(after, sft_coef, name):
 
 # %% The figure
 
-def draw(results, settings, path, stale):
+def draw(results, settings):
     before, after = results
     figure, axes = runs.figure(
-        2, 3, f"DPO on {settings.pairs} pairs: of two right answers the short one is preferred",
-        stale)
+        2, 3, f"DPO on {settings.pairs} pairs: of two right answers the short one is preferred")
     training, accuracy, divergences, tokens, exact, gains = axes.flat
     for style, beta in zip(runs.STYLES, settings.betas):
         curves = [result["curve"] for result in after[settings.sft_coefs[-1], beta] if result]
@@ -223,7 +222,7 @@ def draw(results, settings, path, stale):
         ax.set_xticks(betas, [f"{beta:g}" for beta in betas])
         ax.minorticks_off()
     accuracy.set_ylim(0.45, 1.02)
-    save_figure(figure, path)
+    return figure
 
 
 # %% The checks
@@ -275,7 +274,7 @@ def checks(results, settings):
 def main(argv):
     quick = dict(betas=(0.1, 1.0), seeds=(0,), pairs=64, val_pairs=None, questions=16,
                  trunk_steps=10, sft_steps=5, width=32)
-    run_lab("preferences", argv, Settings, quick, __doc__, experiment, draw, checks)
+    runs.main("preferences", argv, Settings, quick, __doc__, experiment, draw, checks)
 
 
 if __name__ == "__main__":

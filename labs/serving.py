@@ -37,7 +37,6 @@ from configurator import ROOT, exits_cleanly
 from engine import ops
 from labs import runs
 from labs.runs import Check
-from labs.shared import bars, run_lab, save_figure
 from model import MiniCPM, MiniCPMConfig, init_weights
 
 VOCAB = 4096
@@ -211,15 +210,16 @@ def rates(points, result, settings):
 
 # %% The figure
 
-def draw(found, settings, path, stale):
+def draw(found, settings):
     figure, axes = runs.figure(
         2, 2, "Generation with random weights in float32 (bars: slowest and fastest round)\n"
-        + found["sizes"]["processor"], stale, width=6, height=3.8)
+        + found["sizes"]["processor"], width=6, height=3.8)
     sizes, batches, contexts, experts = axes.flat
     points = [{**style, "linestyle": ""} for style in runs.STYLES]
 
     part = found["sizes"]
-    bars(sizes, part["bytes"], part["decode"], points[0], "writing, batch 1", np.median)
+    runs.bars(sizes, part["bytes"], part["decode"].T, points[0], np.median,
+              label="writing, batch 1")
     sizes.plot(part["bytes"], part["prefill"], label="reading a prompt", **points[1])
     limit = part["bandwidth"] / part["bytes"]
     sizes.plot(part["bytes"], limit, "k--", label="limit of the bandwidth")
@@ -229,7 +229,8 @@ def draw(found, settings, path, stale):
 
     part = found["batches"]
     limit = np.array(settings.batches) * part["bandwidth"] / part["bytes"]
-    bars(batches, settings.batches, part["decode"], runs.STYLES[0], "writing", np.median)
+    runs.bars(batches, settings.batches, part["decode"].T, runs.STYLES[0], np.median,
+              label="writing")
     batches.plot(settings.batches, limit, "k--", label="limit of the bandwidth")
     batches.axhline(max(part["prefill"]), color="k", linestyle=":", label="reading prompts")
     batches.set(xlabel="sequences in a batch", title=f"batch, {settings.batch_model}")
@@ -237,14 +238,14 @@ def draw(found, settings, path, stale):
     part = found["contexts"]
     for style, label, decode in zip(runs.STYLES, ("with a cache", "without a cache"),
                                     np.split(part["decode"], 2, axis=1)):
-        bars(contexts, settings.contexts, decode, style, label, np.median)
+        runs.bars(contexts, settings.contexts, decode.T, style, np.median, label=label)
     contexts.plot(settings.contexts, np.split(part["prefill"], 2)[0], label="reading the prompt",
                   **runs.STYLES[2])
     contexts.set(xlabel="tokens of the prompt", title=f"context, {settings.context_model}")
 
     by_kind = np.split(found["experts"]["decode"], len(EXPERTS), axis=1)
     for style, kind, decode in zip(runs.STYLES, EXPERTS, by_kind):
-        bars(experts, settings.expert_batches, decode, style, kind, np.median)
+        runs.bars(experts, settings.expert_batches, decode.T, style, np.median, label=kind)
     experts.set(xlabel="sequences in a batch", title=f"experts, {settings.expert_model}")
 
     for ax in axes.flat:
@@ -253,7 +254,7 @@ def draw(found, settings, path, stale):
                       (experts, settings.expert_batches)):
         ax.set_xticks(ticks, ticks)
         ax.tick_params(axis="x", which="minor", bottom=False, labelbottom=False)
-    save_figure(figure, path)
+    return figure
 
 
 # %% The checks
@@ -310,7 +311,7 @@ def main(argv):
     quick = dict(models=("lab", "laptop"), batch_model="lab", batches=(1, 2), context_model="lab",
                  contexts=(16, 64), expert_model="lab", expert_batches=(1, 2), prompt=8, tokens=4,
                  rounds=2, probe_mb=8)
-    run_lab("serving", argv, Settings, quick, __doc__, experiment, draw, checks)
+    runs.main("serving", argv, Settings, quick, __doc__, experiment, draw, checks)
 
 
 if __name__ == "__main__":

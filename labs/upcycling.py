@@ -31,7 +31,6 @@ from engine import checkpoint, metrics
 from family import upcycle
 from labs import runs
 from labs.runs import Check
-from labs.shared import run_lab, save_figure, spread
 from model import MiniCPM
 
 NAMES = {"trunk": "dense trunk", "dense": "dense, as many tokens", "longer": "dense, as many FLOPs",
@@ -146,13 +145,13 @@ def ahead_from(results):
 
 # %% The figure
 
-def draw(results, settings, path, stale):
+def draw(results, settings):
     results = [result for result in results if result]
     if not results:
         return
     figure, axes = runs.figure(
         1, 3, f"a dense model, and {settings.experts} experts made from it, two per token "
-        f"({len(results)} seeds)", stale, width=5, height=4)
+        f"({len(results)} seeds)", width=5, height=4)
     over_tokens, over_flops, load = axes.flat
     million_tokens = results[0]["tokens"] / 1e6
     tflops = np.array(results[0]["flops"]) * million_tokens / 1e6
@@ -178,7 +177,7 @@ def draw(results, settings, path, stale):
     load.axhline(1, color="0.5")
     load.set(xlabel="updates", ylabel="load of an expert, 1: an equal share", ylim=(0, None),
              title="largest and smallest load in all layers")
-    save_figure(figure, path)
+    return figure
 
 
 # %% The checks
@@ -189,7 +188,7 @@ def checks(results, settings):
         return [Check("every run ends", diverged, "-", False)]
     end = losses(results, "experts")[:, -1]
     gain = {name: losses(results, name)[:, -1] - end for name in ("dense", "longer", "scratch")}
-    text = {name: f"by {spread(gain[name], '+.3f')} nats per byte" for name in gain}
+    text = {name: f"by {runs.mean_and_range(gain[name], '+.3f')} nats per byte" for name in gain}
     equal, first = max(result["equal"] for result in results), ahead_from(results)
     idle = min(settings.experts * np.min(result["loads"]["experts"][-1]) for result in results)
     dense_flops, expert_flops = results[0]["flops"]
@@ -230,7 +229,7 @@ def checks(results, settings):
 @exits_cleanly
 def main(argv):
     quick = dict(seeds=(0,), width=32, experts=4, trunk_steps=15, steps=30, eval_tokens=1024)
-    run_lab("upcycling", argv, Settings, quick, __doc__, experiment, draw, checks)
+    runs.main("upcycling", argv, Settings, quick, __doc__, experiment, draw, checks)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ def data_dir(tmp_path):
 
 def test_the_quick_run_goes_from_corpora_to_checks_and_trains_nothing_twice(tmp_path, data_dir, monkeypatch, capsys):
     monkeypatch.setattr(runs, "path", lambda lab, kind, config: tmp_path / f"{lab}.{'png' if kind == 'figures' else 'jsonl'}")
-    monkeypatch.setattr(runs, "folder", lambda lab, job: str(tmp_path / "runs" / str(hash(runs.key_of(job)))))
+    monkeypatch.setattr(runs, "folder", lambda lab, job: str(tmp_path / "runs" / str(hash(runs.job_key(job)))))
     monkeypatch.setattr(metrics, "draw", lambda folder: None)            # one figure per run takes longest
     words = ["--quick=True", "--workers=1", f"--data_dir={data_dir}"]
     annealing.main(words)
