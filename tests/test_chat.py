@@ -11,16 +11,8 @@ import pytest
 import torch
 
 from configurator import ROOT, BadInput
-from data.dataset import (
-    ANSWER,
-    PADDING,
-    TEXT,
-    Split,
-    held_out_loss,
-    make_batches,
-    open_corpus,
-    write_corpus,
-)
+from data.corpus import write_corpus
+from data.dataset import ANSWER, PADDING, TEXT, Split, held_out_loss, make_batches, open_corpus
 from data.packing import read_conversations, read_pairs, read_questions, write_rows
 from data.tokenizer import chat_ids, load_tokenizer
 from model import MiniCPM, MiniCPMConfig, init_weights
@@ -154,7 +146,7 @@ def test_long_conversations_are_cut_at_a_turn_or_dropped(tmp_path):
     assert not (tmp_path / "none").exists()
     one_mark = load_tokenizer("bytes")
     one_mark.bos = one_mark.eos                                          # as some released tokenizers have it: doc_ids would be wrong
-    with pytest.raises(BadInput, match="document 1: tokenizer 'bytes' uses its mark of a beginning inside"):
+    with pytest.raises(BadInput, match="document 1: tokenizer 'bytes' uses its beginning-of-text token inside"):
         write_rows(tmp_path / "none", one_mark, said, 69)
 
 
@@ -224,7 +216,7 @@ def test_the_block_size_must_be_the_corpus_s(tmp_path, capsys):
                 "--n_embd=32", "--n_ff=32", "--max_steps=2", "--sample_tokens=0", "--quiet=True", "config/laptop.py"]
     for main, argv, says in (
             (train.main, [train_on[-1], *train_on[:-1], "--block_size=128"],
-             r"--block_size=128: mine is packed in rows for --block_size=64; take that, or prepare mine again with --block_size=128 --ov"),
+             r"--block_size=128: mine is packed in rows for --block_size=64; use that, or prepare mine again with --block_size=128 --ov"),
             (script("chat").main, [*prepare, "--block_size=128"], r"--block_size=128: .*mine.bytes was prepared with 64; --overwrite=True prepares it again"),
             (script("chat").main, [*prepare[:1], "--name=instruct"], "--name=instruct: .* none of the shipped"),
             (script("chat").main, [f"--input={tmp_path / 'bytes'}", *prepare[1:], "--overwrite=True"], "--input: .*bytes: no .jsonl or .json file there")):

@@ -10,20 +10,19 @@ import pytest
 import torch
 
 from configurator import BadInput
+from data.corpus import write_corpus, write_shard
 from data.dataset import (
     HEADER,
     MAGIC,
     VERSION,
     Split,
-    drawn,
     held_out_windows,
     locate,
     make_batches,
     open_corpus,
     parse_mixture,
     permute,
-    write_corpus,
-    write_shard,
+    samples_drawn,
 )
 
 
@@ -78,9 +77,12 @@ def test_mixtures_keep_their_shares_exactly_and_segments_go_on_where_the_last_st
     for name in "abc":
         assert [index for n, index in seen if n == name] == list(range(sum(n == name for n, _ in seen))), "repeated or left out"
     for mixture in ("a:0.7,b:0.29,c:0.01", "a:0.9999,b:0.0001", "a:1,b:1,c:1"):
-        assert sum(drawn(mixture, 5, 1000).values()) == 1000 and min(drawn(mixture, 5, 1000).values()) > 0
-        assert drawn(mixture, 5, 1234) == Counter(locate([[0, mixture]], 5, i)[0] for i in range(1234))
-    assert drawn("a:0.7,b:0.29,c:0.01", 5, 3000) == {"a": 2100, "b": 870, "c": 30}
+        names = parse_mixture(mixture)
+        counts = [samples_drawn(name, mixture, 5, 1000) for name in names]
+        assert sum(counts) == 1000 and min(counts) > 0
+        located = Counter(locate([[0, mixture]], 5, i)[0] for i in range(1234))
+        assert located == {name: samples_drawn(name, mixture, 5, 1234) for name in names}
+    assert [samples_drawn(name, "a:0.7,b:0.29,c:0.01", 5, 3000) for name in "abcd"] == [2100, 870, 30, 0]
 
 
 def test_a_batch_depends_on_seed_plan_and_index_alone(tmp_path):

