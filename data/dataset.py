@@ -39,7 +39,7 @@ from data.tokenizer import BUILT_IN
 HEADER = struct.Struct("<8sIIQQ")
 MAGIC, VERSION = b"nanoCPM\0", 1
 PADDING, TEXT, ANSWER = 0, 1, 2         # classes of the tokens of packed rows
-MIXTURE_PERIOD = 1000  # a mixture meets its shares exactly in every so many samples
+MIXTURE_PERIOD = 1000                   # samples in which a mixture meets its shares exactly
 PREPARE_AGAIN = "delete the folder and prepare it again"
 
 
@@ -118,11 +118,9 @@ def locate(plan, seed, index):
 def sample_offset(name, seed, index, n_tokens, block_size, row=None):
     """Return the first token of the index-th sample of a source.
 
-    Running text is cut into blocks of block_size tokens; an epoch visits every block once. Each
-    epoch
-    has another order of blocks and another phase (the token at which the first block begins).
-    Packed
-    rows (row: their length) have no phase.
+    Running text is cut into blocks of block_size tokens, and an epoch reads every block once. Each
+    epoch has another order of blocks and another phase: the token at which the first block begins.
+    In a packed corpus the blocks are its rows, of `row` tokens, and there is no phase.
     """
     # One block of running text is left over, so that the phase can shift the others.
     n_blocks = n_tokens // row if row else max(1, (n_tokens - 1) // block_size - 1)
@@ -166,9 +164,8 @@ def mix(x):
 def read_sample(split, offset, block_size, answers_only):
     """Return (idx, targets) of the sample that begins at a token: int64 (block_size,) each.
 
-    In packed rows a target is -100 (no loss) if it is padding or the <s> of a conversation, and
-    with
-    answers_only also if it is not part of an answer.
+    In packed rows a target is -100 (no loss) if it is padding or the <s> of a conversation; with
+    answers_only, also if it is not part of an answer.
     """
     tokens = split.read(offset, block_size + 1)
     idx, targets = tokens[:-1], tokens[1:].copy()
@@ -232,9 +229,8 @@ def held_out_windows(split, block_size, max_tokens, batch_size):
 def held_out_loss(model, split, token_bytes, block_size, max_tokens, batch_size, device, bos=None):
     """Return (nats, number of targets, number of bytes) per held-out window: float64 (3, windows).
 
-    Every target counts towards the loss, <s> and </s> included. Those have no bytes, so bits per
-    byte
-    err upwards.
+    Every target counts towards the loss, <s> and </s> included. These two have no bytes, so bits
+    per byte are slightly too high rather than too low.
 
     token_bytes  (vocab_size,) number of bytes of each token
     bos          token id that opens a document, if attention stays within documents
@@ -268,10 +264,9 @@ class Split:
     """
 
     def __init__(self, folder, split):
-        """Open split ("train", "val", ...) of the corpus in folder (data/NAME/TOKENIZER).
+        """Open a split ("train", "val", ...) of the corpus in a folder (data/NAME/TOKENIZER).
 
-        Raises BadInput if the corpus does not exist, its meta.json is damaged, or a shard is
-        missing.
+        Raises BadInput if there is no corpus, its meta.json is damaged, or a shard is missing.
         """
         self.folder, self.split = Path(folder), split
         meta, entry = read_meta(self.folder, split)
@@ -297,8 +292,7 @@ class Split:
         return Split(self.folder, f"{self.split}_mask")
 
     def read(self, offset, length):
-        """Return tokens [offset, offset + length) as int64 (length,), from several shards if
-        needed."""
+        """Return tokens [offset, offset + length), also across shards: int64 (length,)."""
         out, filled = np.empty(length, np.int64), 0
         while filled < length:
             position = offset + filled
@@ -347,7 +341,10 @@ class Split:
 
 
 def read_meta(folder, split):
-    """Return (meta.json of a corpus, its entry for a split); BadInput if missing or damaged."""
+    """Return (meta.json of a corpus, its entry for a split).
+
+    Raises BadInput, with the command that prepares the corpus if there is none.
+    """
     try:
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
         entry = meta["splits"][split]
@@ -374,8 +371,7 @@ def shipped_corpora():
 
 
 def prepare_command(folder):
-    """Return the command that prepares the corpus that is missing in folder
-    (data/NAME/TOKENIZER)."""
+    """Return the command that prepares the corpus of a folder (data/NAME/TOKENIZER)."""
     name, tokenizer = folder.parent.name, folder.name
     owners = [owner for owner in shipped_corpora() if f"{name}_".startswith(f"{owner}_")]
     if not owners:
@@ -394,9 +390,8 @@ def prepare_command(folder):
 def open_corpus(data_dir, name, tokenizer, split):
     """Return a Split of DATA_DIR/NAME/TOKENIZER.
 
-    Raises BadInput if it was prepared with another tokenizer. Hashes are compared: two tokenizers
-    of
-    the same name and size can differ.
+    Raises BadInput if it was prepared with another tokenizer. Hashes are compared, because two
+    tokenizers of the same name and size can differ.
     """
     corpus = Split(Path(ROOT, data_dir, name, tokenizer.name), split)
     if corpus.tokenizer_hash != tokenizer.hash:

@@ -43,9 +43,9 @@ def read_conversations(path, skip_bad=False):
 def read_questions(path, skip_bad=False):
     """Yield (messages, answer, family) of each conversation of a file.
 
-    The answer is the last one; the messages before it end with a user's turn. family is the
-    record's
-    own field, "" if it has none. Bad records: see read_records.
+    answer is the text of the last answer, messages is what comes before it and ends with a user's
+    turn, and family is the record's field of that name ("" if it has none). Bad records: see
+    read_records.
     """
     return read_records(path, parse_question, skip_bad)
 
@@ -61,9 +61,8 @@ def read_pairs(path, skip_bad=False):
 def read_records(path, parse, skip_bad=False):
     """Yield parse(record) for each record of a file.
 
-    If parse raises ValueError, the record is bad: BadInput names its file and line. With skip_bad
-    it
-    is left out instead, and the number of bad records is printed at the end.
+    If parse raises ValueError, the record is bad, and BadInput names its file and line. With
+    skip_bad, bad records are left out instead, and their number is printed at the end.
     """
     n_records, n_bad, first_bad = 0, 0, None
     for where, source in raw_records(Path(path)):
@@ -89,8 +88,7 @@ def read_records(path, parse, skip_bad=False):
 
 
 def raw_records(path):
-    """Yield (place in the file, record): bytes of a line, or an object if the file is a JSON
-    list."""
+    """Yield (place in the file, record): lines as bytes, or the objects of a JSON list."""
     try:
         with open(path, "rb") as file:
             first = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()

@@ -26,9 +26,8 @@ BYTES_PER_TOKEN = 4             # estimate for English text; affects only the si
 
 @dataclass
 class FinewebOptions:
-    # stop after about so many, at least 1 million; the sample has 10 billion
-    tokens: int = 100_000_000
-    input: str = ""  # folder of parquet files with columns id and text; empty: use the hub
+    tokens: int = 100_000_000   # stop after about so many, at least 1 million of the 10 billion
+    input: str = ""             # folder of parquet files with columns id and text; empty: the hub
     processes: int = 0          # processes that read and tokenize; 0: half the number of cores
 
     def problems(self):

@@ -1,5 +1,4 @@
-"""Retrieval documents (family/passkey.py): keys somewhere in running text, and questions at the
-end.
+"""Retrieval documents (family/passkey.py): keys within running text, and questions at the end.
 
     python data/speeches/prepare.py
     python data/passkey/prepare.py --block_size=256 [--documents=8000] [--filler=speeches]
@@ -33,8 +32,7 @@ MAX_KEYS = 16               # per document
 
 @dataclass
 class PasskeyOptions:
-    # block_size of the training; writes DATA_DIR/passkey_BLOCK_SIZE/TOKENIZER
-    block_size: int = 256
+    block_size: int = 256       # of the training; write DATA_DIR/passkey_BLOCK_SIZE/TOKENIZER
     documents: int = 8000       # number of training documents
     filler: str = "speeches"    # prepared corpus whose text surrounds the keys
     seed: int = 1337            # seed of lengths, depths, keys and places in the filler
@@ -45,8 +43,7 @@ class PasskeyOptions:
 
 
 def documents(options, passkeys):
-    """Yield (split, [(id, class), ...]). All tokens but the <s> are targets; answers have class
-    ANSWER."""
+    """Yield (split, [(id, class), ...]): all tokens are targets, except the <s>."""
     tokenizer = load_tokenizer(options.tokenizer)
     end = tokenizer.encode(passkey.END) + [tokenizer.eos]
     shortest, longest = passkey.shortest(tokenizer), passkeys.block_size + 1 - len(end)

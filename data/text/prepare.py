@@ -106,8 +106,7 @@ def read_all(files):
 
 
 def documents(inputs, val_share=0.05):
-    """Yield (split, text) of all files. Reads them twice: first to make sure that no split is
-    empty."""
+    """Yield (split, text) of all files; reads them twice, to make sure that no split is empty."""
     files = find_files(inputs)
     fractions = [hash_fraction(text.encode("utf-8")) for text in read_all(files)]
     if not fractions:
