@@ -187,7 +187,7 @@ def write_shards(folder, tokenizer, documents, shard_tokens=100_000_000, label="
             sha256.update(f"{split} {len(raw)}\n".encode() + raw)
             writer.entry["documents"] += 1
             writer.entry["bytes"] += len(raw)
-            writer.write(np.array([tokenizer.bos, *ids, tokenizer.eos]))
+            writer.write(np.array([tokenizer.bos, *ids, tokenizer.eos], writer.buffer.dtype))
     return sha256.hexdigest(), {split: writer.finish() for split, writer in writers.items()}
 
 
