@@ -4,7 +4,7 @@ import copy
 import pytest
 
 from configurator import BadInput
-from data.dataset import write_corpus
+from data.corpus import write_corpus
 from data.packing import write_rows
 from data.tokenizer import load_tokenizer
 from engine import checkpoint, metrics

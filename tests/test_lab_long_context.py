@@ -4,7 +4,7 @@ import copy
 import pytest
 from test_prepare import script
 
-from data.dataset import write_corpus
+from data.corpus import write_corpus
 from data.tokenizer import load_tokenizer
 from engine import metrics
 from labs import long_context, runs, shared

@@ -284,7 +284,7 @@ def test_sampling_and_starting_from_a_released_folder(released, tmp_path, capsys
 
 def test_training_starts_from_a_released_folder(released, tmp_path):
     tokenizer = load_tokenizer(str(released))
-    from data.dataset import write_corpus
+    from data.corpus import write_corpus
     text = (ROOT / "LICENSE").read_text(encoding="utf-8")
     write_corpus(tmp_path / "data" / "one" / tokenizer.name, tokenizer, [("train", text), ("val", text)])
     train.main([f"--init_from={released}", f"--out_dir={tmp_path / 'tuned'}", "--data=one", f"--data_dir={tmp_path / 'data'}", "--max_steps=1",
