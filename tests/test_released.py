@@ -198,8 +198,8 @@ def test_folders_that_can_not_be_used(released, tmp_path, capsys, monkeypatch):
     path = released / "model.safetensors"
     assert "tensor model.norm.weight is missing" in broken(lambda: save_file({k: v for k, v in weights.items() if k != "model.norm.weight"}, path))
     assert "tensor model.extra is not part" in broken(lambda: save_file({**weights, "model.extra": torch.ones(2)}, path))
-    assert "not a whole file" in broken(lambda: path.write_bytes(path.read_bytes()[:-100]))
-    assert "not a whole file" in broken(lambda: path.write_bytes(b""))
+    assert "not a complete file" in broken(lambda: path.write_bytes(path.read_bytes()[:-100]))
+    assert "not a complete file" in broken(lambda: path.write_bytes(b""))
     assert "lm_head.weight is not the embedding" in broken(lambda: save_file({**weights, "lm_head.weight": torch.ones(300, 64)}, path))
     save_file({**weights, "lm_head.weight": weights["model.embed_tokens.weight"].clone()}, path)          # a mere copy
     MiniCPM.from_pretrained(released)
@@ -210,7 +210,7 @@ def test_folders_that_can_not_be_used(released, tmp_path, capsys, monkeypatch):
     assert "model-00001-of-00002.safetensors: missing" in fails(capsys, sample.main, f"--ckpt={released}")
     index.unlink()
     torch.save({"model.norm.weight": Evil()}, released / "pytorch_model.bin")
-    assert "not a whole file of tensors" in fails(capsys, sample.main, f"--ckpt={released}")
+    assert "not a complete file of tensors" in fails(capsys, sample.main, f"--ckpt={released}")
     assert not (tmp_path / "evil-was-here").exists()
 
 
