@@ -206,10 +206,10 @@ def unsupported(config, form, values):
     if form == "granite":
         attention, logits = config["attention_multiplier"], config["logits_scaling"]
         if not math.isclose(attention, values["head_dim"] ** -0.5, rel_tol=1e-6):
-            problems.append(f"attention_multiplier={attention}: only 1 / sqrt(head_dim) is possible")
+            problems.append(f"attention_multiplier={attention}: must be 1 / sqrt(head_dim)")
         if not math.isclose(values["n_embd"] / values["dim_model_base"], logits, rel_tol=1e-6):
-            problems.append(f"logits_scaling={logits}: hidden_size / logits_scaling must be a whole "
-                            "number")
+            problems.append(f"logits_scaling={logits}: hidden_size divided by it must be a "
+                            "whole number")
     return problems
 
 
@@ -233,8 +233,8 @@ def read_released(folder, dtype=None):
         head = row_blocks("lm_head.weight", found)
         embedding = row_blocks("model.embed_tokens.weight", found)
         if not all(map(torch.equal, head, embedding)):
-            raise BadInput(f"{folder}: lm_head.weight is not the embedding, though config.json ties "
-                           'them; set "tie_word_embeddings" to false')
+            raise BadInput(f"{folder}: lm_head.weight is not the embedding but config.json ties "
+                           'the two; set "tie_word_embeddings" to false')
     for ours, released in names.items():
         tensor = stack_rows(released, found, dtype)
         if ".experts." in ours and tensor.dim() == 2:       # stored as one tensor per expert
