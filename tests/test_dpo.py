@@ -119,9 +119,8 @@ def test_its_gradient_lifts_the_chosen_answer_and_stops_where_labels_are_smoothe
 
 def test_the_sft_term_is_the_nll_of_a_token_of_the_chosen_answer():
     (config,) = build([dpo.DPOConfig], {"init_from": "x", "pairs": "x", "sft_coef": 0.5})
-    targets = torch.tensor([[[-100, 7, 8], [-100, -100, 9]]])
     policy = torch.tensor([[-3.0, -4.0]])
-    losses, measures = dpo.dpo_metrics(policy, policy, targets, config)
+    losses, measures = dpo.dpo_metrics(policy, policy, torch.tensor([2]), config)
     assert losses.tolist() == [pytest.approx(LN2 + 0.5 * 1.5)] and measures["chosen_nll"].tolist() == [1.5]
     assert measures["accuracy"].tolist() == [0.5] and measures["kl"].tolist() == [0]
 
@@ -130,8 +129,8 @@ def test_log_probabilities_are_of_the_last_answer_alone_and_know_nothing_of_padd
     tokenizer, model = load_tokenizer("bytes"), MiniCPM.from_pretrained(place / "sft")
     messages = [{"role": "user", "content": "ab"}, {"role": "assistant", "content": "c"}, {"role": "user", "content": "d"}]
     answers = ("efg", "h")
-    batch = dpo.stack([dpo.encode(tokenizer, messages, answers, 64)] * 2, 64)
-    found, _ = dpo.answer_logp(model, batch["idx"], batch["targets"])
+    batch = dpo.make_batch([dpo.encode(tokenizer, messages, answers, 64)], [0, 0], 64)
+    found, _ = dpo.answer_logp(model, batch)
     for side, answer in enumerate(answers):
         prompt = chat_ids(tokenizer, messages, generate=True)[0]
         ids = [*prompt, *tokenizer.encode(answer), tokenizer.eos]
@@ -148,8 +147,8 @@ def test_few_shapes_and_a_fresh_order_every_epoch():
     epochs = [batches(None, first, 10)[0]["index"].tolist() for first in (0, 10)]
     assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(10)) and epochs[0] != epochs[1]
     assert batches(None, 4, 4)[0]["index"].tolist() == epochs[0][4:8]
-    assert {dpo.stack([pair], 10)["idx"].shape[2] for pair in pairs} == {3, 6, 9, 12}
-    assert dpo.steps_of(config, 10) == 5
+    assert {dpo.make_batch([pair], [0], 10)["idx"].shape[2] for pair in pairs} == {3, 6, 9, 12}
+    assert dpo.count_updates(config, 10) == 5
 
 
 # ---- runs
@@ -172,9 +171,9 @@ def test_the_reference_is_that_of_the_model_it_starts_from(place):
         records = [json.loads(line) for line in (place / file).read_text().splitlines()]
         pairs = [dpo.encode(load_tokenizer("bytes"), [{"role": "user", "content": r["prompt"]}], (r["chosen"], r["rejected"]), 16)
                  for r in records]
-        batch = dpo.stack(pairs, 16)
+        batch = dpo.make_batch(pairs, range(len(pairs)), 16)
         with torch.no_grad():
-            logp, _ = dpo.answer_logp(model, batch["idx"], batch["targets"])
+            logp, _ = dpo.answer_logp(model, batch)
         assert torch.allclose(tables[split], logp, atol=1e-4)
 
 
@@ -202,15 +201,15 @@ def test_a_reference_of_other_pairs_or_another_model_is_refused(place, monkeypat
     killed(monkeypatch, 1, place, "other", f"--pairs={pairs}")                         # before its first checkpoint
     write_model(place / "another", 5)
     said = refused(capsys, *argv, f"--init_from={place / 'another'}")
-    assert "reference.safetensors: was made from another model;" in said and "\n" not in said
-    assert "another model and other numerics;" in refused(capsys, *argv, f"--init_from={place / 'another'}", "--dtype=bfloat16")
+    assert "reference.safetensors: does not match this run's model;" in said and "\n" not in said
+    assert "this run's model and numerics;" in refused(capsys, *argv, f"--init_from={place / 'another'}", "--dtype=bfloat16")
     killed(monkeypatch, 5, place, "other", f"--pairs={pairs}", "--save_interval=4")
     write_pairs(pairs, 60, 4)
-    assert "was made from another pairs;" in refused(capsys, *argv, "--save_interval=4")
+    assert "this run's pairs;" in refused(capsys, *argv, "--save_interval=4")
     (place / "other" / "reference.safetensors").unlink()
     assert "reference.safetensors: missing" in refused(capsys, *argv, "--save_interval=4")
     (place / "other" / "reference.safetensors").write_bytes(b"nonsense")
-    assert "not a reference's log-probabilities" in refused(capsys, *argv, "--save_interval=4")
+    assert "not a table of log-probabilities" in refused(capsys, *argv, "--save_interval=4")
     (place / "other" / "reference.safetensors").unlink()
     assert abs(curve(run(place, "other", f"--pairs={pairs}", "--overwrite=True", "--max_steps=1"))[0][0]["loss"] - LN2) < 1e-6
 
@@ -218,16 +217,16 @@ def test_a_reference_of_other_pairs_or_another_model_is_refused(place, monkeypat
 def test_pairs_of_a_twentieth_of_the_prompts_are_held_out_and_long_ones_counted(place, capsys):
     (config,) = build([dpo.DPOConfig], {"init_from": "x", "pairs": str(place / "train.jsonl"), "block_size": 12})
     said = []
-    splits = dpo.read_pairs(config, load_tokenizer("bytes"), said.append)
+    splits = dpo.load_pairs(config, load_tokenizer("bytes"), said.append)
     records = [json.loads(line) for line in (place / "train.jsonl").read_text().splitlines()]
     longest = [3 + len(r["prompt"]) + max(len(r["chosen"]), len(r["rejected"])) for r in records]      # <s> <user> <AI>; eos is target only
     too_long = sum(n > 12 for n in longest)
     assert 0 < too_long < 250 and said == [f"{place / 'train.jsonl'}: {too_long} pairs left out, longer than --block_size=12 tokens"]
     assert len(splits["train"]) + len(splits["val"]) == 250 - too_long and 0 < len(splits["val"]) < 30
-    few = dpo.read_pairs(build([dpo.DPOConfig], asdict(config) | {"max_pairs": 100})[0], load_tokenizer("bytes"), said.append)
+    few = dpo.load_pairs(build([dpo.DPOConfig], asdict(config) | {"max_pairs": 100})[0], load_tokenizer("bytes"), said.append)
     assert len(few["train"]) == 100
     with pytest.raises(BadInput, match="no pair for training of at most --block_size=2"):
-        dpo.read_pairs(build([dpo.DPOConfig], asdict(config) | {"block_size": 2})[0], load_tokenizer("bytes"), said.append)
+        dpo.load_pairs(build([dpo.DPOConfig], asdict(config) | {"block_size": 2})[0], load_tokenizer("bytes"), said.append)
 
 
 def test_bad_input_is_one_line_each(place, capsys):

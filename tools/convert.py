@@ -30,7 +30,13 @@ from safetensors.torch import save_file
 
 from configurator import BadInput, configure, exits_cleanly
 from data.dataset import complete_or_nothing
-from data.tokenizer import BYTE_LETTERS, has_tokenizer, load_for_model, parse_ranks
+from data.tokenizer import (
+    BYTE_LETTERS,
+    ReleasedTokenizer,
+    has_tokenizer,
+    load_for_model,
+    parse_ranks,
+)
 from engine import checkpoint, metrics
 from engine.released import CONFIG_NAMES, is_released, read_json, released_names
 from model import MiniCPM, model_config
@@ -194,17 +200,16 @@ def find_tokenizer(folder, options, config):
     return load_for_model(folder, options.tokenizer, config.vocab_size)
 
 
-def is_ours(tokenizer):
-    """Whether a tokenizer is one of tiktoken's, and not taken from a released folder."""
-    return "tokenizer.tiktoken" in tokenizer.files
-
-
 def write_tokenizer(folder, tokenizer, max_position):
     """Write a tokenizer as transformers reads it, and generation_config.json.
 
     The files of a released tokenizer are written as they are; for ours a tokenizer.json is made.
     """
-    if is_ours(tokenizer):
+    if isinstance(tokenizer, ReleasedTokenizer):
+        tokenizer.save(folder)
+        about = {key: value for key, value in tokenizer.about.items()
+                 if key not in ("name", "hash", "stop_ids")}            # our own additions
+    else:
         checkpoint.write_json(folder / "tokenizer.json", tokenizer_json(tokenizer))
         about = {"tokenizer_class": "PreTrainedTokenizerFast",
                  "bos_token": special_text(tokenizer, tokenizer.bos),
@@ -212,10 +217,6 @@ def write_tokenizer(folder, tokenizer, max_position):
                  "model_max_length": max_position, "clean_up_tokenization_spaces": False}
         if "<用户>" in tokenizer.specials:
             about["chat_template"] = CHAT_TEMPLATE
-    else:
-        tokenizer.save(folder)
-        about = {key: value for key, value in tokenizer.about.items()
-                 if key not in ("name", "hash", "stop_ids")}            # entries of ours alone
     checkpoint.write_json(folder / "tokenizer_config.json", about)
     checkpoint.write_json(folder / "generation_config.json",
                           {"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.stop_ids,
@@ -402,7 +403,8 @@ def to_gguf(folder, options):
     if tokenizer is None:
         raise BadInput(f"{folder}: holds no tokenizer, which a GGUF file needs; name one with "
                        "--tokenizer")
-    if is_ours(tokenizer) and options.form == "minicpm":
+    ours = not isinstance(tokenizer, ReleasedTokenizer)
+    if ours and options.form == "minicpm":
         raise BadInput("--form=minicpm: llama.cpp reads it with a SentencePiece vocabulary only; "
                        "take --form=granite")
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -410,7 +412,7 @@ def to_gguf(folder, options):
         hf_folder, file = Path(temporary, target.stem), Path(temporary, target.name)
         written = to_hf(folder, replace(options, to_hf=str(hf_folder)))
         outtype = GGUF_TYPES[read_json(hf_folder / "config.json")["torch_dtype"]]
-        command = [sys.executable, "-c", GGUF, source, str(is_ours(tokenizer)), str(hf_folder),
+        command = [sys.executable, "-c", GGUF, source, str(ours), str(hf_folder),
                    "--outfile", str(file), "--outtype", outtype]
         result = subprocess.run(command, capture_output=True, text=True)
         if result.returncode:
