@@ -379,7 +379,7 @@ def write_reference(path, tables, fingerprint):
 # ---- a run
 
 def new_run(start, n_pairs):
-    """Complete the Start of a new run: its horizon, and the hash of the weights it starts from."""
+    """Return the Start of a new run, completed by its horizon and the hash of its weights."""
     config = start.config
     max_steps = config.max_steps or count_updates(config, n_pairs)
     state = new_state(dataclasses.replace(config, max_steps=max_steps))
@@ -418,7 +418,8 @@ def train_dpo(start, world=None):
             if world:
                 shares = distributed.all_gather_object(reference["train"].cpu())
                 reference["train"] = torch.stack(shares).amax(0).to(device)
-            on_all_ranks(lambda: rank == 0 and write_reference(path, reference, fingerprint))
+            on_all_ranks(lambda: write_reference(path, reference, fingerprint)
+                         if rank == 0 else None)
             if rank == 0 and not config.quiet:
                 tqdm.write(f"reference: {path}, {time.monotonic() - clock:.0f} s")
         policy, aux = answer_logp(forward, part)
@@ -432,7 +433,7 @@ def train_dpo(start, world=None):
         batches = held_out_batches(pairs["val"], state.micro, config.block_size)
         policy = logp_table(model, batches, len(pairs["val"]), state.micro, device)
         losses, values = dpo_metrics(policy, reference["val"], val_tokens, config)
-        return {f"val_{name}": value.double().mean().item()
+        return {f"val_{name}": value.cpu().double().mean().item()
                 for name, value in {"loss": losses, **values}.items()}
 
     batches = make_batches(pairs["train"], config)

@@ -208,12 +208,6 @@ def find_keys(model, corpus, tokenizer, config):
     return {"passkey": table, "depths": config.depths, "questions": questions}
 
 
-def positions(model, corpus, tokenizer, config, block_size):
-    """Return {"positions": [(first, end, nats per token)]}."""
-    n_tokens = config.eval_tokens or corpus.n_tokens
-    return {"positions": passkey.loss_by_position(model, corpus, tokenizer, block_size, n_tokens)}
-
-
 # ---- from the command to the result
 
 def change_rope(model, config):
@@ -296,7 +290,8 @@ def main(argv):
         "cloze": lambda: cloze(model, corpus, tokenizer, config),
         "exact": lambda: exact(model, tokenizer, config, file),
         "passkey": lambda: find_keys(model, corpus, tokenizer, config),
-        "positions": lambda: positions(model, corpus, tokenizer, config, block_size),
+        "positions": lambda: {"positions": passkey.loss_by_position(
+            model, corpus, tokenizer, block_size, config.eval_tokens or corpus.n_tokens)},
     }
     result = {"ckpt": str(folder), "data": config.questions_file or name, "block_size": block_size}
     for task in tasks:
