@@ -89,7 +89,8 @@ def hf_config(config, form, dtype, tokenizer):
     }
     if config.num_experts:
         out["num_experts_per_tok"] = config.num_experts_per_tok
-        out["num_local_experts" if form == "granite" else "num_experts"] = config.num_experts
+        if form == "granite":
+            out["num_local_experts"] = config.num_experts
     if tokenizer:
         stop_ids = tokenizer.stop_ids
         out["bos_token_id"] = tokenizer.bos
@@ -98,11 +99,12 @@ def hf_config(config, form, dtype, tokenizer):
 
 
 def dtype_name(dtype):
+    """Return "float32" for torch.float32, and so on."""
     return str(dtype).removeprefix("torch.")
 
 
 def hf_scales(config, form):
-    """Return the entries of config.json that say how the model scales its activations."""
+    """Return the entries of config.json for the scalings, and MiniCPM's number of experts."""
     if form == "llama":
         return {}
     if form == "granite":
