@@ -230,8 +230,10 @@ def track_update(setup, model):
 def estimate_peak(setup):
     """Return the peak in bytes, extrapolated linearly in depth from two shallow models.
 
-    A search needs many peaks, and this takes a third of the time of simulating every block. The
-    depths are multiples of `recompute`, so that the same share of the blocks is recomputed.
+    A search needs many peaks, and this takes a third of the time of simulating all blocks. At a
+    given moment of the update memory is affine in depth, but in shallow models the peak can be at
+    another moment: then this is too low (seen: by up to 14%), so what fits is simulated in full.
+    The depths are multiples of `recompute`, so that the same share of the blocks is recomputed.
     """
     if setup.micro_steps == 1:
         setup = replace(setup, sync_micro_steps=False)                   # makes no difference
@@ -245,7 +247,7 @@ def estimate_peak(setup):
 
 
 def largest_micro_batch(setup, rank_batch, usable):
-    """Return the largest divisor of rank_batch whose estimated peak is within `usable` bytes, or 1.
+    """Return the largest divisor of rank_batch whose peak is within `usable` bytes, else 1.
 
     All of rank_batch is tried by itself, because it can need less than a smaller micro-batch: in
     an update of one micro-step no gradients are accumulated.
@@ -257,16 +259,19 @@ def largest_micro_batch(setup, rank_batch, usable):
         inputs = 4 * setup.model.n_layer * setup.model.n_embd * setup.block_size * size
         trial = replace(setup, micro_batch_size=size)
         return inputs <= usable and estimate_peak(trial) <= usable
-    if fits(rank_batch):
-        return rank_batch
-    return [*sizes, 1][bisect.bisect_left(sizes, True, lo=1, key=fits)]
+    first = 0 if fits(rank_batch) else bisect.bisect_left(sizes, True, lo=1, key=fits)
+    for size in sizes[first:]:
+        if simulate(replace(setup, micro_batch_size=size))["peak"] <= usable:
+            return size
+    return 1
 
 
 def find_remedies(setup, batches, usable):
-    """Try what could make a run fit, mildest first, up to the first that does.
+    """Try what could make a run fit, mildest first, up to the first that does; then a larger GPU.
 
-    batches  the sizes that the batch has in the course of the run, in sequences
-    returns  [{"options": {name: value}, "peak": bytes (estimated), "fits": bool}]
+    batches  the sizes of the run's batches, in sequences
+    returns  [{"options": {name: value}, "peak": bytes, "fits": bool}]; the peak is simulated at
+             full depth if it fits, else estimated
     """
     all_knobs = {"micro_batch_size": 1, "sync_micro_steps": True, "recompute": 1}
     trials = [
@@ -285,18 +290,18 @@ def find_remedies(setup, batches, usable):
         if trial not in seen:
             seen.add(trial)
             peak = estimate_peak(trial)
+            if peak <= usable:
+                peak = simulate(trial)["peak"]
             tried.append({"options": {"gpus": trial.ranks, **changes}, "peak": peak,
                           "fits": peak <= usable})
             if peak <= usable:
                 break
+    peak = simulate(setup)["peak"]
+    larger = [name for name in GPUS if peak <= usable_memory(name)]
+    if larger:
+        gpu = min(larger, key=usable_memory)
+        tried.append({"options": {"gpu": gpu}, "peak": peak, "fits": True})
     return tried
-
-
-def larger_gpu(peak):
-    """Return [remedy] with the smallest type of GPU that has room for `peak` bytes, or []."""
-    enough = [name for name in GPUS if peak <= usable_memory(name)]
-    return [{"options": {"gpu": name}, "peak": peak, "fits": True}
-            for name in sorted(enough, key=usable_memory)[:1]]
 
 
 def usable_memory(gpu):
@@ -421,7 +426,6 @@ def make_plan(options, start):
         setup = replace(setup, micro_batch_size=chosen)
     memory = simulate(setup)
     fits = memory["peak"] <= usable
-    remedies = [] if fits else find_remedies(setup, batches, usable) + larger_gpu(memory["peak"])
     tokens = [sequences * config.block_size for sequences in batches]
     micro_steps = math.ceil(batches[0] / options.gpus / setup.micro_batch_size)
     run_tokens, days = None, (config.minutes or 0) / 1440
@@ -443,7 +447,7 @@ def make_plan(options, start):
         "learning_rates": learning_rates(config, model),
         "schedule": schedule_stages(config, state),
         "fits": fits,
-        "remedies": remedies,
+        "remedies": [] if fits else find_remedies(setup, batches, usable),
     }
 
 
@@ -521,8 +525,8 @@ def verdict_lines(plan):
              f"{as_options(trial['options'])}" for trial in remedies]
     good = [as_options(trial["options"]) for trial in remedies if trial["fits"]]
     advice = f"would fit with {', or '.join(good)}" if good else "nothing tried makes it fit"
-    return ["tried by simulation (of two shallow models, extrapolated to all blocks):", *tried, "",
-            f"does not fit: {room}; {advice}"]
+    return ["tried by simulation (what does not fit is extrapolated from two shallow models):",
+            *tried, "", f"does not fit: {room}; {advice}"]
 
 
 def as_text(plan):
