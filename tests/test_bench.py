@@ -176,4 +176,4 @@ def test_the_status_of_a_failed_process_is_passed_on(monkeypatch):
 def test_a_step_in_words(capsys):
     bench.main(TINY)
     said = capsys.readouterr().out
-    assert "MFU n/a" in said and "eager: 32 tokens in" in said and all(phase in said for phase in bench.PHASES)
+    assert "MFU n/a" in said and "eager: 32 tokens in" in said and all(words in said for words in bench.PHASES.values())

@@ -36,7 +36,8 @@ from engine.run import new_state
 from model import MiniCPM, MiniCPMConfig, init_weights
 from train import TrainConfig, language_loss, train
 
-PHASES = ("data", "forward", "backward", "rest")    # rest: clipping, optimizer, the loop's own work
+PHASES = {"data": "data", "forward": "forward", "backward": "backward",
+          "rest": "rest (clipping, optimizer, the loop's own work)"}
 WARM_UP = 4                             # updates before the timed ones; the first one compiles
 PROMPT_TOKENS = 16
 PROGRAMS = ("nanogpt-float32", "nanogpt-bfloat16", "ours")
@@ -299,7 +300,7 @@ def main(argv):
         return
     whole = sum(found["phases"].values())
     for phase, seconds in found["phases"].items():
-        print(f"{1000 * seconds:10.2f} ms  {seconds / whole:6.1%}  {phase}")
+        print(f"{1000 * seconds:10.2f} ms  {seconds / whole:6.1%}  {PHASES[phase]}")
     mfu = f"{found['mfu']:.1%}" if found["mfu"] else "n/a (give --peak_flops)"
     print(f"{found['flops_per_s'] / 1e9:10,.1f} GFLOP/s, MFU {mfu}")
 

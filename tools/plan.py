@@ -451,8 +451,8 @@ def make_plan(options, start):
     }
 
 
-def gib(n):
-    return f"{n / GIB:.2f} GiB"
+def size(n_bytes):
+    return f"{n_bytes / GIB:.2f} GiB" if n_bytes >= GIB / 10 else f"{n_bytes / 2 ** 20:.2f} MiB"
 
 
 def as_options(values):
@@ -464,10 +464,10 @@ def memory_lines(plan):
     memory = plan["memory"]
     lines = ["memory per GPU at the peak of a simulated update (eager blocks, fused attention)"]
     for name in (*CATEGORIES, "peak"):
-        lines.append(f"  {name.replace('_', ' '):16}{gib(memory[name]):>12}")
+        lines.append(f"  {name.replace('_', ' '):16}{size(memory[name]):>12}")
     return [
         *lines,
-        f"  always there, by formula: {gib(memory['always'])} (the shard's parameters and moments)",
+        f"  always there, by formula: {size(memory['always'])} (sharded parameters and moments)",
         "  not simulated: CUDA context, NCCL buffers and fragmentation, for which "
         f"{1 - USABLE:.0%} of the GPU stay free; torch.compile; document masks (see --help)",
     ]
@@ -518,10 +518,10 @@ def recipe_lines(plan):
 def verdict_lines(plan):
     """Return the lines on remedies, and whether the run fits as the last line."""
     memory, remedies = plan["memory"], plan["remedies"]
-    room = f"{gib(memory['peak'])} of {gib(memory['usable'])} usable ({gib(memory['gpu'])} GPU)"
+    room = f"{size(memory['peak'])} of {size(memory['usable'])} usable ({size(memory['gpu'])} GPU)"
     if plan["fits"]:
         return [f"fits: {room}"]
-    tried = [f"  {gib(trial['peak']):>12}  {'fits' if trial['fits'] else 'no  '}  "
+    tried = [f"  {size(trial['peak']):>12}  {'fits' if trial['fits'] else 'no  '}  "
              f"{as_options(trial['options'])}" for trial in remedies]
     good = [as_options(trial["options"]) for trial in remedies if trial["fits"]]
     advice = f"would fit with {', or '.join(good)}" if good else "nothing tried makes it fit"
@@ -537,8 +537,8 @@ def as_text(plan):
         f"model: {parameters['total']:,} parameters, {parameters['non_embedding']:,} without "
         f"embedding and head, {parameters['active']:,} of these active per token; "
         f"{plan['speed']['flops_per_token'] / 1e9:.3g} GFLOPs per token (forward and backward)",
-        f"run: {plan['gpus']} x {plan['gpu']}, {plan['micro_steps']} micro-steps per update, "
-        f"sequences of {plan['block_size']:,} tokens, "
+        f"run: {plan['gpus']} x {plan['gpu']}, sequences of {plan['block_size']:,} tokens, "
+        f"micro-steps per update: {plan['micro_steps']}, with "
         + as_options({name: plan[name] for name in names}),
     ]
     parts = [head, memory_lines(plan), cost_lines(plan), recipe_lines(plan),
