@@ -252,7 +252,11 @@ def test_the_2b_on_64_ranks_is_planned_in_30_seconds(capsys):
     start = time.process_time()
     assert planned(capsys, TWO, "--gpus=64", "--gpu=h100")["micro_batch_size"] == 3
     assert time.process_time() - start < 30
-    plan.simulate.cache_clear()
-    start = time.process_time()
-    trial = planned(capsys, TWO, "--gpus=8", "--gpu=rtx4090")["remedies"][0]
-    assert trial["options"]["sync_micro_steps"] and trial["fits"] and time.process_time() - start < 40
+
+
+@pytest.mark.slow
+def test_an_estimate_is_not_enough_to_fit(capsys):
+    """Two shallow models say that the first knob does; all 40 blocks say that it does not."""
+    sync, recompute, gpu = planned(capsys, TWO, "--gpus=8", "--gpu=rtx4090")["remedies"]
+    assert sync["options"]["sync_micro_steps"] and not sync["fits"] and recompute["options"]["recompute"] and recompute["fits"]
+    assert gpu["options"] == {"gpu": "a100-40"}

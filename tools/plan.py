@@ -259,6 +259,8 @@ def largest_micro_batch(setup, rank_batch, usable):
         inputs = 4 * setup.model.n_layer * setup.model.n_embd * setup.block_size * size
         trial = replace(setup, micro_batch_size=size)
         return inputs <= usable and estimate_peak(trial) <= usable
+    if rank_batch == 1 or not fits(rank_batch) and not fits(1):
+        return 1
     first = 0 if fits(rank_batch) else bisect.bisect_left(sizes, True, lo=1, key=fits)
     for size in sizes[first:]:
         if simulate(replace(setup, micro_batch_size=size))["peak"] <= usable:
@@ -270,8 +272,8 @@ def find_remedies(setup, batches, usable):
     """Try what could make a run fit, mildest first, up to the first that does; then a larger GPU.
 
     batches  the sizes of the run's batches, in sequences
-    returns  [{"options": {name: value}, "peak": bytes, "fits": bool}]; the peak is simulated at
-             full depth if it fits, else estimated
+    returns  [{"options": {name: value}, "peak": bytes, "fits": bool}]; the peak is an estimate
+             only if it does not fit
     """
     all_knobs = {"micro_batch_size": 1, "sync_micro_steps": True, "recompute": 1}
     trials = [
@@ -525,7 +527,7 @@ def verdict_lines(plan):
              f"{as_options(trial['options'])}" for trial in remedies]
     good = [as_options(trial["options"]) for trial in remedies if trial["fits"]]
     advice = f"would fit with {', or '.join(good)}" if good else "nothing tried makes it fit"
-    return ["tried by simulation (what does not fit is extrapolated from two shallow models):",
+    return ["tried by simulation (what does not fit may be extrapolated from shallow models):",
             *tried, "", f"does not fit: {room}; {advice}"]
 
 
