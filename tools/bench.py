@@ -1,12 +1,13 @@
-"""What a training step costs on this machine, and how it grows.
+"""Measure what an update, or decoding, costs on this machine.
 
-    python -m tools.bench [config/NAME.py ...] [--key=value ...]    an update of train.py's loop, taken apart; default config/laptop.py
-    python -m tools.bench --nanogpt=PATH                            and of nanoGPT's model.py (a checkout of it), each in turn
-    python -m tools.bench --task=sizes                              over tokens and over parameters: out/bench/sizes.jsonl, sizes.png
-    python -m tools.bench --task=decode                             tokens/s of generating, one sequence at a time
+    python -m tools.bench [config/NAME.py ...] [--key=value ...]
+                                            updates of train.py's loop, phase by phase
+    python -m tools.bench --task=decode     tokens/s of generation, one sequence at a time
+    python -m tools.bench --nanogpt=PATH    updates, next to those of a nanoGPT checkout
 
-Tokens are random: no corpus is needed. Files go to out/bench, or --out_dir. Sizes and programs get a process each, because
-what one leaves behind in malloc's heap slows the next.
+The config is config/laptop.py if none is given. Tokens are random, so no corpus is needed, and no
+files are written. With --nanogpt each program runs in a process of its own, because memory that one
+leaves behind in malloc's heap slows the next one; they take turns for several rounds.
 """
 import contextlib
 import importlib.util
@@ -25,135 +26,167 @@ from typing import Literal
 import numpy as np
 import torch
 
-from configurator import ROOT, BadInput, configure, exits_cleanly, print_differences
+from configurator import ROOT, BadInput, exits_cleanly, must_be_positive, print_differences
 from data.dataset import make_batches
-from data.tokenizer import load_tokenizer
 from engine import checkpoint
-from engine.device import pick_device, pick_dtype
-from engine.memory import check_memory, choose_micro_batch
+from engine.device import check_memory, choose_micro_batch, pick_device, pick_dtype
 from engine.run import new_state
-from model import MiniCPM, MiniCPMConfig, init_weights
-from train import TrainConfig, language_loss, train
+from model import MiniCPM, init_weights
+from train import language_loss, read_config, train
 
-PHASES = {"data": "data", "forward": "forward", "backward": "backward", "update": "clip, optimizer, and the rest of the loop"}
-WARM_UP = 3                             # updates before the timed ones; the first compiles
-PROMPT = 16                             # tokens before the generated ones
-SEQUENCES = (2, 4, 8, 16, 32)           # sizes: batch_size of the series over tokens; block_size is the config's
-PARAMETERS = (1e6, 3e6, 1e7, 3e7, 1e8)  # sizes: about, without the embedding; batch_size is the config's
+PHASES = {"data": "data", "forward": "forward", "backward": "backward",
+          "rest": "rest (clipping, optimizer, the loop's own work)"}
+WARM_UP = 4                             # updates before the timed ones; the first one compiles
+PROMPT_TOKENS = 16
+PROGRAMS = ("nanogpt-float32", "nanogpt-bfloat16", "ours")
 
 
 @dataclass
 class BenchConfig:
-    task: Literal['step', 'sizes', 'decode'] = 'step'   # what to measure
-    updates: int = 10                   # timed updates, of which medians are taken; at least 2
-    peak_flops: float | None = None     # FLOP/s that the chip can do in its compute dtype, for MFU; unset: no MFU
-    nanogpt: str | None = None          # step: folder of a nanoGPT checkout to compare with
-    program: Literal['ours', 'nanogpt-float32', 'nanogpt-bfloat16'] = 'ours'    # with nanogpt and json: the one to measure
-    rounds: int = 3                     # turns of each program with nanogpt, and of generating
+    task: Literal['step', 'decode'] = 'step'    # what to measure: updates, or generation
+    updates: int = 10                   # timed updates, at least 2; the median is reported
+    peak_flops: float | None = None     # peak FLOP/s of the chip in the compute dtype, for MFU
+    nanogpt: str | None = None          # folder of a nanoGPT checkout to compare updates with
+    program: Literal[PROGRAMS] = 'ours'     # with nanogpt and json: the one to measure
+    rounds: int = 3                     # turns of each program with nanogpt; generations of decode
     new_tokens: int = 512               # decode: tokens to generate
-    json: bool = False                  # True: one JSON line instead of text
+    json: bool = False                  # True: print one line of JSON
 
     def problems(self):
-        out = [f"--{name}={getattr(self, name)}: must be above {least}" for name, least in
-               (("updates", 1), ("peak_flops", 0), ("rounds", 0), ("new_tokens", 0))
-               if getattr(self, name) is not None and getattr(self, name) <= least]
+        out = must_be_positive(self, "peak_flops rounds new_tokens")
+        if self.updates < 2:
+            out.append(f"--updates={self.updates}: must be above 1")
         if self.program != "ours" and not (self.nanogpt and self.json):
             out.append(f"--program={self.program}: only with --nanogpt=PATH and --json=True")
         if self.nanogpt and (self.task != "step" or not Path(self.nanogpt, "model.py").is_file()):
-            out.append(f"--nanogpt={self.nanogpt}: is the folder of a checkout, with its model.py, and goes with --task=step")
+            out.append(f"--nanogpt={self.nanogpt}: must be a folder with nanoGPT's model.py, and "
+                       "goes with --task=step")
         return out
 
 
 def read_options(argv):
-    """(BenchConfig, TrainConfig, MiniCPMConfig, settings), the last being all that decides a measurement, as JSON gives it back."""
-    argv = argv if any(word.endswith(".py") for word in argv) else ["config/laptop.py", *argv]
-    argv = argv if any(word.startswith("--out_dir") for word in argv) else [*argv, "--out_dir=out/bench"]   # a config's is a run's
-    (bench, config, shape), given = configure(argv, BenchConfig, TrainConfig, MiniCPMConfig, usage=__doc__)
+    """Return (BenchConfig, TrainConfig, MiniCPMConfig); raise BadInput if they do not fit."""
+    config, shape, _, bench = read_config(argv, BenchConfig, usage=__doc__)
     if config.init_from or config.branch_from:
-        raise BadInput("--init_from, --branch_from: a shape is measured, not a checkpoint; give the config it was trained with")
+        raise BadInput("--init_from, --branch_from: bench measures a shape, not a checkpoint; give "
+                       "the config that the checkpoint was trained with")
     if bench.nanogpt and (shape.num_experts or shape.n_head * shape.head_size != shape.n_embd):
-        raise BadInput("--nanogpt: has neither experts nor heads of another size than n_embd / n_head; give another shape")
-    if "vocab_size" not in given:
-        shape = replace(shape, vocab_size=load_tokenizer(config.tokenizer).n_vocab)
+        raise BadInput("--nanogpt: it has no experts, and its head size is n_embd / n_head; give "
+                       "another shape")
     check_memory(shape, pick_device(config.device))
-    settings = json.loads(json.dumps({**asdict(bench), **asdict(config), **asdict(shape)}))
-    return bench, config, shape, {k: v for k, v in settings.items() if k not in ("out_dir", "overwrite", "json", "quiet")}
+    return bench, config, shape
 
 
-# ---- one measurement, in this process: each returns ([seconds], {how it was computed})
+# ---- one measurement in this process: each function returns ([seconds], {facts})
 
 def random_batches(config, vocab_size):
-    """train.py's batch source, over random tokens in memory."""
-    tokens = np.random.default_rng(config.seed).integers(0, vocab_size, max(2 ** 20, 2 * config.block_size + 2), np.uint32)
-    source = SimpleNamespace(n_tokens=len(tokens), row=None, read=lambda offset, length: tokens[offset:offset + length])
-    return make_batches(lambda name: source, config.seed, config.block_size, bos=0 if config.doc_mask else None)
+    """Return train.py's batch source over random tokens in memory."""
+    rng = np.random.default_rng(config.seed)
+    tokens = rng.integers(0, vocab_size, max(2 ** 20, 2 * config.block_size + 2), np.uint32)
+    corpus = SimpleNamespace(n_tokens=len(tokens), row=None,
+                             read=lambda offset, length: tokens[offset:offset + length])
+    bos = 0 if config.doc_mask else None
+    return make_batches(lambda name: corpus, config.seed, config.block_size, bos=bos)
 
 
-def wait_for(device):
+def synchronize(device):
+    """Wait until the device has done what it was given."""
     if device.type != "cpu":
         getattr(torch, device.type).synchronize()
 
 
-def step(bench, config, shape):
-    """Updates of train.py's loop as in a long run, by a clock in what it calls.
+class PhaseClock:
+    """Assigns the time that passes to the phases of updates.
 
-    To know when a phase ends one must wait for the GPU, which costs: there every other update, for the total, goes without.
+    Only a synchronized device knows when a phase ends, and synchronizing costs time. So on a GPU
+    every other update is timed phase by phase, and the ones between as a whole.
     """
-    config = replace(config, max_steps=10 ** 9, minutes=None, quiet=True)          # far away: no decay, and compiling repays
+
+    def __init__(self, device):
+        self.device = device
+        self.updates = [dict.fromkeys(PHASES, 0.0)]
+        self.last = time.perf_counter()
+
+    def end(self, phase, wait=False):
+        """Add the time since the last call to `phase` of the current update."""
+        if wait or len(self.updates) % 2:
+            synchronize(self.device)
+        now = time.perf_counter()
+        self.updates[-1][phase] += now - self.last
+        self.last = now
+
+    def end_update(self):
+        self.end("rest", wait=True)
+        self.updates.append(dict.fromkeys(PHASES, 0.0))
+
+    def result(self):
+        """Return ([seconds of an update], {phase: median seconds}), without the warm-up."""
+        by_phase = whole = self.updates[WARM_UP:-1]
+        if self.device.type != "cpu":
+            by_phase, whole = by_phase[::2], whole[1::2]
+        phases = {phase: median(update[phase] for update in by_phase) for phase in PHASES}
+        return [sum(update.values()) for update in whole], phases
+
+
+def step(bench, config, shape):
+    """Time updates of train.py's loop, as in a long run, through the functions that it calls."""
+    # A distant end: no decay begins, and compiling pays off.
+    config = replace(config, max_steps=10 ** 9, minutes=None, quiet=True)
     device, state, model = pick_device(config.device), new_state(config), MiniCPM(shape)
     init_weights(model, config.seed)
     model.to(device)
-    batches, rows, clock = random_batches(config, shape.vocab_size), [dict.fromkeys(PHASES, 0.0)], time.perf_counter()
-
-    def ended(phase, wait=False):
-        nonlocal clock
-        if wait or len(rows) % 2:
-            wait_for(device)
-        now = time.perf_counter()
-        rows[-1][phase] += now - clock
-        clock = now
+    batches, clock = random_batches(config, shape.vocab_size), PhaseClock(device)
 
     def timed_batches(*where):
-        ended("update")                                                  # the gradients of the update before are freed
+        clock.end("rest")                                                # freed the last gradients
         return batches(*where)
 
-    def timed_loss(forward, part):
-        ended("data")                                                    # and its way to the device
-        out = language_loss(forward, part)
-        ended("forward")
+    def timed_loss(forward, micro_batch):
+        clock.end("data")                                                # moved it to the device
+        out = language_loss(forward, micro_batch)
+        clock.end("forward")
         return out
 
-    model.wte.weight.register_post_accumulate_grad_hook(lambda p: ended("backward"))      # where every backward pass ends
+    # The gradient of the embedding is the last one of every backward pass.
+    model.wte.weight.register_post_accumulate_grad_hook(lambda p: clock.end("backward"))
     updates = train(config, timed_batches, timed_loss, model, state)
     for _ in range(WARM_UP + bench.updates):
         next(updates)
-        ended("update", wait=True)
-        rows.append(dict.fromkeys(PHASES, 0.0))
+        clock.end_update()
     updates.close()
-    kept = list(enumerate(rows[:-1]))[WARM_UP:]
-    return [sum(row.values()) for i, row in kept if device.type == "cpu" or i % 2], {
-        "phases": {phase: median(row[phase] for i, row in kept if device.type == "cpu" or i % 2 == 0) for phase in PHASES},
-        "device": str(device), "dtype": str(model.numerics.dtype)[6:], "compiled": state.compiled, "micro": state.micro,
-        "n_params": shape.n_params, "n_params_non_embedding": shape.n_params_non_embedding}
+    seconds, phases = clock.result()
+    return seconds, {"phases": phases, "dtype": model.numerics.dtype, "compiled": state.compiled,
+                     "micro": state.micro, "n_params": shape.n_params}
+
+
+def load_nanogpt(folder, config, shape):
+    """Return nanoGPT's model in our shape, but with its own feed-forward, and its optimizer."""
+    spec = importlib.util.spec_from_file_location("nanogpt_model", Path(folder, "model.py"))
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module                                      # its dataclass needs it
+    with contextlib.redirect_stdout(io.StringIO()):                      # it prints its size
+        spec.loader.exec_module(module)
+        model = module.GPT(module.GPTConfig(
+            block_size=config.block_size, vocab_size=shape.vocab_size, n_layer=shape.n_layer,
+            n_head=shape.n_head, n_embd=shape.n_embd, dropout=0.0, bias=False))
+        device = pick_device(config.device)
+        model.to(device)
+        # Our learning rate is muP's: take a common one, with which the weights stay finite.
+        optimizer = model.configure_optimizers(config.weight_decay, 1e-3,
+                                               (config.beta1, config.beta2), device.type)
+    return model, optimizer
 
 
 def step_of_nanogpt(bench, config, shape):
-    """The same of nanoGPT in this shape: float32 eager, or bfloat16 autocast and compiled. Its feed-forward stays its own."""
-    device, dtype, times = pick_device(config.device), getattr(torch, bench.program.partition("-")[2]), []
+    """Time the same updates of nanoGPT: float32 and eager, or bfloat16 autocast and compiled."""
+    device, dtype = pick_device(config.device), getattr(torch, bench.program.partition("-")[2])
     compiled, batches = dtype == torch.bfloat16, random_batches(config, shape.vocab_size)
     micro = config.micro_batch_size or choose_micro_batch(shape, config, config.batch_size, device)
-    spec = importlib.util.spec_from_file_location("nanogpt_model", Path(bench.nanogpt, "model.py"))
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)        # its dataclass looks itself up there
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True  # as its train.py
-    with contextlib.redirect_stdout(io.StringIO()):                                # it reports on itself
-        spec.loader.exec_module(module)
-        model = module.GPT(module.GPTConfig(block_size=config.block_size, vocab_size=shape.vocab_size, n_layer=shape.n_layer,
-                                            n_head=shape.n_head, n_embd=shape.n_embd, dropout=0.0, bias=False)).to(device)
-        # Not our learning rate, which is muP's: every rate is as fast, as long as the weights stay numbers.
-        optimizer = model.configure_optimizers(config.weight_decay, 1e-3, (config.beta1, config.beta2), device.type)
-    forward = torch.compile(model) if compiled else model
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True    # as it does
+    model, optimizer = load_nanogpt(bench.nanogpt, config, shape)
+    forward, seconds = torch.compile(model) if compiled else model, []
     for i in range(WARM_UP + bench.updates):
-        clock = time.perf_counter()
+        start = time.perf_counter()
         batch, n = batches([[0, "random"]], i * config.batch_size, config.batch_size)
         for j in range(0, config.batch_size, micro):
             idx, targets = (batch[name][j:j + micro].to(device) for name in ("idx", "targets"))
@@ -164,52 +197,64 @@ def step_of_nanogpt(bench, config, shape):
             torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        wait_for(device)
-        times.append(time.perf_counter() - clock)
-    return times[WARM_UP:], {"device": str(device), "dtype": str(dtype)[6:], "compiled": compiled, "micro": micro,
-                             "n_params": sum(p.numel() for p in model.parameters())}
+        synchronize(device)
+        seconds.append(time.perf_counter() - start)
+    return seconds[WARM_UP:], {"dtype": dtype, "compiled": compiled, "micro": micro,
+                               "n_params": sum(p.numel() for p in model.parameters())}
 
 
 def decode(bench, config, shape):
-    """MiniCPM.generate of new_tokens at batch 1, weights in the compute dtype as from_pretrained gives them."""
+    """Time MiniCPM.generate at batch size 1, with weights in the compute dtype."""
     device, model = pick_device(config.device), MiniCPM(shape)
-    dtype, times = pick_dtype(config.dtype, device), []
+    dtype, seconds = pick_dtype(config.dtype, device), []
     init_weights(model, config.seed)
     model.to(device=device, dtype=dtype).eval()
     model.numerics.dtype, model.numerics.flash = dtype, config.flash
-    prompt = np.random.default_rng(config.seed).integers(0, shape.vocab_size, PROMPT).tolist()
-    for n in (8, *[bench.new_tokens] * bench.rounds):                    # the first warms up
-        clock = time.perf_counter()
+    rng = np.random.default_rng(config.seed)
+    prompt = rng.integers(0, shape.vocab_size, PROMPT_TOKENS).tolist()
+    for n in (8, *[bench.new_tokens] * bench.rounds):                    # the first one warms up
+        start = time.perf_counter()
         list(model.generate([prompt], n, top_k=50))
-        times.append(time.perf_counter() - clock)
-    return times[1:], {"device": str(device), "dtype": str(dtype)[6:], "compiled": False, "n_params": shape.n_params}
+        seconds.append(time.perf_counter() - start)
+    return seconds[1:], {"dtype": dtype, "compiled": False, "n_params": shape.n_params}
 
 
-def measure(bench, config, shape, settings):
-    """What the options name, as a dict for JSON: times in seconds, FLOPs of forward and backward."""
-    work = decode if bench.task == "decode" else step if bench.program == "ours" else step_of_nanogpt
-    times, how = work(bench, config, shape)
-    tokens = bench.new_tokens if bench.task == "decode" else config.batch_size * config.block_size
-    found = {"program": bench.program, "tokens": tokens, "seconds": median(times), "fastest": min(times), "slowest": max(times),
-             "tokens_per_s": tokens / median(times), **how}
-    if "phases" in how:
+def measure(bench, config, shape):
+    """Make the measurement that the options name; return a dict for JSON, times in seconds."""
+    tokens = config.batch_size * config.block_size
+    if bench.task == "decode":
+        tokens = bench.new_tokens
+        seconds, facts = decode(bench, config, shape)
+    elif bench.program == "ours":
+        seconds, facts = step(bench, config, shape)
+    else:
+        seconds, facts = step_of_nanogpt(bench, config, shape)
+    found = {"program": bench.program, "tokens": tokens, "seconds": median(seconds),
+             "fastest": min(seconds), "slowest": max(seconds),
+             "tokens_per_s": tokens / median(seconds), "device": str(pick_device(config.device)),
+             **facts, "dtype": str(facts["dtype"]).removeprefix("torch.")}
+    if "phases" in facts:
         found["flops_per_s"] = shape.flops_per_token(config.block_size) * found["tokens_per_s"]
         found["mfu"] = found["flops_per_s"] / bench.peak_flops if bench.peak_flops else None
+    settings = {**asdict(bench), **asdict(config), **asdict(shape)}
     return {**found, "settings": settings, "provenance": checkpoint.provenance()}
 
 
-def in_words(x):
-    """One line of what measure found."""
-    return (f"{x['program']}, {x['n_params']:,} parameters, {x['device']}, {x['dtype']}, {'compiled' if x['compiled'] else 'eager'}: "
-            f"{x['tokens']:,} tokens in {1000 * x['seconds']:,.1f} ms (median; {1000 * x['fastest']:,.1f} to "
-            f"{1000 * x['slowest']:,.1f}), {x['tokens_per_s']:,.0f} tokens/s")
+def summary(found):
+    """Return one line on what measure found."""
+    mode = "compiled" if found["compiled"] else "eager"
+    typical, fastest, slowest = (1000 * found[name] for name in ("seconds", "fastest", "slowest"))
+    return (f"{found['program']}, {found['n_params']:,} parameters, {found['device']}, "
+            f"{found['dtype']}, {mode}: {found['tokens']:,} tokens in {typical:,.1f} ms (median; "
+            f"{fastest:,.1f} to {slowest:,.1f}), {found['tokens_per_s']:,.0f} tokens/s")
 
 
-# ---- several, each in its own process
+# ---- several programs, each in a process of its own
 
-def measure_apart(argv):
-    """measure of these options in a process of its own, whose errors go to the terminal and whose exit status is ours."""
-    result = subprocess.run([sys.executable, "-m", "tools.bench", *argv, "--json=True"], stdout=subprocess.PIPE, encoding="utf-8",
+def measure_in_process(argv):
+    """Return what measure finds in a new process. If that process fails, exit with its status."""
+    command = [sys.executable, "-m", "tools.bench", *argv, "--json=True"]
+    result = subprocess.run(command, stdout=subprocess.PIPE, encoding="utf-8",
                             env={**os.environ, "PYTHONPATH": str(ROOT)})
     if result.returncode:
         raise SystemExit(result.returncode)
@@ -217,95 +262,38 @@ def measure_apart(argv):
 
 
 def compare(bench, argv):
-    """nanoGPT's two and ours in turn; medians over the rounds of tokens/s, and of the ratios within a round."""
-    rows = []
+    """Measure nanoGPT and ours in turn; print tokens/s and ratios, as medians over the rounds."""
+    rounds = []
     for i in range(bench.rounds):
-        rows.append([measure_apart([*argv, f"--program={name}"]) for name in ("nanogpt-float32", "nanogpt-bfloat16", "ours")])
-        print(*(f"round {i + 1}: {in_words(x)}" for x in rows[-1]), sep="\n", flush=True)
-    for name, column in zip(("nanoGPT float32", "nanoGPT bfloat16", "ours"), zip(*rows)):
-        ratio = median(row[-1]["tokens_per_s"] / x["tokens_per_s"] for row, x in zip(rows, column))
-        print(f"{name:>16}: {median(x['tokens_per_s'] for x in column):9,.0f} tokens/s; ours x {ratio:.2f}")
-
-
-def shape_options(n_params):
-    """A model of about so many parameters beside the embedding: heads of 64, and at least as many layers as heads."""
-    layers = {heads: round(n_params / (11.5 * (64 * heads) ** 2)) for heads in range(1, 100)}     # attention 4, SwiGLU 7.5 C^2
-    heads = max(heads for heads in layers if heads == 1 or layers[heads] >= heads)
-    return [f"--n_layer={max(1, layers[heads])}", f"--n_head={heads}", f"--n_embd={64 * heads}", f"--n_ff={160 * heads}",
-            "--n_kv_head=None", "--head_dim=None", "--num_experts=0"]
-
-
-def sizes(config, argv):
-    """Measure what sizes.jsonl still lacks of the two series, a line each, and draw it."""
-    argv, file = ["--compile=False", *argv, "--task=step"], Path(config.out_dir, "sizes.jsonl")   # what argv says of compile wins
-    plan = [("tokens", [*argv, f"--batch_size={n}"]) for n in SEQUENCES] + [("parameters", [*argv, *shape_options(n)]) for n in PARAMETERS]
-    wanted = [read_options(options)[-1] for _, options in plan]          # and finds all problems before any time is spent
-    try:
-        kept = file.read_text(encoding="utf-8") if file.exists() and not config.overwrite else ""
-        lines = [json.loads(line) for line in kept.splitlines()]
-        odd = {name for want, line in zip(wanted, lines) for name in want if want[name] != line["settings"][name]}
-    except (ValueError, KeyError, TypeError):
-        odd = {"unreadable ones"}
-    if odd:
-        raise BadInput(f"{file}: has other settings ({', '.join(sorted(odd))}); give --overwrite=True or another --out_dir")
-    file.parent.mkdir(parents=True, exist_ok=True)
-    if lines:
-        print(f"{len(lines)} of {len(plan)} measurements are in {file}; --overwrite=True makes them anew"
-              + ("" if lines[0]["provenance"]["code"] == checkpoint.code_hash() else " (and the code has changed since)"))
-    if len(lines) < len(plan) and not wanted[0]["compile"]:
-        print("eager: compiling each size would take longer than measuring it; --compile=True does it all the same")
-    with open(file, "a" if lines else "w", encoding="utf-8") as f:
-        for series, options in plan[len(lines):]:
-            lines.append({"series": series, **measure_apart(options)})
-            print(json.dumps(lines[-1]), file=f, flush=True)
-            print(in_words(lines[-1]), flush=True)
-    draw_sizes(lines, file.with_suffix(".png"))
-
-
-def draw_sizes(lines, path):
-    """Seconds over tokens and over parameters, log-log, with the slope of the straight line that fits best."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    figure, panels = plt.subplots(1, 2, figsize=(10, 4))
-    keys = (("tokens", "tokens an update"), ("n_params_non_embedding", "parameters without the embedding"))
-    for axes, series, (key, label), (fixed, of) in zip(panels, ("tokens", "parameters"), keys, keys[::-1]):
-        points = [line for line in lines if line["series"] == series]
-        x, seconds = (np.array([line[name] for line in points], float) for name in (key, "seconds"))
-        slope, offset = np.polyfit(np.log(x), np.log(seconds), 1)
-        axes.loglog(x, seconds, "ko", label="measured")
-        axes.loglog(x, np.exp(offset) * x ** slope, color="tab:blue", label=f"slope {slope:.2f} (linear: 1)")
-        axes.set_title(f"{points[0][fixed]:,} {of}; {points[0]['device']}, {points[0]['dtype']}", fontsize=9)
-        axes.set(xlabel=label, ylabel="seconds an update")
-        axes.set_xticks([], minor=True)
-        axes.set_xticks(x, [f"{n:,.0f}" if n < 1e5 else f"{n / 1e6:.1f}M" for n in x])
-        axes.grid(alpha=0.3)
-        axes.legend()
-        print(f"log time over log {series}: slope {slope:.2f} (linear: 1)")
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
-    print(f"drew {path}")
+        rounds.append({})
+        for program in PROGRAMS:
+            found = measure_in_process([*argv, f"--program={program}"])
+            print(f"round {i + 1}: {summary(found)}", flush=True)
+            rounds[-1][program] = found["tokens_per_s"]
+    for program in PROGRAMS:
+        speed = median(speeds[program] for speeds in rounds)
+        ratio = median(speeds["ours"] / speeds[program] for speeds in rounds)
+        print(f"{program:>16}: {speed:9,.0f} tokens/s; ours x {ratio:.2f}")
 
 
 @exits_cleanly
 def main(argv):
-    bench, config, shape, settings = read_options(argv)
-    if bench.task == "sizes":
-        return sizes(config, argv)
+    bench, config, shape = read_options(argv)
     if bench.nanogpt and not bench.json:
         return compare(bench, argv)
-    found = measure(bench, config, shape, settings)
+    found = measure(bench, config, shape)
     if bench.json:
         print(json.dumps(found))
         return
     print_differences(bench, config, shape)
-    print(in_words(found))
-    for phase, seconds in found.get("phases", {}).items():
-        print(f"{1000 * seconds:10.2f} ms  {100 * seconds / sum(found['phases'].values()):5.1f} %  {PHASES[phase]}")
-    if "phases" in found:
-        mfu = f"{100 * found['mfu']:.1f} %" if found["mfu"] else "n/a: give --peak_flops"
-        print(f"{found['flops_per_s'] / 1e9:10,.1f} GFLOP/s, MFU {mfu}")
+    print(summary(found))
+    if bench.task == "decode":
+        return
+    whole = sum(found["phases"].values())
+    for phase, seconds in found["phases"].items():
+        print(f"{1000 * seconds:10.2f} ms  {seconds / whole:6.1%}  {PHASES[phase]}")
+    mfu = f"{found['mfu']:.1%}" if found["mfu"] else "n/a (give --peak_flops)"
+    print(f"{found['flops_per_s'] / 1e9:10,.1f} GFLOP/s, MFU {mfu}")
 
 
 if __name__ == "__main__":

@@ -1,310 +1,559 @@
-"""What a run will cost before it starts, allocating nothing.
+"""Tell what a run costs before it starts: memory, time, communication, schedule. Does it fit?
 
-    python -m tools.plan config/minicpm_2b.py --gpus=64 --gpu=h100 [--recompute=1 ... any option of train.py]
+    python -m tools.plan config/minicpm_2b.py --gpus=64 --gpu=h100 [any option of train.py]
 
-Plans `torchrun ... train.py` with the same options on so many GPUs, one process each: parameters, memory, time, communication,
-checkpoints, the paper's batch-size law, learning rates, schedule, and whether it fits. Memory is that of eager blocks with
-fused attention: what a compiler keeps is not foreseen. --simulate=True runs one step of the real code on fake tensors and compares.
+Plans `torchrun ... train.py` with the same options, one process per GPU. Needs no GPU and little
+memory. If --micro_batch_size is not given, the plan takes the largest one that fits: hand it on
+to train.py, which otherwise chooses its own.
+
+Memory is simulated: one update of the real model under FSDP2, on fake tensors (shapes without
+data) and fake ranks, with every allocation tracked. The simulation does not see
+  - the CUDA context, NCCL's buffers and fragmentation: only 90% of a GPU counts as usable;
+  - torch.compile: compiled blocks keep other activations than the eager ones simulated here;
+  - the masks of --doc_mask=True.
+It adds the two gradients of a tied embedding out of place, while a GPU adds them in place: if the
+peak is there (small micro-batch, recomputed blocks), it is too high by one float32 embedding.
+
+Everything else follows from formulas: parameters, FLOPs, communication, time, learning rates.
 """
-import dataclasses
-import difflib
+import bisect
+import functools
 import itertools
 import json
 import math
-from dataclasses import dataclass
+from collections import namedtuple
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Literal
 from unittest import mock
 
 import torch
 import torch.distributed as dist
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker, _FSDPRefType
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import train
-from configurator import BadInput, configure, exits_cleanly
-from data.tokenizer import load_tokenizer
+from configurator import BadInput, exits_cleanly, must_be_positive
 from engine import distributed, ops
-from engine.device import PEAK_FLOPS
-from engine.memory import USABLE, activations, block_size_in_parameters, divisors, peak_of
+from engine.device import PEAK_FLOPS, USABLE
 from engine.run import resolve_start
-from model import MiniCPM, MiniCPMConfig, mup_table, optimizer_groups
-from train import TrainConfig, batch_size_at
+from model import MiniCPM, MiniCPMConfig, optimizer_groups
+from train import batch_size_at
 
-# Name: (memory in GiB, dense FLOP/s in bfloat16 with float32 sums, bytes/s a GPU sends to another of its node, bytes/s all of
-# a node's GPUs together send out of it). NVIDIA's data sheets, from memory: A100, H100 SXM, H200 SXM, HGX B200, L40S, T4 and the Ada
-# whitepaper (RTX 4090). Sheets quote FLOP/s with sparsity (twice these) and links in both directions (twice these). Out of a
-# node: the network cards of DGX A100 (8 x 200 Gb/s) and DGX H100 to B200 (8 x 400 Gb/s); for the PCIe cards no sheet says it:
-# one of 200 Gb/s is assumed. T4: float16, it has no bfloat16.
-GPUS = {
-    "a100-40": (40, PEAK_FLOPS["A100"], 300e9, 200e9),
-    "a100-80": (80, PEAK_FLOPS["A100"], 300e9, 200e9),
-    "h100": (80, PEAK_FLOPS["H100"], 450e9, 400e9),
-    "h200": (141, PEAK_FLOPS["H200"], 450e9, 400e9),
-    "b200": (180, PEAK_FLOPS["B200"], 900e9, 400e9),
-    "l40s": (48, PEAK_FLOPS["L40S"], 32e9, 25e9),
-    "rtx4090": (24, PEAK_FLOPS["4090"], 32e9, 25e9),
-    "t4": (16, PEAK_FLOPS["T4"], 16e9, 25e9),
-}
-GPUS_A_NODE = 8
-AGREES = 0.15                           # estimate and simulation may differ by this share
 GIB = 2 ** 30
+GPUS_PER_NODE = 8
+SHALLOW = (4, 8)            # depths from which estimate_peak extrapolates
+
+# memory    GiB
+# flops     dense FLOP/s in bfloat16 with float32 sums (T4: float16)
+# link      bytes/s that a GPU sends to another one of its node
+# network   bytes/s that all GPUs of a node together send out of it
+# Sources: NVIDIA's data sheets, from memory, and the Ada whitepaper (RTX 4090). The sheets quote
+# FLOP/s with sparsity and links in both directions: twice these numbers. Network: the cards of
+# DGX A100 (8 x 200 Gb/s) and of DGX H100 and later (8 x 400 Gb/s); for PCIe GPUs one card of
+# 200 Gb/s is assumed.
+Gpu = namedtuple("Gpu", "memory flops link network")
+GPUS = {
+    "a100-40": Gpu(40, PEAK_FLOPS["A100"], 300e9, 200e9),
+    "a100-80": Gpu(80, PEAK_FLOPS["A100"], 300e9, 200e9),
+    "h100": Gpu(80, PEAK_FLOPS["H100"], 450e9, 400e9),
+    "h200": Gpu(141, PEAK_FLOPS["H200"], 450e9, 400e9),
+    "b200": Gpu(180, PEAK_FLOPS["B200"], 900e9, 400e9),
+    "l40s": Gpu(48, PEAK_FLOPS["L40S"], 32e9, 25e9),
+    "rtx4090": Gpu(24, PEAK_FLOPS["4090"], 32e9, 25e9),
+    "t4": Gpu(16, PEAK_FLOPS["T4"], 16e9, 25e9),
+}
 
 
 @dataclass
 class PlanConfig:
-    gpus: int = 8                       # processes, one GPU each
-    gpu: str = "h100"                   # one of a100-40, a100-80, h100, h200, b200, l40s, rtx4090, t4
-    mfu: float = 0.4                    # assumed: FLOPs of the model (recomputed ones not counted) / the GPUs' peak
-    expected_loss: float = 2.5          # C4 loss (nats, the paper's tokenizer) at which the law asks for about the paper's 4M tokens
-    simulate: bool = False              # True: run one step on fake tensors over as many fake ranks, and compare the peak
-    json: bool = False                  # True: one JSON object instead of text, sizes in bytes
+    gpus: int = 8                       # number of processes, one GPU each
+    gpu: Literal[tuple(GPUS)] = "h100"  # type of the GPUs
+    mfu: float = 0.4                    # assumed: FLOPs of the model / peak FLOPs of the GPUs
+    expected_loss: float = 2.5          # C4 loss (nats per token) to which the batch law is applied
+    json: bool = False                  # True: print one JSON object, sizes in bytes
 
     def problems(self):
-        out = [f"--{name}={getattr(self, name)}: must be above 0" for name in ("gpus", "expected_loss") if getattr(self, name) <= 0]
+        out = must_be_positive(self, "gpus expected_loss")
         if not 0 < self.mfu <= 1:
             out.append(f"--mfu={self.mfu}: must be above 0 and at most 1")
-        if self.gpu not in GPUS:
-            near = difflib.get_close_matches(self.gpu.lower(), GPUS, n=1, cutoff=0.3)
-            out.append(f"--gpu={self.gpu}: unknown" + (f"; did you mean {near[0]}?" if near else "") + f" (known: {', '.join(GPUS)})")
         return out
 
 
 def batch_law(loss):
-    """Batch in tokens that reaches a C4 loss (nats) with the fewest tokens: 1.21e9 / L ** 6.24 (paper section 3.2)."""
+    """Return the batch size in tokens that reaches a C4 loss (nats per token) with the fewest
+    tokens: 1.21e9 / L ** 6.24 (paper section 3.2)."""
     return 1.21e9 / loss ** 6.24
 
 
-# ---- what would make it fit
-
-def remedies(model, config, micro, batches, gpus, shard, usable):
-    """[{option: value, "peak": bytes}] of what would make it fit: the fewest knobs; other or more GPUs only where those do not do."""
-    found, peak = {}, peak_of(model, config, micro, max(batches) // gpus, shard)[0]
-    larger = sorted((memory, name) for name, (memory, *_) in GPUS.items() if peak <= USABLE * memory * GIB)
-    other = [{"gpu": larger[0][1], "peak": peak}] if larger else []
-    for g in (g for g in divisors(math.gcd(*batches)) if g >= gpus):
-        batch = max(batches) // g
-        shards = [s for s in divisors(g) if s >= shard] if g == gpus else [g]
-        for recompute, sync, m, s in itertools.product({config.recompute, 1}, {config.sync_micro_steps, True}, reversed(divisors(batch)), shards):
-            knobs = {"gpus": g} if g != gpus else {}
-            knobs |= {"recompute": recompute} if recompute != config.recompute else {}
-            knobs |= {"sync_micro_steps": sync} if sync != config.sync_micro_steps else {}
-            knobs |= {"micro_batch_size": m} if m != min(micro, batch) else {}
-            knobs |= {"shard": s} if s != shard and (g == gpus or config.shard) else {}
-            knobs |= {"replicate": g // s} if s != shard and config.replicate else {}
-            peak = peak_of(model, dataclasses.replace(config, recompute=recompute, sync_micro_steps=sync), m, batch, s)[0]
-            if peak <= usable:
-                found.setdefault(tuple(knobs), {**knobs, "peak": peak})    # the largest micro-batch, the fewest shards
-        if found:
-            fewest = [knobs for names, knobs in found.items() if len(names) == min(map(len, found))]
-            return fewest if g == gpus else other + fewest
-    return other
+def best_loss(tokens):
+    """Return the C4 loss for which a batch of so many tokens is best: the inverse of batch_law."""
+    return (1.21e9 / tokens) ** (1 / 6.24)
 
 
-# ---- simulation
+# ---- memory, by simulation
 
-def simulate(model_config, config, micro, batch, gpus):
-    """{category: bytes} at the tracked peak of one rank in one update of the real model, spread over fake ranks.
+@dataclass(frozen=True)
+class Setup:
+    """What decides the memory of an update on one rank: options of train.py by their names."""
+    model: MiniCPMConfig
+    dtype: str
+    block_size: int
+    batch_size: int                     # the largest of the run
+    micro_batch_size: int
+    replicate: int
+    shard: int
+    recompute: int
+    sync_micro_steps: bool
 
-    FakeTensorMode holds shapes only. The update is not a run's first: AdamW's moments are there. Three micro-steps stand for
-    any larger number. Attention is fused at every length, as on a GPU.
+    @property
+    def ranks(self):
+        return self.replicate * self.shard
+
+    @property
+    def micro_steps(self):
+        return math.ceil(self.batch_size / self.ranks / self.micro_batch_size)
+
+
+class PeakTracker(FSDPMemTracker):
+    """FSDPMemTracker without the peak of every module, which takes half of its time."""
+
+    def _update_peak_stats(self, peak_state):
+        for device, snapshot in self._curr_mem_snap.items():
+            if snapshot["Total"] > self._peak_mem.get(device, 0):
+                self._peak_mem[device] = snapshot["Total"]
+                self._peak_mem_snap[device] = dict(snapshot)
+
+    def label_accumulated_gradients(self, model):
+        """Count the unsharded gradients that FSDP holds between micro-steps as gradients."""
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                for parameter in module._get_fsdp_state()._fsdp_param_group.fsdp_params:
+                    gradient = parameter.unsharded_accumulated_grad
+                    if gradient is not None:
+                        self._update_and_maybe_create_winfos(gradient, _FSDPRefType.UNSHARDED_GRAD)
+
+
+CATEGORIES = {
+    "parameters": ("Sharded Param", "Unsharded Param", "All Gather"),
+    "gradients": ("Sharded Grad", "Unsharded Grad", "Reduce Scatter"),
+    "optimizer_state": ("OptState",),
+    "activations": ("Activation",),
+    "other": ("Temp", "Inputs", "Buffer"),
+}
+
+
+class FusedRMSNorm(torch.autograd.Function):
+    """RMSNorm that keeps what a GPU's fused kernel keeps: the input and one number per row.
+
+    On a CPU torch computes RMSNorm in several steps and keeps two more copies of the input. The
+    simulation needs shapes only, so nothing is computed here.
     """
-    from torch._subclasses.fake_tensor import FakeTensorMode
-    from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=gpus)
-    dtype = torch.float32 if config.dtype == "float32" else torch.bfloat16
-    try:
-        mesh = init_device_mesh("cpu", distributed.mesh_shape(config, gpus), mesh_dim_names=("replicate", "shard"))
-        with torch.device("meta"):
-            model = MiniCPM(model_config)
-        model.numerics.dtype, model.numerics.flash = dtype, True
-        with mock.patch.object(ops, "EXPLICIT_ATTENTION_UP_TO", 0), FakeTensorMode(allow_non_fake_inputs=True):
-            distributed.distribute(model, config, mesh, dtype, compiled=False)
-            model.to_empty(device="cpu")
-            optimizer = torch.optim.AdamW(optimizer_groups(model, config.weight_decay), lr=config.learning_rate, fused=False)
 
-            def update():
-                torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
-                optimizer.step()
-            for p in model.parameters():
-                p.grad = torch.zeros_like(p)
-            update()                      # also DTensor's derivation of shapes, which it does once and the tracker would count
-            optimizer.zero_grad()
-            idx = torch.zeros(micro, config.block_size, dtype=torch.int64)
-            tracker = FSDPMemTracker(model, optimizer)
-            tracker.track_inputs((idx,))
-            micro_steps = min(3, math.ceil(batch / micro))
-            with tracker:
-                for i in range(micro_steps):
-                    if i:
-                        tracker.reset_mod_stats()
-                    model.set_requires_gradient_sync(i == micro_steps - 1 or config.sync_micro_steps)
-                    summed, aux = train.language_loss(model, {"idx": idx, "targets": idx})
-                    (summed + sum(value for name, value in aux.items() if name.endswith("_loss"))).backward()
-                    del summed, aux
-                update()
-            (snapshot,) = tracker.get_tracker_snapshot("peak").values()
+    @staticmethod
+    def forward(ctx, x, shape, weight, eps):
+        ctx.save_for_backward(x, weight, x.new_empty(x.shape[:-1]))
+        return torch.empty_like(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight, _ = ctx.saved_tensors
+        return torch.empty_like(x), None, torch.empty_like(weight), None
+
+
+def first_slices(n_rows, vocab_size, all_slices=ops.vocabulary_slices):
+    """Return three of the slices that the loss goes through: the memory is that of all of them."""
+    return all_slices(n_rows, vocab_size)[:3]
+
+
+@functools.cache
+def simulate(setup):
+    """Return {category: bytes} at the memory peak of one rank in an update; "peak" is their sum."""
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=setup.ranks)
+    dtype = torch.float32 if setup.dtype == "float32" else torch.bfloat16
+    try:
+        mesh = init_device_mesh("cpu", (setup.replicate, setup.shard),
+                                mesh_dim_names=("replicate", "shard"))
+        with torch.device("meta"):
+            model = MiniCPM(setup.model)
+        model.numerics.dtype, model.numerics.flash = dtype, True
+        with (mock.patch.object(ops, "EXPLICIT_ATTENTION_UP_TO", 0),     # as on a GPU
+              mock.patch.object(ops, "vocabulary_slices", first_slices),
+              mock.patch("torch.nn.functional.rms_norm", FusedRMSNorm.apply),
+              FakeTensorMode(allow_non_fake_inputs=True)):
+            distributed.distribute(model, setup, mesh, dtype, compiled=False)
+            model.to_empty(device="cpu")
+            tracked = track_update(setup, model)
     finally:
         dist.destroy_process_group()
-    return {str(getattr(name, "value", name)): size for name, size in snapshot.items() if size}
+    memory = {name: sum(tracked[kind] for kind in kinds) for name, kinds in CATEGORIES.items()}
+    return {**memory, "peak": tracked["Total"]}
+
+
+def track_update(setup, model):
+    """Make one update of a sharded model of fake tensors; return {kind: bytes} at its peak.
+
+    The update is not the first one of a run: AdamW's moments exist. Three micro-steps stand for
+    any larger number, because the gradients that they accumulate do not grow any further.
+    """
+    optimizer = torch.optim.AdamW(optimizer_groups(model, weight_decay=0.1), fused=False)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()                                                     # creates the moments
+    optimizer.zero_grad()
+    idx = torch.zeros(setup.micro_batch_size, setup.block_size, dtype=torch.int64)
+    tracker = PeakTracker(model, optimizer)
+    tracker.track_inputs((idx,))
+    micro_steps = min(3, setup.micro_steps)
+    with tracker:
+        for i in range(micro_steps):
+            tracker.reset_mod_stats()
+            model.set_requires_gradient_sync(i == micro_steps - 1 or setup.sync_micro_steps)
+            loss_sum, aux = train.language_loss(model, {"idx": idx, "targets": idx})
+            aux_loss = sum(value for name, value in aux.items() if name.endswith("_loss"))
+            (loss_sum + aux_loss).backward()
+            del loss_sum, aux, aux_loss
+            tracker.label_accumulated_gradients(model)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+    (snapshot,) = tracker.get_tracker_snapshot("peak").values()
+    return {getattr(kind, "value", kind): size for kind, size in snapshot.items()}
+
+
+def estimate_peak(setup):
+    """Return the peak in bytes, extrapolated linearly in depth from two shallow models.
+
+    A search needs many peaks, and this takes a third of the time of simulating all blocks. At a
+    given moment of the update memory is affine in depth, but in shallow models the peak can be at
+    another moment: then this is too low (seen: by up to 14%), so what fits is simulated in full.
+    The depths are multiples of `recompute`, so that the same share of the blocks is recomputed.
+    """
+    if setup.micro_steps == 1:
+        setup = replace(setup, sync_micro_steps=False)                   # makes no difference
+    low, high = (depth * max(1, setup.recompute) for depth in SHALLOW)
+    depth = setup.model.n_layer
+    if depth <= high:
+        return simulate(setup)["peak"]
+    peaks = [simulate(replace(setup, model=replace(setup.model, n_layer=n)))["peak"]
+             for n in (low, high)]
+    return peaks[1] + (peaks[1] - peaks[0]) / (high - low) * (depth - high)
+
+
+def largest_micro_batch(setup, rank_batch, usable):
+    """Return the largest divisor of rank_batch whose peak is within `usable` bytes, else 1.
+
+    All of rank_batch is tried by itself, because it can need less than a smaller micro-batch: in
+    an update of one micro-step no gradients are accumulated.
+    """
+    sizes = divisors(rank_batch)[::-1]
+
+    def fits(size):
+        # Even a recomputed block keeps its float32 input: no need to simulate what exceeds this.
+        inputs = 4 * setup.model.n_layer * setup.model.n_embd * setup.block_size * size
+        trial = replace(setup, micro_batch_size=size)
+        return inputs <= usable and estimate_peak(trial) <= usable
+    if rank_batch == 1 or not fits(rank_batch) and not fits(1):
+        return 1
+    first = 0 if fits(rank_batch) else bisect.bisect_left(sizes, True, lo=1, key=fits)
+    for size in sizes[first:]:
+        if simulate(replace(setup, micro_batch_size=size))["peak"] <= usable:
+            return size
+    return 1
+
+
+def find_remedies(setup, batches, usable):
+    """Try what could make a run fit, mildest first, up to the first that does; then a larger GPU.
+
+    batches  the sizes of the run's batches, in sequences
+    returns  [{"options": {name: value}, "peak": bytes, "fits": bool}]; the peak is an estimate
+             only if it does not fit
+    """
+    all_knobs = {"micro_batch_size": 1, "sync_micro_steps": True, "recompute": 1}
+    trials = [
+        {"micro_batch_size": largest_micro_batch(setup, min(batches) // setup.ranks, usable)},
+        {"sync_micro_steps": True},
+        {"recompute": 1},
+        {"replicate": 1, "shard": setup.ranks},
+        {"recompute": 1, "sync_micro_steps": True},
+        all_knobs,
+    ]
+    shards = [setup.ranks * n for n in divisors(math.gcd(*batches) // setup.ranks)]
+    trials += [{**all_knobs, "replicate": 1, "shard": n} for n in shards[:4]]
+    tried, seen = [], {setup}
+    for changes in trials:
+        trial = replace(setup, **changes)
+        if trial not in seen:
+            seen.add(trial)
+            peak = estimate_peak(trial)
+            if peak <= usable:
+                peak = simulate(trial)["peak"]
+            tried.append({"options": {"gpus": trial.ranks, **changes}, "peak": peak,
+                          "fits": peak <= usable})
+            if peak <= usable:
+                break
+    peak = simulate(setup)["peak"]
+    larger = [name for name in GPUS if peak <= usable_memory(name)]
+    if larger:
+        gpu = min(larger, key=usable_memory)
+        tried.append({"options": {"gpu": gpu}, "peak": peak, "fits": True})
+    return tried
+
+
+def usable_memory(gpu):
+    return USABLE * GPUS[gpu].memory * GIB
+
+
+def divisors(n):
+    return [d for d in range(1, n + 1) if n % d == 0]
+
+
+# ---- the rest, by formulas
+
+def batch_stages(config):
+    """Return [(first step, sequences per update)]."""
+    steps = [int(part.split(":")[0]) for part in (config.batch_schedule or "0:").split(",")]
+    return [(step, batch_size_at(config, step)) for step in steps]
+
+
+def tokens_between(config, first, last):
+    """Return the number of tokens of the updates from step `first` to before step `last`."""
+    tokens = 0
+    stages = [*batch_stages(config), (math.inf, 0)]
+    for (begin, sequences), (end, _) in itertools.pairwise(stages):
+        tokens += max(0, min(last, end) - max(first, begin)) * sequences * config.block_size
+    return tokens
+
+
+def communication(setup, micro_steps, gpu):
+    """Return {collective: bytes that a GPU receives per update, "seconds": time for all of them}.
+
+    Blocks are gathered in the compute dtype before their forward and again before their backward
+    pass; embedding, head and last norm in float32, once per micro-step. Gradients are reduced in
+    float32, once per update, or with sync_micro_steps in every micro-step.
+    """
+    model, replicate, shard = setup.model, setup.replicate, setup.shard
+    root = model.n_params - model.n_params_non_embedding + model.n_embd      # outside the blocks
+    width = 4 if setup.dtype == "float32" else 2
+    gathered = 2 * width * (model.n_params - root) + 4 * root
+    reductions = micro_steps if setup.sync_micro_steps else 1
+    received = {
+        "all-gather": micro_steps * gathered * (shard - 1) / shard,
+        "reduce-scatter": reductions * 4 * model.n_params * (shard - 1) / shard,
+        "all-reduce": reductions * 2 * 4 * model.n_params / shard * (replicate - 1) / replicate,
+    }
+    # Shards leave a node once for all its GPUs; in an all-reduce each GPU has pieces of its own.
+    between_shards = between_replicas = gpu.link
+    if shard > GPUS_PER_NODE:
+        between_shards = min(gpu.link, gpu.network)
+    if setup.ranks > GPUS_PER_NODE:
+        between_replicas = min(gpu.link, gpu.network / min(shard, GPUS_PER_NODE))
+    seconds = (received["all-gather"] + received["reduce-scatter"]) / between_shards
+    return {**received, "seconds": seconds + received["all-reduce"] / between_replicas}
+
+
+def schedule_stages(config, state):
+    """Return {stage: {steps, to, tokens, last_lr}}; empty if the run has minutes, not steps."""
+    if state.max_steps is None:
+        return {}
+    warm = state.start + state.warmup
+    edges = {"warm-up": (state.start, warm), "stable": (warm, state.decay_start),
+             "decay": (max(warm, state.decay_start), state.max_steps)}
+    stages = {}
+    for name, (first, last) in edges.items():
+        first, last = max(first, state.step), min(last, state.max_steps)
+        if first < last:
+            stages[name] = {"steps": last - first, "to": last,
+                            "tokens": tokens_between(config, first, last),
+                            "last_lr": train.learning_rate_at(
+                                config, replace(state, step=last - 1))}
+    return stages
+
+
+def speed(setup, step_tokens, options):
+    """Return tokens/s and seconds per update at the assumed MFU, and how busy the GPUs are then."""
+    model, flops = setup.model, GPUS[options.gpu].flops
+    flops_per_token = model.flops_per_token(setup.block_size)
+    tokens_per_s = options.gpus * flops * options.mfu / flops_per_token
+    # Recomputing a block adds its forward pass: a third of its FLOPs.
+    recomputed = len(range(0, model.n_layer, setup.recompute)) if setup.recompute else 0
+    share_of_blocks = 1 - 6 * model.vocab_size * model.n_embd / flops_per_token
+    busy = options.mfu * (1 + recomputed / model.n_layer * share_of_blocks / 3)
+    return {"mfu": options.mfu, "busy": busy, "flops": flops, "flops_per_token": flops_per_token,
+            "tokens_per_s": tokens_per_s, "step_s": step_tokens / tokens_per_s}
+
+
+def learning_rates(config, model):
+    """Return {role: peak learning rate}."""
+    with torch.device("meta"):
+        groups = optimizer_groups(MiniCPM(model), config.weight_decay)
+    return {group["role"]: config.learning_rate * group["lr_scale"] for group in groups}
 
 
 # ---- the plan
 
-def batches_of(config):
-    """[(first step, sequences per update)]"""
-    firsts = [int(part.split(":")[0]) for part in (config.batch_schedule or "0:").split(",")]
-    return [(first, batch_size_at(config, first)) for first in firsts]
-
-
-def tokens_between(config, first, last):
-    """Tokens of the updates from step `first` to step `last`."""
-    stages = batches_of(config)
-    ends = [step for step, _ in stages[1:]] + [math.inf]
-    return config.block_size * sum(max(0, min(last, end) - max(first, begin)) * n for (begin, n), end in zip(stages, ends))
-
-
-def communicate(model, config, micro_steps, replicate, shard, gpus, link, network):
-    """({collective: bytes that a GPU receives in a step}, seconds): a block's parameters are gathered before its forward and
-    before its backward pass, the root group's once a micro-step; gradients travel once a step, or with every micro-step."""
-    block = model.n_layer * sum(block_size_in_parameters(model))
-    width = 4 if config.dtype == "float32" else 2
-    gathered = micro_steps * (2 * width * block + 4 * (model.n_params - block)) * (shard - 1) / shard
-    syncs = micro_steps if config.sync_micro_steps else 1
-    reduced = syncs * 4 * model.n_params * (shard - 1) / shard
-    between = syncs * 2 * 4 * model.n_params / shard * (replicate - 1) / replicate
-    # What leaves a node leaves it once for all its GPUs, but the copies' pieces are each GPU's own.
-    seconds = (gathered + reduced) / (link if shard <= GPUS_A_NODE else min(link, network))
-    seconds += between / (link if gpus <= GPUS_A_NODE else min(link, network / min(shard, GPUS_A_NODE)))
-    return {"all-gather": gathered, "reduce-scatter": reduced, "all-reduce": between}, seconds
+def check(options, config, model, batches):
+    """Raise BadInput if GPUs, batch and dtype do not go together."""
+    uneven = [size for size in batches if size % options.gpus]
+    if uneven:
+        near = sorted(divisors(math.gcd(*batches)), key=lambda n: abs(n - options.gpus))[:2]
+        raise BadInput(f"--gpus={options.gpus}: does not divide --batch_size={uneven[0]}; "
+                       f"{' or '.join(map(str, near))} would")
+    if config.dtype == "float16" or options.gpu == "t4" and config.dtype != "float32":
+        raise BadInput(f"--dtype={config.dtype}, --gpu={options.gpu}: under torchrun the dtype is "
+                       "float32, or bfloat16, which a t4 does not have")
+    if model.num_experts and config.dtype == "float32":
+        raise BadInput("--dtype=float32: experts can be simulated in bfloat16 only; PyTorch cannot "
+                       "derive the shape of their matrix product in float32")
 
 
 def make_plan(options, start):
-    """The plan as a dict, of PlanConfig and a train.Start; BadInput where GPUs, mesh and batch do not go together."""
-    config, model, state, gpus = start.config, start.model_config, start.state, options.gpus
-    replicate, shard = distributed.mesh_shape(config, gpus)
-    batches = [size for _, size in batches_of(config)]
-    uneven, even = [size for size in batches if size % gpus], divisors(math.gcd(*batches))
-    if uneven:
-        near = [f"{g}" for g in (max((g for g in even if g < gpus), default=None), min((g for g in even if g > gpus), default=None)) if g]
-        raise BadInput(f"--gpus={gpus}: does not divide --batch_size={uneven[0]}; {' or '.join(near)} would")
-    if config.dtype == "float16" or options.gpu == "t4" and config.dtype != "float32":
-        raise BadInput(f"--dtype={config.dtype}, --gpu={options.gpu}: under torchrun it is float32, or bfloat16, which a t4 has not")
-    if options.simulate and model.num_experts and config.dtype == "float32":
-        raise BadInput("--simulate: of experts in bfloat16 only; PyTorch can't derive the shape of their product in float32")
-    memory, flops, link, network = GPUS[options.gpu]
-    usable, rank_batch = USABLE * memory * GIB, max(batches) // gpus
-    micro = min(rank_batch, config.micro_batch_size) or max(
-        [m for m in divisors(min(batches) // gpus) if peak_of(model, config, m, rank_batch, shard)[0] <= usable], default=1)
-    peak, moment, items = peak_of(model, config, micro, rank_batch, shard)
-    per_token, micro_steps = model.flops_per_token(config.block_size), math.ceil(batches[0] / gpus / micro)
-    speed = gpus * flops * options.mfu / per_token
-    traffic, seconds = communicate(model, config, micro_steps, replicate, shard, gpus, link, network)
-    step_seconds = batches[0] * config.block_size / speed
-    # A block's forward pass, a third of its FLOPs, comes again where it is recomputed.
-    again = len(range(0, model.n_layer, config.recompute)) / model.n_layer / 3 if config.recompute else 0
-    again *= 1 - 6 * model.vocab_size * model.n_embd / per_token
-    tokens, stages = None, {}
+    """Return the plan as a dict, for a PlanConfig and an engine.run.Start."""
+    config, model, state = start.config, start.model_config, start.state
+    batches = [sequences for _, sequences in batch_stages(config)]
+    check(options, config, model, batches)
+    gpu, usable = GPUS[options.gpu], usable_memory(options.gpu)
+    rank_batch = min(batches) // options.gpus
+    replicate, shard = distributed.mesh_shape(config, options.gpus)
+    micro_batch_size = min(config.micro_batch_size or rank_batch, max(batches) // options.gpus)
+    setup = Setup(model, config.dtype, config.block_size, max(batches), micro_batch_size, replicate,
+                  shard, config.recompute, config.sync_micro_steps)
+    if not config.micro_batch_size:
+        chosen = largest_micro_batch(setup, rank_batch, usable)
+        setup = replace(setup, micro_batch_size=chosen)
+    memory = simulate(setup)
+    fits = memory["peak"] <= usable
+    tokens = [sequences * config.block_size for sequences in batches]
+    micro_steps = math.ceil(batches[0] / options.gpus / setup.micro_batch_size)
+    run_tokens, days = None, (config.minutes or 0) / 1440
+    pace = speed(setup, tokens[0], options)
     if state.max_steps is not None:
-        tokens = tokens_between(config, state.step, state.max_steps)
-        warm = state.start + state.warmup
-        edges = {"warm-up": (state.start, warm), "stable": (warm, state.decay_start),
-                 "decay": (max(warm, state.decay_start), state.max_steps)}
-        for name, (first, last) in edges.items():
-            first, last = max(first, state.step), min(last, state.max_steps)
-            if first < last:
-                stages[name] = {"steps": last - first, "to": last, "tokens": tokens_between(config, first, last),
-                                "last_lr": train.rate(config, dataclasses.replace(state, step=last - 1))}
-    absent = {"head"} if model.tie_word_embeddings else set()
-    absent |= set() if model.num_experts else {"router", "experts"}
-    plan = {
-        "gpus": gpus, "gpu": options.gpu, "replicate": replicate, "shard": shard, "micro_batch_size": micro, "micro_steps": micro_steps,
-        "micro_chosen": not config.micro_batch_size and peak <= usable,
-        "block_size": config.block_size, "recompute": config.recompute, "sync_micro_steps": config.sync_micro_steps,
-        "flops_per_token": per_token, "checkpoint": 12 * model.n_params,
-        "parameters": {"total": model.n_params, "non_embedding": model.n_params_non_embedding, "active": model.n_params_active},
-        "memory": {"gpu": memory * GIB, "usable": usable, "peak": peak, "moment": moment, "items": items,
-                   "activations_per_token_and_block": activations(model, 4 if config.dtype == "float32" else 2, False),
-                   "gradients_sharded": 4 * model.n_params // shard},
-        "speed": {"mfu": options.mfu, "flops": flops, "hardware": options.mfu * (1 + again), "tokens_per_s": speed, "step_s": step_seconds,
-                  "tokens": tokens, "days": config.minutes / 1440 if tokens is None else tokens / speed / 86400},
-        "communication": {**traffic, "seconds": seconds, "share_of_step": seconds / step_seconds, "link": link, "network": network},
-        "batch": {"tokens": [size * config.block_size for size in batches], "expected_loss": options.expected_loss,
-                  "law": batch_law(options.expected_loss), "loss": [(1.21e9 / size / config.block_size) ** (1 / 6.24) for size in batches]},
-        "learning_rates": {role: config.learning_rate * row.lr for role, row in mup_table(model).items() if role not in absent},
-        "schedule": stages, "fits": peak <= usable,
-        "remedies": [] if peak <= usable else remedies(model, config, micro, batches, gpus, shard, usable),
+        run_tokens = tokens_between(config, state.step, state.max_steps)
+        days = run_tokens / pace["tokens_per_s"] / 86400
+    return {
+        **asdict(setup), "gpus": options.gpus, "gpu": options.gpu, "micro_steps": micro_steps,
+        "parameters": {"total": model.n_params, "non_embedding": model.n_params_non_embedding,
+                       "active": model.n_params_active},
+        "memory": {**memory, "usable": usable, "gpu": gpu.memory * GIB,
+                   "always": 12 * model.n_params / shard},
+        "speed": {**pace, "tokens": run_tokens, "days": days},
+        "communication": {**communication(setup, micro_steps, gpu), **gpu._asdict()},
+        "checkpoint": 12 * model.n_params,
+        "batch": {"tokens": tokens, "best_loss": [best_loss(n) for n in tokens],
+                  "expected_loss": options.expected_loss, "law": batch_law(options.expected_loss)},
+        "learning_rates": learning_rates(config, model),
+        "schedule": schedule_stages(config, state),
+        "fits": fits,
+        "remedies": [] if fits else find_remedies(setup, batches, usable),
     }
-    if options.simulate:
-        tracked = simulate(model, config, micro, rank_batch, gpus)
-        alike, at, _ = peak_of(model, config, micro, rank_batch, shard, cpu=True)
-        plan["simulation"] = {"peak": tracked["Total"], "categories": tracked, "estimate": alike, "moment": at,
-                              "ratio": alike / tracked["Total"], "agrees": abs(alike / tracked["Total"] - 1) <= AGREES}
-    return plan
 
 
-def size(n):
-    return f"{n / GIB:.2f} GiB" if n >= GIB / 10 else f"{n / 2 ** 20:.2f} MiB"
+def size(n_bytes):
+    return f"{n_bytes / GIB:.2f} GiB" if n_bytes >= GIB / 10 else f"{n_bytes / 2 ** 20:.2f} MiB"
 
 
-def text(plan):
-    """The plan as lines, the verdict last."""
-    p, m, s, c, b = (plan[name] for name in ("parameters", "memory", "speed", "communication", "batch"))
-    yield (f"{p['total']:,} parameters, {p['non_embedding']:,} without embedding and head, {p['active']:,} of these active; "
-           f"{plan['flops_per_token'] / 1e9:.3g} GFLOPs a token (forward and backward)")
-    yield (f"{plan['gpus']} x {plan['gpu']}, mesh {plan['replicate']} x {plan['shard']}; micro-batch {plan['micro_batch_size']} x "
-           f"{plan['block_size']} tokens, {plan['micro_steps']} a step"
-           + (", gradients reduced with each" if plan["sync_micro_steps"] else "") + f"; recompute {plan['recompute']}; fused attention, eager blocks")
-    if plan["micro_chosen"]:
-        yield "the micro-batch is the largest that fits, as train.py chooses it by the memory that it finds"
-    yield f"\nmemory per GPU at its peak ({m['moment']}):"
-    yield from (f"  {name:22}{size(n):>12}" for name, n in [*m["items"].items(), ("peak", m["peak"])] if n)
-    yield f"  sharded gradients, once complete: {size(m['gradients_sharded'])}"
-    yield "  activations of a block, bytes a token: " \
-        + ", ".join(f"{name} {n:,}" for name, n in m["activations_per_token_and_block"].items())
-    yield (f"\ntime at an assumed MFU of {s['mfu']:.0%} of {s['flops'] / 1e12:,.0f} TFLOP/s (bfloat16, dense"
-           + (f"; recomputing, the chip is {s['hardware']:.0%} busy" if plan["recompute"] else "")
-           + f"): {s['tokens_per_s']:,.0f} tokens/s, {s['step_s']:.3g} s a step, "
-           + (f"{s['days']:.1f} days for {s['tokens'] / 1e9:,.4g}B tokens" if s["tokens"] else "length by the clock"))
-    yield ("communication, received by a GPU in a step: "
-           + ", ".join(f"{name} {c[name] / 1e9:.4g} GB" for name in ("all-gather", "reduce-scatter", "all-reduce"))
-           + f": {c['seconds']:.3g} s at {c['link'] / 1e9:.0f} GB/s a GPU in a node and {c['network'] / 1e9:.0f} GB/s out of a node, "
-           f"{c['share_of_step']:.0%} of a step"
-           + (" (hidden where it overlaps with computing)" if c["share_of_step"] < 1 else
-              ": longer than computing, so that MFU is out of reach"))
-    yield f"checkpoint: {plan['checkpoint'] / 1e9:.3g} GB (parameters and two moments, float32)"
-    yield ("\nbatch: " + ", then ".join(f"{n:,} tokens, best at a loss of {loss:.2f}" for n, loss in zip(b["tokens"], b["loss"]))
-           + f"; the law 1.21e9 / L^6.24 (paper section 3.2) asks {b['law']:,.0f} at the expected C4 loss of {b['expected_loss']:g}")
-    yield "learning rates: " + ", ".join(f"{role} {rate:.4g}" for role, rate in plan["learning_rates"].items())
-    yield from (f"{name}: {stage['steps']:,} steps to step {stage['to']:,}, {stage['tokens'] / 1e9:,.4g}B tokens, learning rate at its end "
-                f"{stage['last_lr']:.3g}" for name, stage in plan["schedule"].items())
-    if not plan["schedule"]:
-        yield "schedule: by the clock, settled in the run"
-    if "simulation" in plan:
-        sim = plan["simulation"]
-        yield f"\nsimulated on {plan['gpus']} fake ranks: peak {size(sim['peak'])} (" + ", ".join(
-            f"{name} {size(n)}" for name, n in sim["categories"].items() if name != "Total" and n > sim["peak"] / 200) + ")"
-        yield ("  the estimate, with what fake tensors on a CPU hold and a GPU does not (RMSNorm in pieces, a tied gradient summed out of "
-               f"place): {size(sim['estimate'])}, {sim['ratio'] - 1:+.1%}: "
-               f"{'agrees' if sim['agrees'] else 'DOES NOT AGREE'} within {AGREES:.0%}")
-    room = f"{m['peak'] / GIB:.1f} of {m['usable'] / GIB:.1f} GiB ({USABLE:.0%} of the GPU's {m['gpu'] / GIB:.0f})"
-    ways = [" ".join(f"--{name}={value}" for name, value in way.items() if name != "peak") + f" ({size(way['peak'])})"
-            for way in plan["remedies"]]
-    yield "\n" + (f"fits: {room}" if plan["fits"] else f"does not fit: {room}; " + (
-        "would fit with " + ", or ".join(ways) if ways else "nor does recompute, another micro-batch, more shards or another GPU make it fit"))
+def as_options(values):
+    return " ".join(f"--{name}={value}" for name, value in values.items())
+
+
+def memory_lines(plan):
+    """Return the lines on memory."""
+    memory = plan["memory"]
+    lines = ["memory per GPU at the peak of a simulated update (eager blocks, fused attention)"]
+    for name in (*CATEGORIES, "peak"):
+        lines.append(f"  {name.replace('_', ' '):16}{size(memory[name]):>12}")
+    return [
+        *lines,
+        f"  always there, by formula: {size(memory['always'])} (sharded parameters and moments)",
+        "  not simulated: CUDA context, NCCL buffers and fragmentation, for which "
+        f"{1 - USABLE:.0%} of the GPU stay free; torch.compile; document masks (see --help)",
+    ]
+
+
+def cost_lines(plan):
+    """Return the lines on time, communication and checkpoints."""
+    speed, traffic = plan["speed"], plan["communication"]
+    share = traffic["seconds"] / speed["step_s"]
+    effect = "hidden where it overlaps with computing" if share < 1 else \
+        "more than the computing: the assumed MFU is out of reach"
+    length = f"{speed['days']:.1f} days"
+    if speed["tokens"]:
+        length += f" for {speed['tokens'] / 1e9:,.4g}B tokens"
+    received = [f"{name} {traffic[name] / 1e9:.4g} GB"
+                for name in ("all-gather", "reduce-scatter", "all-reduce")]
+    return [
+        f"time: {speed['tokens_per_s']:,.0f} tokens/s, {speed['step_s']:.3g} s per update",
+        f"  assumed: MFU {speed['mfu']:.0%} of {speed['flops'] / 1e12:,.0f} TFLOP/s (recomputation "
+        f"included, the GPUs are {speed['busy']:.0%} busy)",
+        f"  the run takes {length}",
+        f"communication: each GPU receives {', '.join(received)} per update",
+        f"  {traffic['seconds']:.3g} s at {traffic['link'] / 1e9:.0f} GB/s per GPU in a node and "
+        f"{traffic['network'] / 1e9:.0f} GB/s per node between nodes: {share:.0%} of an update, "
+        f"{effect}",
+        f"checkpoint: {plan['checkpoint'] / 1e9:.3g} GB (parameters and two moments, float32)",
+    ]
+
+
+def recipe_lines(plan):
+    """Return the lines on batch size, learning rates and schedule."""
+    batch = plan["batch"]
+    sizes = [f"{tokens:,} tokens (best at a C4 loss of {loss:.2f})"
+             for tokens, loss in zip(batch["tokens"], batch["best_loss"])]
+    rates = [f"{role} {rate:.4g}" for role, rate in plan["learning_rates"].items()]
+    stages = [f"{name}: {stage['steps']:,} updates up to step {stage['to']:,}, "
+              f"{stage['tokens'] / 1e9:,.4g}B tokens, last learning rate {stage['last_lr']:.3g}"
+              for name, stage in plan["schedule"].items()]
+    return [
+        f"batch: {', then '.join(sizes)}",
+        f"  the law 1.21e9 / L^6.24 (paper section 3.2) gives {batch['law']:,.0f} tokens at the "
+        f"expected loss of {batch['expected_loss']:g}",
+        f"peak learning rates: {', '.join(rates)}",
+        *(stages or ["schedule: set during the run, which has minutes instead of steps"]),
+    ]
+
+
+def verdict_lines(plan):
+    """Return the lines on remedies, and whether the run fits as the last line."""
+    memory, remedies = plan["memory"], plan["remedies"]
+    room = f"{size(memory['peak'])} of {size(memory['usable'])} usable ({size(memory['gpu'])} GPU)"
+    if plan["fits"]:
+        return [f"fits: {room}"]
+    tried = [f"  {size(trial['peak']):>12}  {'fits' if trial['fits'] else 'no  '}  "
+             f"{as_options(trial['options'])}" for trial in remedies]
+    good = [as_options(trial["options"]) for trial in remedies if trial["fits"]]
+    advice = f"would fit with {', or '.join(good)}" if good else "nothing tried makes it fit"
+    return ["tried by simulation (what does not fit may be extrapolated from shallow models):",
+            *tried, "", f"does not fit: {room}; {advice}"]
+
+
+def as_text(plan):
+    """Return the plan as text; the last line is the verdict."""
+    parameters = plan["parameters"]
+    names = ("replicate", "shard", "micro_batch_size", "sync_micro_steps", "recompute")
+    head = [
+        f"model: {parameters['total']:,} parameters, {parameters['non_embedding']:,} without "
+        f"embedding and head, {parameters['active']:,} of these active per token; "
+        f"{plan['speed']['flops_per_token'] / 1e9:.3g} GFLOPs per token (forward and backward)",
+        f"run: {plan['gpus']} x {plan['gpu']}, sequences of {plan['block_size']:,} tokens, "
+        f"micro-steps per update: {plan['micro_steps']}, with "
+        + as_options({name: plan[name] for name in names}),
+    ]
+    parts = [head, memory_lines(plan), cost_lines(plan), recipe_lines(plan),
+             verdict_lines(plan)]
+    return "\n\n".join("\n".join(part) for part in parts)
 
 
 @exits_cleanly
 def main(argv):
-    if not any(word.endswith(".py") or word.startswith(("--init_from", "--branch_from")) for word in argv):
-        argv = ["config/laptop.py", *argv]
-    (options, config, model), given = configure(argv, PlanConfig, TrainConfig, MiniCPMConfig, usage=__doc__)
-    if "vocab_size" not in given and not (config.init_from or config.branch_from):
-        model = dataclasses.replace(model, vocab_size=load_tokenizer(config.tokenizer).n_vocab)
-    if config.init_from and not Path(config.init_from).exists() and {"vocab_size", "n_layer", "n_embd"} <= given.keys():
-        config = dataclasses.replace(config, init_from=None)              # not there yet: only its weights would come from it
-    # Of a run that is there already under out_dir the whole is planned, not the rest.
-    plan = make_plan(options, resolve_start(dataclasses.replace(config, overwrite=True), model, given))
-    print(json.dumps(plan) if options.json else "\n".join(text(plan)))
+    config, model, given, options = train.read_config(argv, PlanConfig, usage=__doc__)
+    if config.init_from and not Path(config.init_from).exists() \
+            and {"vocab_size", "n_layer", "n_embd"} <= given.keys():
+        config = replace(config, init_from=None)        # not there yet, but only its shape counts
+    config = replace(config, overwrite=True)            # plan the whole run, not what is left of it
+    plan = make_plan(options, resolve_start(config, model, given))
+    print(json.dumps(plan) if options.json else as_text(plan))
 
 
 if __name__ == "__main__":
