@@ -202,7 +202,9 @@ def track_update(setup, model):
     optimizer = torch.optim.AdamW(optimizer_groups(model, weight_decay=0.1), fused=False)
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
-    optimizer.step()                                                     # creates the moments
+    # Creates the moments; also DTensor's derivation of shapes, made once, would be counted.
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
     optimizer.zero_grad()
     idx = torch.zeros(setup.micro_batch_size, setup.block_size, dtype=torch.int64)
     tracker = PeakTracker(model, optimizer)
