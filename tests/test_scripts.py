@@ -94,7 +94,7 @@ def commands(page, program):
     lines = [line.split("#")[0] for block in blocks for line in block.splitlines()]
     found = [part.strip() for line in lines for part in line.split("&&")]
     found += re.findall(r"`([^`\n]+)`", text_of(page))
-    return [command for command in dict.fromkeys(found) if command.startswith(f"{program} ")]
+    return [command for command in dict.fromkeys(found) if command.startswith(f"{program} ") and command != "python -m"]
 
 
 def is_run(command):
