@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
@@ -166,7 +167,7 @@ def test_the_commands_of_a_page_run(page, laptop, own_files, already_run, monkey
         already_run.add(command)
         words = shlex.split(command)[1:]
         script = words[1] if words[0] == "-m" else words[0]
-        words = [word.replace("PATH", str(own_files.get(script))).replace("NAME", "mine") for word in words]
+        words = [word.replace("PATH", str(own_files.get(script))).replace("NAME", f"my-{Path(script).parent.name}") for word in words]
         main, arguments = main_of([*words, *shortened(words, root)])
         try:
             main(arguments)
