@@ -533,7 +533,7 @@ class MiniCPM(nn.Module):
         prompts are padded on
         the left with a document of their own. A row that has produced one of stop_ids repeats it
         until all rows have.
-        never_ids are never drawn (the token that opens a document).
+        never_ids are never drawn (the token that opens a document), unless they also stop.
         use_cache=False computes everything again for every token: the slow reference.
         """
         device, B = self.wte.weight.device, len(prompts)
@@ -551,12 +551,13 @@ class MiniCPM(nn.Module):
         generators = [torch.Generator().manual_seed(seed + row) for row in range(B)]
         stopped = torch.zeros(B, dtype=torch.bool)
         last = torch.zeros(B, dtype=torch.int64)
+        never_ids = [i for i in never_ids if i not in stop_ids]
         stop_ids = torch.tensor(list(stop_ids), dtype=torch.int64)
         for _ in range(max_new_tokens):
             hidden = self.hidden(idx, doc_ids, cache)[0][:, -1]            # (B, C)
             logits = ops.linear(hidden, self.head_weight).float()          # (B, V)
             if never_ids:
-                logits[:, list(never_ids)] = float("-inf")
+                logits[:, never_ids] = float("-inf")
             uniform = torch.cat([torch.rand(1, generator=g) for g in generators])
             drawn = sample_next(logits, uniform, temperature, top_k, top_p).cpu()
             last = torch.where(stopped, last, drawn)

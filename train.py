@@ -485,20 +485,22 @@ def untie(tensors):
 
 # ---- a run, from the command to its last sample
 
-def read_config(argv):
-    """Return (TrainConfig, MiniCPMConfig, given); given is {name: value} of what was set.
+def read_config(argv, *own, usage=__doc__):
+    """Return (TrainConfig, MiniCPMConfig, given, *instances of a tool's own dataclasses).
 
-    config/laptop.py is taken if the command names neither a config file nor a checkpoint.
+    given is {name: value} of what was set. Two defaults are filled in here: config/laptop.py if the
+    command names neither a config file nor a checkpoint, and the tokenizer's vocabulary.
     """
     names_a_start = any(word.endswith(".py") or word.startswith(("--init_from", "--branch_from"))
                         for word in argv)
     if not names_a_start:
         argv = ["config/laptop.py", *argv]
-    (config, model_config), given = configure(argv, TrainConfig, MiniCPMConfig, usage=__doc__)
+    (*options, config, model_config), given = configure(argv, *own, TrainConfig, MiniCPMConfig,
+                                                        usage=usage)
     if "vocab_size" not in given and not (config.init_from or config.branch_from):
         vocab_size = load_tokenizer(config.tokenizer).n_vocab
         model_config = dataclasses.replace(model_config, vocab_size=vocab_size)
-    return config, model_config, given
+    return config, model_config, given, *options
 
 
 def launch(config, model_config, given, run):

@@ -1,6 +1,6 @@
 """MiniCPM-2.4B-128K, first half (paper section 7.2): from 4,096 to 32,768 tokens by a larger RoPE base (ABF).
 
-    python data/fineweb_edu/prepare.py --tokenizer=MiniCPM-2B --min_doc_tokens=32768 --suffix=_long     and so on: see data
+    python data/fineweb_edu/prepare.py --tokenizer=openbmb/MiniCPM-2B-sft-bf16 --min_doc_tokens=32768 --suffix=_long     and so on: see data
 
 The paper gives the method, the mixture's shares and that it is WSD; lengths of the stages, tokens, batch and learning rate it
 does not.
@@ -8,7 +8,7 @@ does not.
 init_from = "out/minicpm_2b/step-00261000"    # the last stable checkpoint, weights only
 out_dir = "out/minicpm_128k_32k"
 data = "fineweb_edu_long:0.44,fineweb_edu_short:0.56"   # stands for books, encyclopedias and papers against short text
-tokenizer = "MiniCPM-2B"        # a folder with the released tokenizer
+tokenizer = "openbmb/MiniCPM-2B-sft-bf16"   # on the Hugging Face hub; needs transformers
 doc_mask = True
 
 vocab_size = 122753             # the checkpoint's, like the next four

@@ -1,7 +1,7 @@
 """MiniCPM-1.2B (paper section 6.1, table 2). 1,247,442,432 parameters without the embedding."""
 out_dir = "out/minicpm_1b"
 data = "fineweb_edu"            # stands for the paper's stable mix (figure 11), which is not public
-tokenizer = "MiniCPM-1B"        # a folder with the released tokenizer
+tokenizer = "openbmb/MiniCPM-1B-sft-bf16"   # on the Hugging Face hub; needs transformers
 # decay_data = "fineweb_edu:0.8,mine:0.2"   # the paper adds high-quality and SFT data here: name your own corpora
 
 vocab_size = 73440

@@ -1,7 +1,7 @@
 """MiniCPM-2.4B (paper sections 6.1 and 6.2, table 2). 2,442,057,984 parameters without the embedding."""
 out_dir = "out/minicpm_2b"
 data = "fineweb_edu"            # stands for the paper's stable mix (figure 11), which is not public
-tokenizer = "MiniCPM-2B"        # a folder with the released tokenizer
+tokenizer = "openbmb/MiniCPM-2B-sft-bf16"   # on the Hugging Face hub; needs transformers
 # decay_data = "fineweb_edu:0.8,mine:0.2"   # the paper adds high-quality and SFT data here: name your own corpora
 
 vocab_size = 122753

@@ -1,124 +1,159 @@
-"""Conversations and preference pairs: files to token ids with a loss mask, packed into rows.
+"""Conversations to rows: reading records from files, and packing their token ids into rows.
 
-A file holds one JSON object a line, or one JSON list of them:
+A file holds one JSON object per line (.jsonl), or one JSON list of objects. A record has one of the
+common shapes:
 
-    {"messages": [{"role": "user", "content": ...}, {"role": "assistant", "content": ...}]}    also "conversations", "from", "value"
-    {"instruction": ..., "input": ..., "output": ...}                                          alpaca
-    {"prompt": ..., "chosen": ..., "rejected": ...}                                            a pair; each text or messages
+    {"messages": [{"role": "user", "content": ...}, {"role": "assistant", "content": ...}]}
+    {"conversations": [{"from": "human", "value": ...}, {"from": "gpt", "value": ...}]}
+    {"instruction": ..., "input": ..., "output": ...}
+    {"prompt": ..., "chosen": ..., "rejected": ...}       a preference pair; each text or messages
 
-A packed corpus is a corpus whose tokens come in rows of block_size + 1: whole conversations (or documents) back to back, each from its <s>
-to the eos of its last answer, then eos as padding. Beside each split lies a second one, SPLIT_mask, that gives every token
-its class (dataset.py: PADDING, TEXT, ANSWER): whether it is to be predicted. A conversation's <s> never is: what comes next
-to it in a row is chance.
+A packed corpus consists of rows of block_size + 1 tokens: whole conversations (or documents) back
+to back, each from its <s> to the eos of its last answer, then eos as padding. Beside each split
+lies a second one, SPLIT_mask, with the class of every token (PADDING, TEXT or ANSWER), which
+decides whether the token is a target. The <s> of a conversation never is, because it does not
+follow from what stands before it in the row.
 """
 import hashlib
 import json
-import time
 from pathlib import Path
 
 import numpy as np
 
-from configurator import ROOT, BadInput
-from data.dataset import ANSWER, PADDING, TEXT, complete_or_nothing, open_corpus, write_shard
-from data.tokenizer import chat_ids, check_utf8, load_tokenizer
+from configurator import BadInput
+from data.corpus import SPLITS, ShardWriter, atomic_folder, prepare_once, write_meta
+from data.dataset import ANSWER, PADDING, TEXT
+from data.tokenizer import chat_ids, check_utf8
 
-ROLES = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "system": "system"}
-OPEN_ROWS = 64                          # rows that a conversation may still go into while packing
+ROLES = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant",
+         "system": "system"}
+OPEN_ROWS = 64              # rows kept open while packing: conversations may still be added to them
 
 
-# ---- reading files
+# ---- reading records
 
 def read_conversations(path, skip_bad=False):
-    """Yield each conversation of a file as [{"role", "content"}, ...] up to its last answer. Bad ones: see read_records."""
-    return read_records(path, conversation, skip_bad)
+    """Yield each conversation of a file, as [{"role", "content"}, ...] up to its last answer.
+
+    Bad records: see read_records.
+    """
+    return read_records(path, parse_conversation, skip_bad)
 
 
 def read_questions(path, skip_bad=False):
-    """Yield (messages, answer, family): the last answer is what is asked for; family is the record's own field, or ""."""
-    def question(record):
-        *messages, last = conversation(record)
-        if not messages or messages[-1]["role"] != "user":
-            raise ValueError("the last answer does not follow a user's turn")
-        return messages, last["content"], str(record.get("family", ""))
-    return read_records(path, question, skip_bad)
+    """Yield (messages, answer, family) of each conversation of a file.
+
+    answer is the text of the last answer, messages is what comes before it and ends with a user's
+    turn, and family is the record's field of that name ("" if it has none). Bad records: see
+    read_records.
+    """
+    return read_records(path, parse_question, skip_bad)
 
 
 def read_pairs(path, skip_bad=False):
-    """Yield (messages, chosen text, rejected text); the messages end with the user's."""
-    return read_records(path, pair, skip_bad)
+    """Yield (messages, chosen text, rejected text) of each preference pair of a file.
+
+    The messages end with a user's turn. Bad records: see read_records.
+    """
+    return read_records(path, parse_pair, skip_bad)
 
 
-def read_records(path, understand, skip_bad=False):
-    """Yield understand(record) of each record of a file. Where it raises ValueError: BadInput that names file and line, or
-    with skip_bad the record is left out and the number of such printed at the end."""
-    count, bad = 0, []
-    for where, source in sources(Path(path)):
-        count += 1
+def read_records(path, parse, skip_bad=False):
+    """Yield parse(record) for each record of a file.
+
+    If parse raises ValueError, the record is bad, and BadInput names its file and line. With
+    skip_bad, bad records are left out instead, and their number is printed at the end.
+    """
+    n_records, n_bad, first_bad = 0, 0, None
+    for where, source in raw_records(Path(path)):
+        n_records += 1
         try:
             record = json.loads(source) if isinstance(source, bytes) else source
             if not isinstance(record, dict):
                 raise ValueError("not a JSON object")
-            value = understand(record)
+            value = parse(record)
         except ValueError as error:
-            reason = f"not JSON ({error.msg}, column {error.colno})" if isinstance(error, json.JSONDecodeError) else error
-            bad.append(f"{where}: {reason}" if not bad else None)
+            reason = error
+            if isinstance(error, json.JSONDecodeError):
+                reason = f"not JSON ({error.msg}, column {error.colno})"
             if not skip_bad:
-                raise BadInput(f"{bad[0]}; mend it, or --skip_bad=True leaves such out") from None
-            continue
-        yield value
-    if bad:
-        print(f"skipped {len(bad)} of {count}; the first: {bad[0]}")
+                raise BadInput(f"{where}: {reason}; correct it, or leave out bad records with "
+                               "--skip_bad=True") from None
+            n_bad += 1
+            first_bad = first_bad or f"{where}: {reason}"
+        else:
+            yield value
+    if n_bad:
+        print(f"skipped {n_bad} of {n_records}; the first: {first_bad}")
 
 
-def sources(path):
-    """Yield (where, bytes of a line) of a file, or (where, object) if it is one JSON list."""
+def raw_records(path):
+    """Yield (place in the file, record): lines as bytes, or the objects of a JSON list."""
     try:
         with open(path, "rb") as file:
-            if not file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
-                file.seek(0)
-                yield from ((f"{path}:{n}", line) for n, line in enumerate(file, 1) if line.strip())
+            first = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
+            file.seek(0)
+            if not first.startswith(b"["):
+                for number, line in enumerate(file, 1):
+                    if line.strip():
+                        yield f"{path}:{number}", line
                 return
-        records = json.loads(path.read_bytes())
+            records = json.loads(file.read())
     except FileNotFoundError:
         raise BadInput(f"{path}: no such file") from None
     except json.JSONDecodeError as error:
-        raise BadInput(f"{path}:{error.lineno}: not JSON ({error.msg}, column {error.colno})") from None
+        place = f"{path}:{error.lineno}"
+        raise BadInput(f"{place}: not JSON ({error.msg}, column {error.colno})") from None
     except UnicodeDecodeError as error:
         raise BadInput(f"{path}: not UTF-8 ({error.reason} at byte {error.start})") from None
-    yield from ((f"{path}, item {n}", record) for n, record in enumerate(records, 1))
+    for number, record in enumerate(records, 1):
+        yield f"{path}, item {number}", record
 
 
-def conversation(record):
-    """The messages of one record, up to the last answer; ValueError says what is wrong with it."""
+def parse_conversation(record):
+    """Return the messages of a record up to the last answer; ValueError says what is wrong."""
     if "messages" in record or "conversations" in record:
-        said = turns(record.get("messages", record.get("conversations")))
+        messages = normalize(record.get("messages", record.get("conversations")))
     elif "instruction" in record:
-        said = turns([{"role": "user", "content": join(record["instruction"], record.get("input"))},
-                      {"role": "assistant", "content": record.get("output")}])
+        question, context = record["instruction"], record.get("input")
+        if context and isinstance(question, str):
+            question = f"{question}\n{context}"
+        messages = normalize([{"role": "user", "content": question},
+                              {"role": "assistant", "content": record.get("output")}])
     else:
         raise ValueError("holds neither messages, conversations, nor instruction and output")
-    answers = [n for n, turn in enumerate(said, 1) if turn["role"] == "assistant"]
-    if not answers:
+    while messages and messages[-1]["role"] != "assistant":
+        messages.pop()
+    if not messages:
         raise ValueError("conversation without an assistant turn")
-    return said[:answers[-1]]
+    return messages
 
 
-def pair(record):
-    """(messages, chosen, rejected) of one record. Where chosen and rejected are messages that begin with the prompt, that one counts."""
+def parse_question(record):
+    """Return (messages, answer, family) of a record; ValueError says what is wrong."""
+    *messages, answer = parse_conversation(record)
+    if not messages or messages[-1]["role"] != "user":
+        raise ValueError("the last answer does not follow a user's turn")
+    return messages, answer["content"], str(record.get("family", ""))
+
+
+def parse_pair(record):
+    """Return (messages, chosen text, rejected text) of a record; ValueError says what is wrong.
+
+    chosen and rejected may be messages that begin with the prompt; these replace the field prompt.
+    """
     prompts, answers = [], []
     for side in ("chosen", "rejected"):
         if not record.get(side):
             raise ValueError(f"unbalanced pair: {side} is missing or empty")
-        said = record[side]
-        *before, last = turns([{"role": "assistant", "content": said}] if isinstance(said, str) else said)
-        if last["role"] != "assistant":
+        *prompt, answer = as_messages(record[side], "assistant")
+        if answer["role"] != "assistant":
             raise ValueError(f"{side} does not end with the assistant's answer")
-        prompts.append(before)
-        answers.append(last["content"])
+        prompts.append(prompt)
+        answers.append(answer["content"])
     if prompts[0] != prompts[1]:
         raise ValueError("unbalanced pair: chosen and rejected answer different prompts")
-    prompt = record.get("prompt") or []
-    prompt = prompts[0] or turns([{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt)
+    prompt = prompts[0] or as_messages(record.get("prompt") or [], "user")
     if not prompt or prompt[-1]["role"] != "user":
         raise ValueError("the prompt does not end with the user's turn")
     if answers[0] == answers[1]:
@@ -126,132 +161,145 @@ def pair(record):
     return prompt, *answers
 
 
-def turns(said):
-    """Messages in the one spelling that the rest uses, stripped; ValueError where one has no known role or no text."""
-    if not isinstance(said, list) or not all(isinstance(turn, dict) for turn in said):
+def as_messages(value, role):
+    """Return normalized messages: those given, or a text as the one message of a role."""
+    return normalize([{"role": role, "content": value}] if isinstance(value, str) else value)
+
+
+def normalize(messages):
+    """Return messages as [{"role", "content"}, ...] with stripped text, whatever their spelling.
+
+    Raises ValueError if a message has no known role or no text.
+    """
+    if not isinstance(messages, list) or not all(isinstance(turn, dict) for turn in messages):
         raise ValueError("messages are a list of objects with role and content")
     out = []
-    for n, turn in enumerate(said, 1):
-        role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
+    for number, turn in enumerate(messages, 1):
+        role = turn.get("role", turn.get("from"))
+        content = turn.get("content", turn.get("value"))
         if not isinstance(role, str) or role not in ROLES:
-            raise ValueError(f"turn {n}: unknown role {role!r}; it is one of {', '.join(ROLES)}")
+            raise ValueError(f"turn {number}: unknown role {role!r}; it is one of "
+                             f"{', '.join(ROLES)}")
+        role = ROLES[role]
         if not isinstance(content, str) or not content.strip():
-            raise ValueError(f"turn {n}: empty {'answer' if ROLES[role] == 'assistant' else 'text'}")
-        out.append({"role": ROLES[role], "content": check_utf8(content.strip())})
+            kind = "answer" if role == "assistant" else "text"
+            raise ValueError(f"turn {number}: empty {kind}")
+        out.append({"role": role, "content": check_utf8(content.strip())})
     return out
-
-
-def join(instruction, further):
-    return f"{instruction}\n{further}" if isinstance(instruction, str) and further else instruction
 
 
 # ---- packing
 
-def fit(tokenizer, messages, row):
-    """([(id, class), ...], exchanges left out) of as many exchanges from the start as row tokens hold; none may be left."""
+def fit_conversation(tokenizer, messages, row):
+    """Tokenize as many exchanges from the start of a conversation as fit into a row.
+
+    Returns ([(id, class), ...], number of exchanges left out); the list is empty if not even the
+    first exchange fits.
+    """
     ends = [n for n, turn in enumerate(messages, 1) if turn["role"] == "assistant"]
     for left_out, end in enumerate(reversed(ends)):
-        ids, answer = chat_ids(tokenizer, messages[:end])
+        ids, is_answer = chat_ids(tokenizer, messages[:end])
         if len(ids) <= row:
             if ids.count(tokenizer.bos) > 1:
-                raise BadInput(f"tokenizer {tokenizer.name!r} uses its mark of a beginning inside conversations too, so they could not be told apart")
-            classes = [PADDING, *(ANSWER if learn else TEXT for learn in answer[1:])]
+                raise BadInput(f"tokenizer {tokenizer.name!r} uses its beginning-of-text token "
+                               "inside conversations too, so they could not be told apart in a row")
+            classes = [ANSWER if answer else TEXT for answer in is_answer]
+            classes[0] = PADDING
             return list(zip(ids, classes)), left_out
     return [], len(ends)
 
 
-def place(rows, pairs, row):
-    """Put a conversation into the fullest open row that has room for it, else into a new one; returns the row that no longer
-    stays open because of that, or None."""
-    room = [open_row for open_row in rows if len(open_row) + len(pairs) <= row]
-    if room:
-        max(room, key=len).extend(pairs)
-        return None
-    rows.append(pairs)
-    return rows.pop(max(range(len(rows)), key=lambda i: len(rows[i]))) if len(rows) > OPEN_ROWS else None
+class RowWriter:
+    """Packs documents of one split into rows and writes the rows and their classes as shards.
 
-
-def write_rows(folder, tokenizer, documents, block_size, fit=fit, shard_tokens=20_000_000, overwrite=False):
-    """Pack documents into shards of rows, all or nothing.
-
-    documents  iterable of (split, document), split "train" or "val"; a document is whatever fit takes: messages
-    fit        (tokenizer, document, row) -> ([(id, class), ...] of at most row tokens, how much was left out)
-    returns    the meta.json as a dict: per split documents, those truncated and dropped for their length, rows, tokens
-               (padding included), filled (not included), and bytes (of answers alone)
+    A document goes into the fullest open row with room for it (best fit), else into a new one.
     """
-    row, sha = block_size + 1, hashlib.sha256()
-    sums = ("documents", "truncated", "dropped", "rows", "filled", "bytes", "tokens")
-    splits = {split: dict.fromkeys(sums, 0) | {"shards": [], "counts": []} for split in ("train", "val")}
-    masks = {f"{split}_mask": {"tokens": 0, "shards": [], "counts": []} for split in splits}
-    open_rows, closed = {split: [] for split in splits}, {split: [] for split in splits}
-    sizes = tokenizer.token_bytes()
 
-    def close(split, pairs):
-        closed[split].append(np.array(pairs + [(tokenizer.eos, PADDING)] * (row - len(pairs)), np.int32))
+    def __init__(self, folder, split, tokenizer, row, shard_tokens):
+        self.row, self.padding = row, (tokenizer.eos, PADDING)
+        self.open_rows = []                     # lists of (id, class)
+        shard_tokens = -(-shard_tokens // row) * row            # whole rows
+        self.tokens = ShardWriter(folder, f"{split}_", tokenizer.n_vocab, shard_tokens, "documents",
+                                  "truncated", "dropped", "rows", "filled", "bytes")
+        self.classes = ShardWriter(folder, f"{split}_mask_", tokenizer.n_vocab, shard_tokens)
 
-    def add_shard(split):
-        both = np.stack(closed[split])                                   # (rows, row, 2)
-        for name, entry, values in ((split, splits[split], both[..., 0]), (f"{split}_mask", masks[f"{split}_mask"], both[..., 1])):
-            file = f"{name}_{len(entry['shards']):06d}.bin"
-            write_shard(temporary / file, values.ravel(), tokenizer.n_vocab)
-            entry["shards"].append(file)
-            entry["counts"].append(values.size)
-            entry["tokens"] += values.size
-        splits[split]["rows"] += len(both)
-        closed[split].clear()
+    def add(self, pairs):
+        """Put a document, [(id, class), ...] of at most `row` tokens, into a row."""
+        rows_with_room = [row for row in self.open_rows if len(row) + len(pairs) <= self.row]
+        if rows_with_room:
+            max(rows_with_room, key=len).extend(pairs)
+            return
+        self.open_rows.append(list(pairs))
+        if len(self.open_rows) > OPEN_ROWS:
+            fullest = max(self.open_rows, key=len)
+            self.open_rows.remove(fullest)
+            self.write_row(fullest)
 
-    with complete_or_nothing(folder, overwrite) as temporary:
-        for n, (split, document) in enumerate(documents, 1):
-            sha.update(json.dumps([split, document]).encode())
+    def write_row(self, pairs):
+        ids, classes = np.array(pairs + [self.padding] * (self.row - len(pairs))).T
+        self.tokens.write(ids)
+        self.classes.write(classes)
+        self.tokens.entry["rows"] += 1
+
+    def finish(self):
+        """Write the rows that are still open; return the entries of the split and its mask."""
+        for pairs in self.open_rows:
+            self.write_row(pairs)
+        return self.tokens.finish(), self.classes.finish()
+
+
+def write_rows(folder, tokenizer, documents, block_size, fit=fit_conversation,
+               shard_tokens=20_000_000, overwrite=False):
+    """Pack documents into rows and write them as a corpus, all or nothing.
+
+    documents  iterable of (split, document), split "train" or "val"; a document is what `fit` takes
+    fit        (tokenizer, document, row) -> ([(id, class), ...] of at most row tokens, how much was
+               left out); by default documents are conversations (messages)
+    returns    meta.json as a dict. Per split: documents; those truncated and dropped because of
+               their length; rows; tokens with padding; filled, the tokens without; bytes of answers
+    """
+    row, sha256, token_bytes = block_size + 1, hashlib.sha256(), tokenizer.token_bytes()
+    with atomic_folder(folder, overwrite) as temporary:
+        writers = {split: RowWriter(temporary, split, tokenizer, row, shard_tokens)
+                   for split in SPLITS}
+        for number, (split, document) in enumerate(documents, 1):
+            sha256.update(json.dumps([split, document]).encode())
             try:
                 pairs, left_out = fit(tokenizer, document, row)
             except BadInput as error:
-                raise BadInput(f"document {n}: {error}") from None
-            entry = splits[split]
+                raise BadInput(f"document {number}: {error}") from None
+            entry = writers[split].tokens.entry
             if not pairs:
                 entry["dropped"] += 1
                 continue
+            answer_ids = [token for token, kind in pairs if kind == ANSWER]
             entry["documents"] += 1
             entry["truncated"] += left_out > 0
             entry["filled"] += len(pairs)
-            entry["bytes"] += int(sum(sizes[i] for i, kind in pairs if kind == ANSWER))
-            full = place(open_rows[split], pairs, row)
-            if full:
-                close(split, full)
-                if len(closed[split]) * row >= shard_tokens:
-                    add_shard(split)
-        for split in splits:
-            for pairs in open_rows[split]:
-                close(split, pairs)
-            if closed[split]:
-                add_shard(split)
-            if not splits[split]["rows"]:
-                raise BadInput(f"{folder}: no {split} documents of at most {row} tokens; a corpus needs both train and val")
-        meta = {"row": row, "tokenizer": tokenizer.name, "tokenizer_hash": tokenizer.hash, "vocab_size": tokenizer.n_vocab,
-                "corpus_sha256": sha.hexdigest(), "splits": splits | masks}
-        (temporary / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
-    return meta
+            entry["bytes"] += int(token_bytes[answer_ids].sum())
+            writers[split].add(pairs)
+        splits, masks = {}, {}
+        for split, writer in writers.items():
+            splits[split], masks[f"{split}_mask"] = writer.finish()
+        return write_meta(temporary, tokenizer, sha256.hexdigest(), splits | masks, row)
 
 
-def prepare(name, documents, block_size, options, fit=fit):
-    """Write data_dir/NAME/TOKENIZER from an iterable of (split, document) (see write_rows), not touched where the corpus is there.
+def prepare(name, documents, block_size, options, fit=fit_conversation):
+    """Write the packed corpus DATA_DIR/NAME/TOKENIZER (see write_rows), unless it exists.
 
-    options: tokenizer, data_dir, overwrite (data/prepare_corpus.py: PrepareOptions)
+    options  PrepareOptions
     """
-    tokenizer = load_tokenizer(options.tokenizer)
-    folder = ROOT / options.data_dir / name / tokenizer.name
-    if folder.exists() and not options.overwrite:
-        row = open_corpus(options.data_dir, name, tokenizer, "train").row
-        if row != block_size + 1:
-            raise BadInput(f"--block_size={block_size}: {folder} was prepared with {row - 1 if row else 'none'}; "
-                           f"--overwrite=True prepares it again")
-        print(f"{folder} is already prepared; --overwrite=True does it again")
-        return
-    print(f"preparing {folder}", flush=True)
-    start = time.perf_counter()
-    meta = write_rows(folder, tokenizer, documents, block_size, fit, overwrite=options.overwrite)
-    train, val = meta["splits"]["train"], meta["splits"]["val"]
-    both = {key: train[key] + val[key] for key in train if key not in ("shards", "counts")}
-    print(f"{name}: {both['documents']:,} documents ({val['documents']:,} held out) in {both['rows']:,} rows of {meta['row']} "
-          f"tokens, {100 * both['filled'] / both['tokens']:.1f} % filled; {both['truncated']:,} truncated at a turn and "
-          f"{both['dropped']:,} dropped, being longer than a row; {time.perf_counter() - start:.1f} s")
+    def write(folder, tokenizer):
+        return write_rows(folder, tokenizer, documents, block_size, fit,
+                          overwrite=options.overwrite)
+    prepare_once(name, options, write, describe_rows, block_size + 1)
+
+
+def describe_rows(meta, total):
+    """Return what a new packed corpus holds, in one line."""
+    filled = 100 * total["filled"] / total["tokens"]
+    val = meta["splits"]["val"]
+    return (f"{total['documents']:,} documents ({val['documents']:,} held out) in "
+            f"{total['rows']:,} rows of {meta['row']} tokens, {filled:.1f} % filled; "
+            f"{total['truncated']:,} truncated at a turn and {total['dropped']:,} dropped, being "
+            "longer than a row")

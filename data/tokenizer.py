@@ -1,20 +1,26 @@
-"""tiktoken encodings: load, train, chat template.
+"""Text to token ids and back: load a tokenizer, apply its chat template, train one.
 
-    python -m data.tokenizer train --input=PATH --vocab_size=4096 --out_dir=out/mine       then --tokenizer=out/mine
+    python -m data.tokenizer train --input=PATH --vocab_size=4096 --out_dir=out/mine
 
-A tokenizer is a pattern that cuts text into pieces, byte pairs merged inside the pieces in order of rank, and special
-tokens at the end of the vocabulary, which text can never produce. data/bpe4096.tiktoken, the default, is the file
-tokenizer.tiktoken that this command wrote (10 s; torch 2.13.0, rustbpe 0.1.0, the held-out documents left out):
+Use the result with --tokenizer=out/mine. Our own tokenizers are byte pair encodings run by
+tiktoken: a pattern cuts text into pieces, byte pairs are merged inside each piece in order of rank,
+and special tokens have the last ids of the vocabulary. Tokenizers of released models are run by
+transformers. With both, ordinary text never becomes a special token.
 
-    python -m data.tokenizer train --input=pytorch,plays,speeches --vocab_size=4096 --out_dir=out/bpe_laptop
+The default, data/bpe4096.tiktoken, is the tokenizer.tiktoken that this command wrote (10 s; torch
+2.13.0, rustbpe 0.1.0; held-out documents not included):
+
+    python -m data.tokenizer train --input=pytorch,plays,speeches --vocab_size=4096 \
+        --out_dir=out/bpe_laptop
 """
 import base64
 import difflib
 import hashlib
-import importlib.util
+import importlib
 import json
 import os
 import re
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,147 +30,153 @@ import tiktoken
 from configurator import ROOT, BadInput, configure, exits_cleanly
 
 BUILT_IN = ("bpe4096", "bytes", "gpt2", "cl100k_base")
-SPECIALS = ("<s>", "</s>", "<用户>", "<AI>", "<|im_start|>", "<|im_end|>", "<|reserved_0|>", "<|reserved_1|>")
-# GPT-4's pattern, with the possessive quantifiers of tiktoken's own copy: a megabyte of spaces does not make it backtrack.
-PATTERN = (r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|\s*[\r\n]"
-           r"|\s+(?!\S)|\s")
-
-
-# GPT-2 writes bytes as letters: printable ones stand for themselves, the others are U+0100 onwards.
+SPECIALS = ("<s>", "</s>", "<用户>", "<AI>", "<|im_start|>", "<|im_end|>",
+            "<|reserved_0|>", "<|reserved_1|>")
+# GPT-4's pattern with possessive quantifiers, as in tiktoken: no backtracking on a megabyte of
+# spaces.
+PATTERN = (r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+"
+           r"| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|\s*[\r\n]|\s+(?!\S)|\s")
+# Byte-level vocabularies write each byte as a letter: printable bytes as themselves, the others as
+# U+0100 onwards (GPT-2).
 PRINTABLE = (*range(33, 127), *range(161, 173), *range(174, 256))
-BYTE_LETTERS = {chr(b): b for b in PRINTABLE} | {chr(256 + n): b for n, b in enumerate(sorted({*range(256)} - {*PRINTABLE}))}
+UNPRINTABLE = sorted({*range(256)} - {*PRINTABLE})
+BYTE_LETTERS = {chr(b): b for b in PRINTABLE} | {chr(256 + n): b for n, b in enumerate(UNPRINTABLE)}
+
+# Any of these makes a folder a tokenizer: the first is ours, transformers reads the others.
+TOKENIZER_FILES = ("tokenizer.tiktoken", "tokenizer.json", "tokenizer.model", "vocab.json")
+# What is fetched from a model on the hub: all but weights and code.
+HUB_FILES = ("*.json", "*.jinja", "*.txt", "tokenizer.model")
+NEEDS_TRANSFORMERS = "a released tokenizer needs transformers: pip install transformers"
+# Part of the hash of a released tokenizer: with one vocabulary, two may still cut text differently.
+PROBE = " Hello  World's\r\n\n\tdéjà-vu 1234567 <s>漢字。😀\u2028 x"
+# A noncharacter, which breaks up the names of special tokens in chat messages.
+BREAK = "\ufdd0"
 
 
 class Tokenizer:
-    """Text to ids and back. Ordinary text never becomes a special token: those are placed by id (bos, eos, special)."""
+    """A byte pair encoding, run by tiktoken.
+
+    name        names the folder of its corpora, data/CORPUS/NAME
+    n_vocab     number of ids
+    hash        sha256 of all that decides what ids mean, so not of the name
+    bos, eos    ids that begin and end a document
+    stop_ids    list of the ids that end generation
+    specials    {text: id} of the special tokens
+    bytes_of    {id: bytes} that the ids stand for
+    """
 
     def __init__(self, name, pattern, ranks, specials):
         """ranks: {bytes: id}, ids in merge order; specials: {text: id}."""
-        self.name, self.specials = name, specials
-        self.encoding = tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=specials)
+        self.name, self.pattern, self.ranks, self.specials = name, pattern, ranks, specials
+        self.encoding = tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks,
+                                          special_tokens=specials)
         self.n_vocab = self.encoding.n_vocab
         self.hash = fingerprint(pattern, rank_lines(ranks), sorted(specials.items()))
-        self.files = {"tokenizer.tiktoken": rank_lines(ranks)}           # what save writes, beside tokenizer_config.json:
-        self.about = {"name": name, "pattern": pattern, "specials": specials, "hash": self.hash}
         self.bos = specials["<s>" if "<s>" in specials else "<|endoftext|>"]
         self.eos = specials["</s>" if "</s>" in specials else "<|endoftext|>"]
-        self.stop_ids = [self.eos]                                       # where generation ends
-        self.bytes_of = {i: token for token, i in ranks.items()} | {i: text.encode("utf-8") for text, i in specials.items()}
+        self.stop_ids = [self.eos]
+        self.bytes_of = {i: token for token, i in ranks.items()}
+        self.bytes_of |= {i: text.encode("utf-8") for text, i in specials.items()}
 
     def encode(self, text):
-        """list of int. BadInput for text that UTF-8 cannot hold (a command line with other bytes gives lone surrogates)."""
-        return self.encoding.encode_ordinary(check_utf8(text))
+        """Return the ids of a text, a list of int. Raises BadInput if the text is not UTF-8."""
+        return self.encode_batch([text])[0]
 
     def encode_batch(self, texts):
-        """One list of ids for each text, computed by threads."""
-        return self.encoding.encode_ordinary_batch([check_utf8(text) for text in texts], num_threads=os.cpu_count() or 1)
+        """Return one list of ids per text, computed by threads."""
+        texts = [check_utf8(text) for text in texts]
+        return self.encoding.encode_ordinary_batch(texts, num_threads=os.cpu_count() or 1)
 
     def decode_bytes(self, ids):
-        """bytes. Ids that mean nothing (a model's vocabulary may be larger than its tokenizer's) show as U+FFFD."""
+        """Return the bytes that ids stand for.
+
+        Ids without a token give U+FFFD: a model's vocabulary may be larger than its tokenizer's.
+        """
         return b"".join(self.bytes_of.get(int(i), b"\xef\xbf\xbd") for i in ids)
 
     def decode(self, ids):
-        """str; bytes that are not UTF-8, such as half a character, show as U+FFFD."""
+        """Return the text of ids. Bytes that are not UTF-8, as of half a character, give U+FFFD."""
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
     def token_bytes(self):
-        """Number of bytes of text that each id stands for: (n_vocab,) int64, 0 for specials and unused ids."""
-        sizes, specials = np.zeros(self.n_vocab, np.int64), set(self.specials.values())
+        """Return the number of bytes per id: (n_vocab,) int64, 0 for special and unused ids."""
+        sizes = np.zeros(self.n_vocab, np.int64)
         for i, token in self.bytes_of.items():
-            sizes[i] = 0 if i in specials else len(token)
+            sizes[i] = len(token)
+        sizes[list(self.specials.values())] = 0
         return sizes
 
     def special(self, text):
-        """The id of a special token; BadInput where this tokenizer has none such."""
+        """Return the id of a special token. Raises BadInput if the tokenizer does not have it."""
         if text not in self.specials:
-            raise BadInput(f"tokenizer {self.name!r} has no special token {text}; it has {', '.join(self.specials)}")
+            raise BadInput(f"tokenizer {self.name!r} has no special token {text}; "
+                           f"it has {', '.join(self.specials)}")
         return self.specials[text]
 
     def save(self, folder):
-        """Write all that load_tokenizer(folder) needs: the vocabulary's file and tokenizer_config.json."""
-        about = json.dumps(self.about, indent=1, ensure_ascii=False)
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        for name, content in {**self.files, "tokenizer_config.json": about}.items():
-            (Path(folder) / name).write_bytes(as_bytes(content))
+        """Write all that load_tokenizer(folder) needs."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        about = {"name": self.name, "pattern": self.pattern, "specials": self.specials,
+                 "hash": self.hash}
+        config = json.dumps(about, indent=1, ensure_ascii=False)
+        (folder / "tokenizer.tiktoken").write_bytes(rank_lines(self.ranks).encode("utf-8"))
+        (folder / "tokenizer_config.json").write_bytes(config.encode("utf-8"))
 
 
 class ReleasedTokenizer(Tokenizer):
-    """The tokenizer of a released model: its tokenizer.json, run by the package tokenizers, or its tokenizer.model, run by
-    sentencepiece."""
+    """The tokenizer of a released model, run by transformers. Special tokens are the ones marked
+    as special; other added tokens, such as <think>, are ordinary vocabulary."""
 
-    def __init__(self, about, file, content):
-        """about: tokenizer_config.json with name, bos_token, eos_token and stop_ids; file and content: the one beside it."""
-        self.name, self.files = about["name"], {file: content}
-        engine = json_engine if file == "tokenizer.json" else sentencepiece_engine
-        added = {token["content"]: int(i) for i, token in about.get("added_tokens_decoder", {}).items()}
-        self.run, vocab, self.specials, byte_level = engine(content, added)
-        self.bytes_of = {i: piece.encode("utf-8") if piece in self.specials else piece_bytes(piece, byte_level) for piece, i in vocab.items()}
+    def __init__(self, folder, hf, name):
+        """folder: where it comes from; hf: the fast tokenizer of transformers."""
+        self.hf, self.name = hf, name
+        saved, vocab, added = hf.init_kwargs, hf.get_vocab(), hf.added_tokens_decoder
         self.n_vocab = max(vocab.values()) + 1
-        self.bos, self.eos = vocab[about["bos_token"]], vocab[about["eos_token"]]
-        self.stop_ids = sorted({self.eos, *about["stop_ids"]})
-        self.chat_template = about.get("chat_template")
-        self.hash = fingerprint(hashlib.sha256(as_bytes(content)).hexdigest(), about["bos_token"], about["eos_token"])
-        self.about = {**about, "hash": self.hash}
-
-    def encode(self, text):
-        return self.run([check_utf8(text)], False)[0]
+        self.eos = hf.eos_token_id
+        self.bos = self.eos if hf.bos_token is None else hf.bos_token_id
+        self.stop_ids = sorted({self.eos, *saved.get("stop_ids", ()), *configured_eos_ids(folder)})
+        self.specials = {token.content: i for i, token in added.items() if token.special}
+        self.stop_texts = tuple(text for text, i in self.specials.items() if i in self.stop_ids)
+        backend = hf.backend_tokenizer
+        byte_level = "ByteLevel" in f"{backend.pre_tokenizer!r} {backend.decoder!r}"
+        self.bytes_of = {i: piece_bytes(piece, byte_level) for piece, i in vocab.items()
+                         if i not in added}
+        self.bytes_of |= {i: token.content.encode("utf-8") for i, token in added.items()}
+        self.hash = fingerprint(sorted(vocab.items()), self.bos, self.eos, self.encode(PROBE))
+        model = folder / "tokenizer.model"                      # needed by llama.cpp's converter
+        self.sentencepiece = model.read_bytes() if model.is_file() else None
 
     def encode_batch(self, texts):
-        return self.run([check_utf8(text) for text in texts], False)
+        if not texts:
+            return []                                           # on which transformers fails
+        return self.hf([check_utf8(text) for text in texts], add_special_tokens=False,
+                       split_special_tokens=True, verbose=False)["input_ids"]
 
-    def encode_with_specials(self, text):
-        """As encode, but the texts of special tokens become these tokens: for templates only."""
-        return self.run([check_utf8(text)], True)[0]
-
-
-def json_engine(source, added):
-    """(run, {piece: id}, specials, byte_level) of a tokenizer.json; run(texts, specials) -> lists of ids, specials saying
-    whether the texts of special tokens become these tokens."""
-    try:
-        import tokenizers
-    except ImportError:
-        raise BadInput("a released tokenizer.json needs the package tokenizers: pip install tokenizers") from None
-    spec = json.loads(source)
-    for token in spec["added_tokens"]:
-        token["special"] = True                                          # so that encode_special_tokens covers them all
-    engine = tokenizers.Tokenizer.from_str(json.dumps(spec))
-    engine.no_truncation()
-    engine.no_padding()
-
-    def run(texts, specials):
-        engine.encode_special_tokens = not specials                      # the package's name for "as ordinary text"
-        return [e.ids for e in engine.encode_batch(texts, add_special_tokens=False)]
-    vocab = engine.get_vocab(with_added_tokens=True)
-    marks = {token["content"] for token in spec["added_tokens"]}
-    # SentencePiece keeps the chat marks among its ordinary pieces.
-    return run, vocab, {piece: i for piece, i in vocab.items() if piece in marks or piece in SPECIALS}, '"ByteLevel"' in source
+    def save(self, folder):
+        self.hf.init_kwargs |= {"name": self.name, "stop_ids": self.stop_ids,
+                                "tokenizer_hash": self.hash}    # go to tokenizer_config.json
+        self.hf.save_pretrained(folder)
+        if self.sentencepiece:
+            (Path(folder) / "tokenizer.model").write_bytes(self.sentencepiece)
 
 
-def sentencepiece_engine(source, added):
-    """The same of a tokenizer.model (bytes) and the tokens that tokenizer_config.json adds to it."""
-    try:
-        import sentencepiece
-    except ImportError:
-        raise BadInput("a released tokenizer.model needs the package sentencepiece: pip install sentencepiece") from None
-    engine = sentencepiece.SentencePieceProcessor(model_proto=source)
-    vocab = {engine.id_to_piece(i): i for i in range(engine.get_piece_size())} | added
-    marks = {piece: i for piece, i in vocab.items() if piece in added or engine.is_control(i) or engine.is_unknown(i)}
-    split = re.compile("(" + "|".join(map(re.escape, sorted(marks, key=len, reverse=True))) + ")")
-
-    def run(texts, specials):
-        if not specials:
-            return engine.encode(texts)
-        parts = [[part for part in split.split(text) if part] for text in texts]
-        return [[i for part in row for i in ([marks[part]] if part in marks else engine.encode(part))] for row in parts]
-    return run, vocab, marks, False
-
-
-def as_bytes(content):
-    return content if isinstance(content, bytes) else content.encode("utf-8")
+def configured_eos_ids(folder):
+    """Return all ids at which a released model ends, from the config files of its folder."""
+    ids = []
+    for path in (folder / "config.json", folder / "generation_config.json"):
+        if path.is_file():
+            value = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
+            ids += [value] if isinstance(value, int) else value or []
+    return ids
 
 
 def piece_bytes(piece, byte_level):
-    """What a piece of a released vocabulary stands for: GPT-2's letters for bytes, or SentencePiece's marks."""
+    """Return the bytes that a piece of a released vocabulary stands for.
+
+    Byte-level vocabularies use BYTE_LETTERS; SentencePiece writes a space as U+2581 and a single
+    byte as <0xFF>.
+    """
     if byte_level:
         return bytes(BYTE_LETTERS[letter] for letter in piece)
     if re.fullmatch("<0x[0-9A-F]{2}>", piece):
@@ -173,7 +185,8 @@ def piece_bytes(piece, byte_level):
 
 
 def check_utf8(text):
-    """The text itself; BadInput where it holds lone surrogates, which tiktoken would silently replace."""
+    """Return the text. Raises BadInput if it has lone surrogates, which a command line that is not
+    UTF-8 gives, and which tokenizers would silently replace."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -183,136 +196,183 @@ def check_utf8(text):
 
 
 def fingerprint(*parts):
-    """sha256 hex of everything that decides what ids mean. A tokenizer's name is not part of it."""
+    """Return the sha256, in hex, of values that JSON can hold."""
     return hashlib.sha256(json.dumps(parts).encode("utf-8")).hexdigest()
 
 
 def rank_lines(ranks):
-    """One line 'base64 id' for each token, in merge order: the text of a .tiktoken file."""
-    return "".join(f"{base64.b64encode(token).decode()} {i}\n" for token, i in sorted(ranks.items(), key=lambda item: item[1]))
+    """Return the text of a .tiktoken file: one line 'base64 id' per token, in merge order."""
+    in_order = sorted(ranks.items(), key=lambda item: item[1])
+    return "".join(f"{base64.b64encode(token).decode()} {i}\n" for token, i in in_order)
 
 
-def parse_ranks(text):
-    """The reverse of rank_lines; ValueError where the text is something else."""
-    pairs = [line.split() for line in text.splitlines()]
-    ranks = {base64.b64decode(token, validate=True): int(i) for token, i in pairs}
-    if list(ranks.values()) != list(range(len(pairs))) or any(bytes([b]) not in ranks for b in range(256)):
-        raise ValueError("ranks are not 0, 1, 2, ... or single bytes are missing")
-    return ranks
+def read_ranks(path):
+    """Return {bytes: id} of a .tiktoken file. Raises ValueError if it is something else."""
+    pairs = [line.split() for line in path.read_text(encoding="utf-8").splitlines()]
+    return {base64.b64decode(token, validate=True): int(i) for token, i in pairs}
 
 
 def with_specials(name, ranks):
-    """A Tokenizer of these ranks, the project's pattern, and its specials at the end of the vocabulary."""
-    return Tokenizer(name, PATTERN, ranks, {text: len(ranks) + i for i, text in enumerate(SPECIALS)})
+    """Return a Tokenizer of these ranks with the project's pattern and special tokens."""
+    specials = {text: len(ranks) + i for i, text in enumerate(SPECIALS)}
+    return Tokenizer(name, PATTERN, ranks, specials)
 
 
 # ---- loading
 
 def load_tokenizer(name):
-    """A Tokenizer. name: one of BUILT_IN, or a folder that holds one (saved by train, a checkpoint, a released model).
+    """Return a Tokenizer.
 
-    Relative folders count from here, then from the project. BadInput where there is none or its files are damaged.
+    name    one of BUILT_IN; a folder (written by train, of a checkpoint, of a released model),
+            relative to the current folder or to the project; or the name of a model on the Hugging
+            Face hub, such as openbmb/MiniCPM-1B-sft-bf16
+    raises  BadInput if there is no such tokenizer, its files are damaged, or a package is missing
     """
     if name in ("gpt2", "cl100k_base"):
-        try:
-            encoding = tiktoken.get_encoding(name)
-        except Exception as error:                                       # whatever its HTTP client raises
-            raise BadInput(f"tokenizer {name!r}: tiktoken has no copy and could not download one "
-                           f"({type(error).__name__}); it needs a network once, bpe4096 and bytes need none") from None
-        return Tokenizer(name, encoding._pat_str, encoding._mergeable_ranks, encoding._special_tokens)
+        return load_tiktoken(name)
     if name == "bytes":
         return with_specials(name, {bytes([i]): i for i in range(256)})
     if name == "bpe4096":
         return with_specials(name, read_ranks(ROOT / "data" / "bpe4096.tiktoken"))
-    folder = next((p for p in (Path(name), ROOT / name) if p.is_dir()), None)
-    if folder is None:
-        near = difflib.get_close_matches(name, BUILT_IN, n=1, cutoff=0.4)
-        raise BadInput(f"no tokenizer {name!r}" + (f"; did you mean {near[0]}?" if near else "") +
-                       f" Choices: {', '.join(BUILT_IN)}, or a folder written by tokenizer.py train")
-    released = released_files(folder)
-    ranks = None if released else read_ranks(folder / "tokenizer.tiktoken")
+    for folder in (Path(name), ROOT / name):
+        if folder.is_dir():
+            return load_folder(folder)
+    if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
+        return load_folder(download(name), Path(name).name)
+    near = difflib.get_close_matches(name, BUILT_IN, n=1, cutoff=0.4)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    raise BadInput(f"no tokenizer {name!r}{hint} Choices: {', '.join(BUILT_IN)}, a folder written "
+                   "by python -m data.tokenizer train, a released model's folder or hub name")
+
+
+def load_tiktoken(name):
+    """Return one of tiktoken's own encodings. Raises BadInput if it can't be downloaded."""
     try:
-        if released:
-            about = read_about(folder)
-            tokenizer = ReleasedTokenizer(about, *released)
-            found = tokenizer.hash
-        else:
-            about = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
-            found = fingerprint(about["pattern"], rank_lines(ranks), sorted(about["specials"].items()))
-            tokenizer = Tokenizer(about["name"], about["pattern"], ranks, about["specials"])
-        if found != about.get("hash", found):
-            raise ValueError(f"its hash is {found[:12]}, not {str(about['hash'])[:12]}")
-        return tokenizer
-    except FileNotFoundError as error:
-        raise BadInput(f"{folder}: {Path(error.filename).name} is missing") from None
+        encoding = tiktoken.get_encoding(name)
+    except Exception as error:                                  # its HTTP client raises many kinds
+        raise BadInput(f"tokenizer {name!r}: tiktoken has no copy and could not download one "
+                       f"({type(error).__name__}); it needs a network once, bpe4096 and bytes "
+                       "need none") from None
+    return Tokenizer(name, encoding._pat_str, encoding._mergeable_ranks, encoding._special_tokens)
+
+
+def download(name):
+    """Return the local folder with the tokenizer files of a model on the hub, cached there."""
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError:
+        raise BadInput(NEEDS_TRANSFORMERS) from None
+    try:
+        return Path(snapshot_download(name, allow_patterns=HUB_FILES))
+    except Exception as error:                                  # its HTTP client raises many kinds
+        raise BadInput(f"tokenizer {name!r}: there is no such folder, and the Hugging Face hub did "
+                       "not give it; check the name and the network "
+                       f"({first_line(error)})") from None
+
+
+def load_folder(folder, name=None):
+    """Return the Tokenizer of a folder. Raises BadInput if there is none or its files are damaged.
+
+    name: the name of a released tokenizer; unset: the one that was saved with it, or the folder's.
+    """
+    if not has_tokenizer(folder):
+        raise BadInput(f"{folder}: holds no tokenizer ({' or '.join(TOKENIZER_FILES)} is missing)")
+    try:
+        if (folder / "tokenizer.tiktoken").is_file():
+            return load_own(folder)
+        return load_released(folder, name)
     except BadInput:
         raise
-    except Exception as error:                                           # tokenizers raises plain Exceptions
-        raise BadInput(f"{folder}: damaged tokenizer: {type(error).__name__}: {error}") from None
+    except Exception as error:                                  # tokenizers raises plain Exceptions
+        raise BadInput(f"{folder}: damaged tokenizer: {first_line(error)}") from None
+
+
+def load_own(folder):
+    """Return the tiktoken Tokenizer that was saved in a folder."""
+    about = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    pattern, specials = about["pattern"], about["specials"]
+    ranks = read_ranks(folder / "tokenizer.tiktoken")
+    # Checked before tiktoken sees the ranks: it crashes on inconsistent ones.
+    check_hash(fingerprint(pattern, rank_lines(ranks), sorted(specials.items())), about["hash"])
+    return Tokenizer(about["name"], pattern, ranks, specials)
+
+
+def load_released(folder, name):
+    """Return the ReleasedTokenizer of a folder. No network is used, and no code from the folder."""
+    try:
+        import transformers
+    except ImportError:
+        raise BadInput(NEEDS_TRANSFORMERS) from None
+    transformers.logging.set_verbosity_error()                  # what matters is raised
+    warnings.filterwarnings("ignore", module="transformers")
+    try:
+        hf = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True,
+                                                        trust_remote_code=False)
+        if isinstance(hf, transformers.LlamaTokenizerFast):
+            # MiniCPM's folders name this class, which puts a space before every text, although
+            # their vocabulary wants none. The general class does as the vocabulary says.
+            hf = transformers.PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+    except Exception as error:
+        if (folder / "tokenizer.json").is_file():
+            raise
+        raise BadInput(f"{folder}: could not be converted ({first_line(error)}); a tokenizer.model "
+                       "needs pip install -U transformers sentencepiece protobuf") from None
+    if not hf.is_fast:
+        raise BadInput(f"{folder}: {type(hf).__name__} is not a fast tokenizer, so it cannot say "
+                       "which characters a token stands for")
+    if hf.eos_token is None:
+        raise BadInput(f"{folder}: tokenizer_config.json names no eos_token")
+    name = name or hf.init_kwargs.get("name") or folder.resolve().name
+    tokenizer = ReleasedTokenizer(folder, hf, name)
+    check_hash(tokenizer.hash, hf.init_kwargs.get("tokenizer_hash", tokenizer.hash))
+    return tokenizer
+
+
+def check_hash(found, saved):
+    """Raise ValueError if a tokenizer is not the one that was saved."""
+    if found != saved:
+        raise ValueError(f"its hash is {found[:12]}, not {str(saved)[:12]}")
+
+
+def first_line(error):
+    """Return the type of an exception and the first line of its message."""
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
 
 
 def load_for_model(folder, name, vocab_size):
-    """The tokenizer of a checkpoint or released folder, or the one named instead; BadInput where there is none, or where
-    the model's vocabulary has not room for it."""
+    """Return the tokenizer of a checkpoint or released folder, or the one called name instead.
+
+    Raises BadInput if there is none, or if it has more ids than the model's vocabulary.
+    """
     if name is None and not has_tokenizer(folder):
-        raise BadInput(f"{folder}: holds no tokenizer; name one with --tokenizer (a folder, or {', '.join(BUILT_IN)})")
+        raise BadInput(f"{folder}: holds no tokenizer; name one with --tokenizer "
+                       f"(a folder, a hub name, or {', '.join(BUILT_IN)})")
     tokenizer = load_tokenizer(name or str(folder))
     if tokenizer.n_vocab > vocab_size:
-        raise BadInput(f"{folder}: tokenizer {tokenizer.name!r} has {tokenizer.n_vocab} tokens, the model's vocabulary only {vocab_size}")
+        raise BadInput(f"{folder}: tokenizer {tokenizer.name!r} has {tokenizer.n_vocab} tokens, "
+                       f"the model's vocabulary only {vocab_size}")
     return tokenizer
 
 
 def has_tokenizer(folder):
-    """Whether a folder holds a tokenizer."""
-    return (Path(folder) / "tokenizer.tiktoken").is_file() or released_files(Path(folder)) is not None
-
-
-def released_files(folder):
-    """(file name, content) of a released tokenizer, or None. Of two the one whose package is there."""
-    if (folder / "tokenizer.tiktoken").is_file():
-        return None
-    have = [name for name in ("tokenizer.json", "tokenizer.model") if (folder / name).is_file()]
-    usable = [name for name in have if importlib.util.find_spec("tokenizers" if name == "tokenizer.json" else "sentencepiece")]
-    for name in usable or have:
-        content = (folder / name).read_bytes()
-        return name, content.decode("utf-8") if name == "tokenizer.json" else content
-    return None
-
-
-def read_about(folder):
-    """tokenizer_config.json of a released folder, completed: name, bos_token and eos_token as text, all ids that end a text."""
-    about = {"name": folder.resolve().name, "stop_ids": []}
-    about |= json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
-    if (folder / "chat_template.jinja").is_file():
-        about["chat_template"] = (folder / "chat_template.jinja").read_text(encoding="utf-8")
-    for mark, usual in (("bos_token", "<s>"), ("eos_token", "</s>")):
-        text = about.get(mark) or usual
-        about[mark] = text["content"] if isinstance(text, dict) else text
-    for file in ("config.json", "generation_config.json"):               # the released ones end at several ids
-        ids = json.loads((folder / file).read_text(encoding="utf-8")).get("eos_token_id") if (folder / file).is_file() else None
-        about["stop_ids"] = sorted({*about["stop_ids"], *([ids] if isinstance(ids, int) else ids or [])})
-    return about
-
-
-def read_ranks(path):
-    """{bytes: id} of a .tiktoken file; BadInput where it is missing or damaged."""
-    try:
-        return parse_ranks(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise BadInput(f"{path.parent}: holds no tokenizer ({path.name} is missing)") from None
-    except ValueError as error:
-        raise BadInput(f"{path}: damaged ({error})") from None
+    """Return whether a folder holds a tokenizer."""
+    return any((Path(folder) / file).is_file() for file in TOKENIZER_FILES)
 
 
 # ---- chat
 
 def chat_ids(tokenizer, messages, generate=False):
-    """Ids of a conversation. Our tokenizers: <s>, then <用户>text<AI> for a user, text</s> for the assistant, as the template
-    of the released models has it; a released tokenizer: <s>, then its own template.
+    """Return the ids of a conversation and which of them the model learns to predict.
 
-    messages  [{"role": "user" | "assistant" | "system", "content": text}]; a system's text stands as it is
-    generate  the assistant speaks next, so the last message must be a user's
-    returns   (ids, answer_mask): lists of one length; true on the assistant's tokens and their eos, the ones to learn
+    Our tokenizers follow the template of the released MiniCPM models: <s>, then <用户>text<AI> for
+    a user, text</s> for the assistant, and a system's text as it is. Released tokenizers follow
+    their own template.
+
+    messages  [{"role": "user" | "assistant" | "system", "content": text}]
+    generate  True: ids for an answer to follow, so the last message must be a user's
+    returns   (ids, answer_mask), lists of one length: answer_mask is True for the tokens of the
+              assistant's answers, each with the token that ends it
+    raises    BadInput if a message cannot be used or the template fails
     """
     for n, message in enumerate(messages, 1):
         role, content = message.get("role"), message.get("content")
@@ -320,89 +380,126 @@ def chat_ids(tokenizer, messages, generate=False):
             raise BadInput(f"chat message {n}: its content is empty")
         if role not in ("user", "assistant", "system"):
             raise BadInput(f"chat message {n}: role is user, assistant or system, not {role!r}")
+        check_utf8(content)
     if generate and (not messages or messages[-1]["role"] != "user"):
         raise BadInput("chat: the last message must be the user's for the assistant to answer")
     if isinstance(tokenizer, ReleasedTokenizer):
-        return templated_ids(tokenizer, messages, generate)
+        return template_ids(tokenizer, messages, generate)
     user, answer = tokenizer.special("<用户>"), tokenizer.special("<AI>")
     ids, mask = [tokenizer.bos], [False]
     for message in messages:
-        text = tokenizer.encode(message["content"].strip())
-        turn = {"user": [user, *text, answer], "assistant": [*text, tokenizer.eos], "system": text}[message["role"]]
+        turn = tokenizer.encode(message["content"].strip())
+        if message["role"] == "user":
+            turn = [user, *turn, answer]
+        elif message["role"] == "assistant":
+            turn.append(tokenizer.eos)
         ids += turn
         mask += [message["role"] == "assistant"] * len(turn)
     return ids, mask
 
 
-def templated_ids(tokenizer, messages, generate):
-    """chat_ids through the template that a released folder brings: the whole conversation as one text for an answer to be
-    generated, turn by turn to learn from, each answer closed by an end-of-text id."""
-    if not tokenizer.chat_template:
-        raise BadInput(f"tokenizer {tokenizer.name!r} has no chat template")
-    for n, message in enumerate(messages, 1):
-        found = next((text for text in tokenizer.specials if text in message["content"]), None)
-        if found:
-            raise BadInput(f"chat message {n}: holds {found}, which is a special token")
-    if generate:
-        ids = tokenizer.encode_with_specials(render(tokenizer, messages, True))
-        ids = ids if ids[:1] == [tokenizer.bos] else [tokenizer.bos, *ids]
-        return ids, [False] * len(ids)
-    ids, mask, before = [tokenizer.bos], [False], ""
-    for n, message in enumerate(messages, 1):
-        text = render(tokenizer, messages[:n], n < len(messages) and messages[n]["role"] == "assistant")
-        if not text.startswith(before):
-            raise BadInput(f"tokenizer {tokenizer.name!r}: its chat template rewrites earlier turns, so answers can't be told apart")
-        turn, answer = tokenizer.encode_with_specials(text[len(before):]), message["role"] == "assistant"
-        if answer and not set(turn) & set(tokenizer.stop_ids):
-            turn.append(tokenizer.eos)
-        turn = turn[1:] if n == 1 and turn[:1] == [tokenizer.bos] else turn
-        ids, mask, before = ids + turn, mask + [answer] * len(turn), text
+def template_ids(tokenizer, messages, generate):
+    """Return (ids, answer_mask) by a released tokenizer's template, as apply_chat_template has it.
+
+    What is added: bos in front unless the template writes it (or there is none), and eos at the end
+    unless the last answer ends with a stop token. What differs: a message that spells a special
+    token is encoded as ordinary text.
+    """
+    messages = [{**message, "content": break_specials(tokenizer, message["content"])}
+                for message in messages]
+    text = render(tokenizer, messages, generate)
+    spans = [] if generate else answer_spans(tokenizer, messages, text)
+    encoded = tokenizer.hf(text, add_special_tokens=False, return_offsets_mapping=True,
+                           verbose=False)
+    ids, mask = [], []
+    for i, (start, end) in zip(encoded["input_ids"], encoded["offset_mapping"]):
+        if text[start:end] != BREAK:
+            ids.append(i)
+            mask.append(any(start < last and first < end for first, last in spans))
+    if spans and messages[-1]["role"] == "assistant":
+        if not text[:spans[-1][1]].endswith(tokenizer.stop_texts):
+            ids, mask = [*ids, tokenizer.eos], [*mask, True]
+    if tokenizer.hf.bos_token is not None and ids[:1] != [tokenizer.bos]:
+        ids, mask = [tokenizer.bos, *ids], [False, *mask]
     return ids, mask
 
 
+def break_specials(tokenizer, content):
+    """Return a text with BREAK after the first character of every special token's name in it."""
+    for name in tokenizer.specials:
+        content = content.replace(name, name[0] + BREAK + name[1:])
+    return content
+
+
+def answer_spans(tokenizer, messages, text):
+    """Return the (first, last) character of each answer in the rendered text of a conversation.
+
+    An answer is what follows the prompt that generation would get, up to and with the first stop
+    token, or else to the end of the turn. last is exclusive. Raises BadInput if the template writes
+    a turn differently when other turns follow, or leaves out part of the answer.
+    """
+    spans = []
+    for n, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        prompt = render(tokenizer, messages[:n], True) if n else ""
+        answered = render(tokenizer, messages[:n + 1], False)
+        if not (text.startswith(answered) and answered.startswith(prompt)):
+            raise BadInput(f"tokenizer {tokenizer.name!r}: its chat template rewrites earlier "
+                           "turns, so answers cannot be located")
+        turn = answered[len(prompt):]
+        if not all(word in turn for word in message["content"].split()):
+            raise BadInput(f"tokenizer {tokenizer.name!r}: its chat template leaves out all or "
+                           f"part of the answer in chat message {n + 1}")
+        ends = [turn.index(stop) + len(stop) for stop in tokenizer.stop_texts if stop in turn]
+        spans.append((len(prompt), len(prompt) + min(ends, default=len(turn))))
+    return spans
+
+
 def render(tokenizer, messages, generate):
-    """The text of a conversation by the tokenizer's own template, as transformers renders it; in a sandbox."""
-    import jinja2.sandbox  # torch brings it
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    """Return the text of a conversation by a released tokenizer's template."""
     try:
-        template = environment.from_string(tokenizer.chat_template)
-        return template.render(messages=messages, add_generation_prompt=generate, bos_token=tokenizer.about["bos_token"],
-                               eos_token=tokenizer.about["eos_token"])
-    except jinja2.TemplateError as error:
-        raise BadInput(f"tokenizer {tokenizer.name!r}: its chat template fails: {error}") from None
+        return tokenizer.hf.apply_chat_template(messages, tokenize=False,
+                                                add_generation_prompt=generate)
+    except Exception as error:                                  # a template may raise anything
+        raise BadInput(f"tokenizer {tokenizer.name!r}: its chat template fails or is missing: "
+                       f"{first_line(error)}") from None
 
 
 # ---- training
 
 @dataclass
 class TrainOptions:
-    input: str = "pytorch,plays,speeches"   # files or folders of .txt, .md, .py, or these corpora; separated by commas
-    vocab_size: int = 4096                  # ids in all: 256 bytes, the merges, and the 8 special tokens
-    out_dir: str = "out/tokenizer"          # folder to write; its last part becomes the tokenizer's name
-    overwrite: bool = False                 # replace the tokenizer that is there
+    input: str = "pytorch,plays,speeches"   # these corpora, .txt, .md or .py files, or folders of
+                                            # them, separated by commas
+    vocab_size: int = 4096                  # all ids: 256 bytes, the merges, and 8 special tokens
+    out_dir: str = "out/tokenizer"          # folder to write; its last part names the tokenizer
+    overwrite: bool = False                 # replace the tokenizer in out_dir
 
     def problems(self):
         lines, name = [], Path(self.out_dir).name
         if not 264 < self.vocab_size <= 2 ** 20:
-            lines.append(f"vocab_size={self.vocab_size}: must be above 264 (256 bytes and 8 special tokens), at most {2 ** 20}")
+            lines.append(f"--vocab_size={self.vocab_size}: must be above 264 (256 bytes and 8 "
+                         f"special tokens) and at most {2 ** 20}")
         if name in BUILT_IN or not re.fullmatch(r"[\w-][\w.-]*", name):
-            lines.append(f"out_dir={self.out_dir!r}: its last part names the tokenizer: letters, digits, '_', '-', '.', "
-                         f"and none of {', '.join(BUILT_IN)}")
+            lines.append(f"--out_dir={self.out_dir}: its last part names the tokenizer: letters, "
+                         f"digits, '_', '-', '.', and none of {', '.join(BUILT_IN)}")
         return lines
 
 
 def training_texts(source):
-    """Texts to train on: the train split of a shipped corpus, or the files of a path."""
+    """Yield the texts of a source: the train split of a shipped corpus, or the files of a path."""
     if source in ("pytorch", "plays", "speeches"):
-        spec = importlib.util.spec_from_file_location(f"prepare_{source}", ROOT / "data" / source / "prepare.py")
-        prepare = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(prepare)
-        yield from (text for split, text in prepare.documents() if split == "train")
+        corpus = importlib.import_module(f"data.{source}.prepare")
+        yield from (text for split, text in corpus.documents() if split == "train")
         return
     path = Path(source)
-    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.suffix in (".txt", ".md", ".py"))
+    files = [path]
+    if not path.is_file():
+        files = sorted(p for p in path.rglob("*") if p.suffix in (".txt", ".md", ".py"))
     if not files:
-        raise BadInput(f"--input: {source}: no such corpus, file, or folder with .txt, .md or .py files")
+        raise BadInput(f"--input: {source}: no such corpus, file, or folder with .txt, .md or .py "
+                       "files")
     for file in files:
         try:
             yield file.read_text(encoding="utf-8")
@@ -411,35 +508,43 @@ def training_texts(source):
 
 
 def train(name, texts, vocab_size):
-    """A Tokenizer whose merges fit an iterable of texts. BadInput where rustbpe is missing or the text has too few pairs."""
+    """Return a Tokenizer with merges trained on an iterable of texts.
+
+    Raises BadInput if rustbpe is missing or the texts have too few pairs.
+    """
     try:
         import rustbpe
     except ImportError:
         raise BadInput("training a tokenizer needs rustbpe: pip install rustbpe") from None
+    n_ranks = vocab_size - len(SPECIALS)
     trainer = rustbpe.Tokenizer()
-    trainer.train_from_iterator(iter(texts), vocab_size - len(SPECIALS), pattern=PATTERN)
+    trainer.train_from_iterator(iter(texts), n_ranks, pattern=PATTERN)
     ranks = {bytes(token): i for token, i in trainer.get_mergeable_ranks()}
-    if len(ranks) != vocab_size - len(SPECIALS):
-        raise BadInput(f"too little text for {vocab_size} tokens: it gives {len(ranks) + len(SPECIALS)}; lower --vocab_size")
+    if len(ranks) != n_ranks:
+        raise BadInput(f"too little text for {vocab_size} tokens: it gives "
+                       f"{len(ranks) + len(SPECIALS)}; lower --vocab_size")
     return with_specials(name, ranks)
 
 
 @exits_cleanly
 def main(argv):
+    if argv[:1] in (["--help"], ["-h"]):
+        print(__doc__)
+        return
     if argv[:1] != ["train"]:
-        if argv[:1] in (["--help"], ["-h"]):
-            print(__doc__)
-            return
-        raise BadInput("tokenizer.py does one thing: python -m data.tokenizer train --input=PATH --vocab_size=N --out_dir=FOLDER")
+        raise BadInput("usage: python -m data.tokenizer train --input=PATH --vocab_size=N "
+                       "--out_dir=FOLDER")
     (options,), _ = configure(argv[1:], TrainOptions, usage=__doc__)
     out_dir = Path(options.out_dir)
     if (out_dir / "tokenizer.tiktoken").exists() and not options.overwrite:
-        raise BadInput(f"{out_dir}: holds a tokenizer already; --overwrite=True replaces it")
+        raise BadInput(f"{out_dir}: already holds a tokenizer; --overwrite=True replaces it")
     print(f"training {options.vocab_size} tokens on {options.input}")
-    texts = (text for source in options.input.split(",") for text in training_texts(source.strip()))
+    sources = [source.strip() for source in options.input.split(",")]
+    texts = (text for source in sources for text in training_texts(source))
     tokenizer = train(out_dir.name, texts, options.vocab_size)
     tokenizer.save(out_dir)
-    print(f"wrote {out_dir} (hash {tokenizer.hash[:12]}); use it with --tokenizer={options.out_dir}")
+    print(f"wrote {out_dir} (hash {tokenizer.hash[:12]}); "
+          f"use it with --tokenizer={options.out_dir}")
 
 
 if __name__ == "__main__":

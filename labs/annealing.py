@@ -1,233 +1,250 @@
-"""Lab: when a model should see labelled data, and what its stable trunk is good for later (paper section 5, table 1; abstract).
+"""Lab: when to show labelled data, and what a stable trunk is good for (paper section 5, table 1).
 
-Question    There is much text and few questions with answers. Show the answers only at the end (SFT), or also while the learning rate
-            falls? And when text of another kind arrives: go on from the stable trunk, or start over?
-Claim       SFT data belongs in the decay already: the same SFT afterwards then ends higher (A-2 over A-1), and twice the SFT does not
-            make up for having left it out (B-2 against B-3). A stable trunk serves continuous training and domain adaptation.
-Write down  before you run it: exact answers (%) of the three rows below, right after the decay and after SFT. And how many updates
-            on speeches from nothing are worth the first 150 from a trunk that has read nothing but Python?
-Command     python -m labs.annealing        about 17 minutes on two cores; --quick=True: seconds, to see that it works
+Question    There is much text, and there are few questions with answers. Should the model see the
+            answers only at the end (SFT), or also while the learning rate decays? And when text of
+            another domain arrives: continue from the stable trunk, or start over?
+Claim       SFT data belongs in the decay as well: the same SFT afterwards then ends higher (A-2
+            beats A-1), and twice the SFT does not make up for leaving it out (B-3 beats B-2). A
+            stable trunk can be trained further and adapted to new domains (abstract).
+Write down  before you run it: exact answers (%) of the three rows below, after the decay and after
+            SFT. How many updates on speeches from scratch are worth the first 150 from a trunk that
+            has read only Python?
+Command     python -m labs.annealing    about 17 minutes on two cores; --quick=True: a few seconds,
+                                        to see that it works
 
-Three trunks (seeds) of 1.3M parameters read Python source at a constant rate. From each: two decays, with and without instructions in
-their data, and SFT of either, which begins at the rate where the decay ended, as the paper's does (1e-3 to 1e-4). Then held-out questions
-of data/instruct are answered greedily: right is what is the same to the letter. Beside it the trunk goes on with State of the Union
-addresses, and a new model starts over on the same ones.
+Three trunks (one per seed) of 1.3M parameters read Python source at a constant learning rate. Two
+decays branch from each, with and without instructions in their data. SFT follows both; as in the
+paper it begins at the learning rate at which the decay ended. The models then answer held-out
+questions of data/instruct greedily; an answer counts if it is exactly the expected one. In the
+second experiment the trunk continues on State of the Union addresses, and a new model starts on
+the same ones.
 """
 # %%
+import itertools
 import os
 from dataclasses import dataclass
 
 import numpy as np
 
-import train
-from configurator import ROOT, BadInput, exits_cleanly
+from configurator import ROOT, exits_cleanly
 from data.dataset import open_corpus
-from data.tokenizer import load_tokenizer
 from labs import runs
 from labs.runs import Check
-from model import MiniCPM
+from labs.shared import group, load_model, train_stage
 from tools import evaluate
 
-PLAIN, LABELLED = "pytorch", "pytorch:0.7,instruct:0.3"      # data of the decay
-ROWS = {"A-1, B-1": (PLAIN, 1), "B-2": (PLAIN, 2), "A-2, B-3": (LABELLED, 1)}     # paper's rows: (decay, times the SFT)
-PAPER = {"A-1": (40.0, 41.5, 44.6, 27.7, 5.1, 27.7, 24.4), "A-2": (52.6, 51.1, 50.9, 42.3, 5.4, 30.4, 30.3),     # table 1, seven benchmarks
-         "B-1": (40.9, 41.5, 47.9, 34.2, 7.9, 43.9, 30.5), "B-2": (41.2, 42.0, 47.9, 34.4, 7.3, 43.9, 29.8),
-         "B-3": (49.1, 46.8, 49.6, 31.8, 10.5, 44.5, 32.8)}
+PLAIN, LABELLED = "pytorch", "pytorch:0.7,instruct:0.3"     # data of the decay
+
+# Rows of the paper's table 1: (data of the decay, length of the SFT). Its scores for each row are
+# means over the seven benchmarks of that table.
+ROWS = {"A-1, B-1": (PLAIN, 1), "B-2": (PLAIN, 2), "A-2, B-3": (LABELLED, 1)}
+PAPER = {"A (2.4B)": (30.14, np.nan, 37.57), "B (1.2B)": (35.26, 35.21, 37.87)}
+
 DECAY_SHARE = 0.2               # of a run on the new domain
 
 
 @dataclass
 class Settings:
-    seeds: tuple[int, ...] = (0, 1, 2)              # a trunk each
-    width: int = 128                                # of four layers, heads of 64 or fewer
-    batch_size: int = 8                             # sequences of 256 tokens
-    trunk: int = 1500                               # updates at a constant rate
-    decay: int = 400                                # updates
-    sft: int = 400                                  # updates; once through the 3,177 rows of data/instruct
-    domain: tuple[int, ...] = (150, 300, 600)       # updates on the new domain
-    questions: int = 800                            # held out
-    eval_tokens: int = 65536                        # of either domain
-    data_dir: str = "data"                          # where the corpora are; relative to the project
+    seeds: tuple[int, ...] = (0, 1, 2)          # one trunk per seed
+    width: int = 128                            # of four layers; heads of 64 or fewer
+    batch_size: int = 8                         # sequences of 256 tokens
+    trunk: int = 1500                           # updates at a constant learning rate
+    decay: int = 400                            # updates
+    sft: int = 400                              # updates: one epoch of data/instruct
+    domain: tuple[int, ...] = (150, 300, 600)   # updates on the new domain
+    questions: int = 800                        # held-out questions
+    eval_tokens: int = 65536                    # held-out tokens of each domain
+    data_dir: str = "data"                      # folder of the corpora, relative to the project
 
 
-# %% The experiment: a model's life is a list of stages, and train.py makes each from the checkpoint of the one before
+# %% The experiment: each stage of a model's life starts from the checkpoint of the stage before
 
-def trained(*stages):
-    """Folder of the last run of a list of stages (config files and options, how it starts from the one before); what is there is
-    not run again, what was interrupted goes on."""
-    folder = None
-    for n, (words, start) in enumerate(stages, 1):
-        before, folder = folder, runs.folder("annealing", stages[:n])
-        if not runs.finish(train.main, *words, **({start: before} if start else {}), out_dir=folder, eval_interval=0, eval_tokens=2048,
-                           save_interval=500, keep_last=1, sample_tokens=0, compile=False):
-            raise BadInput(f"{folder}: its loss is no number; give the stage ({' '.join(words)}) a lower learning_rate")
-    return folder
+def stage(*config_files, **options):
+    return train_stage("annealing", *config_files, eval_interval=0, eval_tokens=2048,
+                       save_interval=500, keep_last=1, sample_tokens=0, compile=False, **options)
 
 
-def from_nothing(seed, data, steps, decay, width, batch_size, data_dir):
-    """The stage that begins a model; decay 0: a trunk."""
-    return ["config/laptop.py", *runs.options(
-        data=data, seed=seed, max_steps=steps, decay_steps=decay, n_embd=width, n_head=max(1, width // 64), n_ff=width * 5 // 2,
-        batch_size=batch_size, data_dir=data_dir, learning_rate=0.01, min_lr=0.001)], None
+def train_from_scratch(seed, data, steps, decay_steps, width, batch_size, data_dir):
+    return stage("config/laptop.py", data=data, seed=seed, max_steps=steps, decay_steps=decay_steps,
+                 n_embd=width, n_head=max(1, width // 64), n_ff=width * 5 // 2,
+                 batch_size=batch_size, data_dir=data_dir, learning_rate=0.01, min_lr=0.001)
 
 
-def trunk_of(seed, trunk, shape):
-    return from_nothing(seed, PLAIN, trunk, 0, **shape)
-
-
-def make_trunk(seed, trunk, shape):
-    trained(trunk_of(seed, trunk, shape))
+def train_trunk(seed, trunk, shape):
+    return train_from_scratch(seed, PLAIN, trunk, 0, **shape)
 
 
 def labels(seed, decay_data, times, trunk, decay, sft, questions, eval_tokens, shape):
-    """Decay on decay_data, then SFT of `times` lengths from it -> {"bpb" of Python after the decay, "decay" and each of times:
-    {"exact": %, "families": {name: %}}}"""
-    stages = [trunk_of(seed, trunk, shape), (["config/laptop_anneal.py", *runs.options(decay_data=decay_data, decay_steps=decay)], "branch_from")]
-    folder = trained(*stages)
-    out = {"bpb": bits_per_byte(folder, PLAIN, eval_tokens, shape), "decay": exact_answers(folder, questions, shape)}
+    """Decay on decay_data, then run SFT of each length in times.
+
+    returns  {"bpb": bits per byte of Python after the decay, "decay": answers after the decay,
+              str(n): answers after n * sft updates of SFT}; answers are those of exact_answers
+    """
+    decayed = stage("config/laptop_anneal.py", branch_from=train_trunk(seed, trunk, shape),
+                    decay_data=decay_data, decay_steps=decay)
+    result = {"bpb": bits_per_byte(decayed, PLAIN, eval_tokens, shape),
+              "decay": exact_answers(decayed, questions, shape)}
     for n in times:
-        tuning = ["config/laptop_sft.py", *runs.options(seed=seed, max_steps=n * sft, batch_size=shape["batch_size"],
-                                                        data_dir=shape["data_dir"], learning_rate=0.001, min_lr=0.0001)]
-        out[str(n)] = exact_answers(trained(*stages, (tuning, "init_from")), questions, shape)
-    return out
+        tuned = stage("config/laptop_sft.py", init_from=decayed, seed=seed, max_steps=n * sft,
+                      batch_size=shape["batch_size"], data_dir=shape["data_dir"],
+                      learning_rate=0.001, min_lr=0.0001)
+        result[str(n)] = exact_answers(tuned, questions, shape)
+    return result
 
 
 def adaptation(seed, start, steps, trunk, eval_tokens, shape):
-    """`steps` updates on speeches, from the trunk or from nothing, decay included -> {corpus: held-out bits per byte}"""
-    decay = round(DECAY_SHARE * steps)
+    """Train on speeches from the trunk or from nothing; return {corpus: held-out bits per byte}.
+
+    steps    updates on speeches, decay included; 0: measure the trunk
+    """
+    decay_steps = round(DECAY_SHARE * steps)
     if start == "nothing":
-        stages = [from_nothing(seed, "speeches", steps, decay, **shape)]
+        folder = train_from_scratch(seed, "speeches", steps, decay_steps, **shape)
     else:
-        stages = [trunk_of(seed, trunk, shape)]
+        folder = train_trunk(seed, trunk, shape)
         if steps:
-            stages += [(runs.options(data="speeches", max_steps=trunk + steps, decay_steps=decay), "branch_from")]
-    folder = trained(*stages)
-    return {corpus: bits_per_byte(folder, corpus, eval_tokens, shape) for corpus in ("pytorch", "speeches")}
+            folder = stage(branch_from=folder, data="speeches", max_steps=trunk + steps,
+                           decay_steps=decay_steps)
+    return {corpus: bits_per_byte(folder, corpus, eval_tokens, shape)
+            for corpus in ("pytorch", "speeches")}
 
 
 def exact_answers(folder, questions, shape):
-    model, tokenizer = MiniCPM.from_pretrained(folder).eval(), load_tokenizer("bpe4096")
-    found = evaluate.exact(model, tokenizer, evaluate.EvaluateConfig(questions=questions, batch_size=100),
-                           ROOT / shape["data_dir"] / "instruct" / "test.jsonl")
-    return {"exact": 100 * found["exact"], "families": {name: 100 * share for name, (share, _, _) in found["families"].items()}}
+    """Return {"exact": % of questions answered exactly, "families": {kind of task: %}}."""
+    model, tokenizer = load_model(folder)
+    config = evaluate.EvaluateConfig(questions=questions, batch_size=100)
+    file = ROOT / shape["data_dir"] / "instruct" / "test.jsonl"
+    found = evaluate.exact(model, tokenizer, config, file)
+    families = {name: 100 * share for name, (share, _, _) in found["families"].items()}
+    return {"exact": 100 * found["exact"], "families": families}
 
 
 def bits_per_byte(folder, corpus, eval_tokens, shape):
-    model, tokenizer = MiniCPM.from_pretrained(folder).eval(), load_tokenizer("bpe4096")
+    model, tokenizer = load_model(folder)
+    held_out = open_corpus(shape["data_dir"], corpus, tokenizer, "val")
     config = evaluate.EvaluateConfig(eval_tokens=eval_tokens)
-    return evaluate.bits_per_byte(model, open_corpus(shape["data_dir"], corpus, tokenizer, "val"), tokenizer, config, 256)["bpb"]
+    return evaluate.bits_per_byte(model, held_out, tokenizer, config, 256)["bpb"]
 
 
 def experiment(settings, config):
-    """(({decay_data: [labels of each seed]}, {(start, steps): [adaptation of each seed]}), stale)"""
+    """Return ((by_decay, by_place), stale).
+
+    by_decay  {decay_data: [result of labels for each seed]}
+    by_place  {(start, steps): [result of adaptation for each seed]}; ("trunk", 0) is the trunk
+    """
     shape = {name: getattr(settings, name) for name in ("width", "batch_size", "data_dir")}
-    rest = {"trunk": settings.trunk, "eval_tokens": settings.eval_tokens, "shape": shape}
-    decays = [dict(seed=seed, decay_data=data, times=times, decay=settings.decay, sft=settings.sft, questions=settings.questions, **rest)
+    common = dict(trunk=settings.trunk, eval_tokens=settings.eval_tokens, shape=shape)
+    decays = [dict(seed=seed, decay_data=data, times=times, decay=settings.decay, sft=settings.sft,
+                   questions=settings.questions, **common)
               for data, times in ((PLAIN, [1, 2]), (LABELLED, [1])) for seed in settings.seeds]
-    domains = [dict(seed=seed, start=start, steps=steps, **rest) for start, steps in places(settings) for seed in settings.seeds]
-    lacking = [job for work, jobs in ((labels, decays), (adaptation, domains)) for job in runs.lacking("annealing", work, jobs, config).values()]
-    if lacking and not config.draw:
-        runs.prepare(config, data="pytorch:1,speeches:1,instruct:1", tokenizer="bpe4096", data_dir=settings.data_dir)
-        trunks = {seed: dict(seed=seed, trunk=settings.trunk, shape=shape) for seed in sorted({job["seed"] for job in lacking})}
-        for _ in runs.run(make_trunk, trunks, config.workers or os.cpu_count()):      # before anything wants to go on from them
-            pass
-    (by_decay, old), (by_place, older) = runs.collect("annealing", labels, decays, config), runs.collect("annealing", adaptation, domains, config)
-    of_each = len(settings.seeds)
-    return ({data: by_decay[i * of_each:][:of_each] for i, data in enumerate((PLAIN, LABELLED))},
-            {place: by_place[i * of_each:][:of_each] for i, place in enumerate(places(settings))}), old or older
+    places = [("trunk", 0), *itertools.product(("trunk", "nothing"), settings.domain)]
+    domains = [dict(seed=seed, start=start, steps=steps, **common)
+               for start, steps in places for seed in settings.seeds]
+    missing = [*runs.missing_jobs("annealing", labels, decays, config).values(),
+               *runs.missing_jobs("annealing", adaptation, domains, config).values()]
+    if missing and not config.draw:
+        runs.prepare(config, data="pytorch:1,speeches:1,instruct:1", tokenizer="bpe4096",
+                     data_dir=settings.data_dir)
+        trunks = {job["seed"]: dict(seed=job["seed"], trunk=settings.trunk, shape=shape)
+                  for job in missing}
+        # Parallel jobs would otherwise train the same trunk at the same time.
+        list(runs.run(train_trunk, trunks, config.workers or os.cpu_count()))
+    by_decay, decays_stale = runs.collect("annealing", labels, decays, config)
+    by_place, places_stale = runs.collect("annealing", adaptation, domains, config)
+    return (group(decays, by_decay, "decay_data"),
+            group(domains, by_place, "start", "steps")), decays_stale or places_stale
 
 
-def places(settings):
-    """(start, updates) of all runs on the new domain; ("trunk", 0) is the trunk as it is."""
-    return [("trunk", 0), *((start, steps) for start in ("trunk", "nothing") for steps in settings.domain)]
+def exact_percent(by_decay, after_sft):
+    """Return (seeds, rows): % of exact answers in each of ROWS, after SFT or after the decay."""
+    columns = []
+    for data, times in ROWS.values():
+        name = str(times) if after_sft else "decay"
+        columns.append([result[name]["exact"] for result in by_decay[data]])
+    return np.array(columns).T
 
 
 # %% The figure
 
-def draw(results, settings, path, stale):
+def draw(results, settings):
     by_decay, by_place = results
-    figure, axes = runs.figure(2, 2, "Labelled data in the decay, and a new domain for a stable trunk", stale, width=6, height=3.8)
-    (answers, families), (new, old) = axes
-    for x, (data, times) in enumerate(ROWS.values()):
-        for style, stage in ((runs.STYLES[1], "decay"), (runs.STYLES[0], str(times))):
-            values = [result[stage]["exact"] for result in by_decay[data]]
-            answers.plot([x - 0.12] * len(values), values, color=style["color"], marker=style["marker"], linestyle="", fillstyle="none",
-                         label=("after the decay" if stage == "decay" else "after SFT") if x == 0 else None)
-            answers.plot([x - 0.12], [np.mean(values)], color=style["color"], marker="_", markersize=22, linestyle="")
-    for run, x, marker in (("A-1", 0, "D"), ("A-2", 2, "D"), ("B-1", 0, "^"), ("B-2", 1, "^"), ("B-3", 2, "^")):
-        answers.plot([x + 0.15], [np.mean(PAPER[run])], color="0.5", marker=marker, linestyle="",
-                     label={"A-1": "paper's A (2.4B), mean of its seven", "B-1": "paper's B (1.2B)"}.get(run))
-    answers.set_xticks(range(3), [f"{row}\ndecay: {data.replace(',', ' ')}\nSFT x {times}" for row, (data, times) in ROWS.items()], fontsize=7)
-    answers.set(ylabel="right answers (%)", title="questions answered exactly: each seed, and the mean", ylim=(0, None), xlim=(-0.5, 2.5))
-    answers.legend(fontsize=7, loc="upper left", bbox_to_anchor=(0, 0.9))
+    figure, ((answers, new, old),) = runs.figure(
+        1, 3, "Labelled data in the decay, and a new domain for a stable trunk (bars and bands: "
+        "all seeds)", width=5, height=4)
+    x, points = np.arange(len(ROWS)), [{**style, "linestyle": ""} for style in runs.STYLES]
+    runs.bars(answers, x - 0.1, exact_percent(by_decay, after_sft=False).T, points[0],
+              label="after the decay")
+    runs.bars(answers, x - 0.1, exact_percent(by_decay, after_sft=True).T, points[1],
+              label="after SFT")
+    for (name, scores), style in zip(PAPER.items(), points[2:]):
+        answers.plot(x + 0.1, scores, label=f"paper, {name}", fillstyle="none", **style)
+    ticks = [f"{row}\n{data}\nSFT x {times}" for row, (data, times) in ROWS.items()]
+    answers.set_xticks(x, ticks, fontsize=7)
+    answers.set(ylabel="exact answers (%)", title="data of the decay, and length of SFT",
+                xlim=(-0.5, 2.5), ylim=(-3, 100))
 
-    names = list(by_decay[PLAIN][0]["1"]["families"])
-    for offset, style, (row, (data, times)) in zip((-0.2, 0, 0.2), runs.STYLES, ROWS.items()):
-        values = np.array([[result[str(times)]["families"][name] for name in names] for result in by_decay[data]])
-        families.errorbar(np.arange(len(names)) + offset, values.mean(0), [values.mean(0) - values.min(0), values.max(0) - values.mean(0)],
-                          label=row, **{**style, "linestyle": ""})
-    families.set_xticks(range(len(names)), names, fontsize=7)
-    families.set(ylabel="right answers (%)", title="after SFT, by kind of task (bars: lowest and highest seed)", ylim=(-2, 102))
-    families.legend(fontsize=7)
-
-    for ax, corpus in ((new, "speeches"), (old, "pytorch")):
+    for ax, corpus, title in ((new, "speeches", "new domain (speeches)"),
+                              (old, "pytorch", "old domain (pytorch)")):
         for style, start in zip(runs.STYLES, ("trunk", "nothing")):
-            steps = [n for s, n in places(settings) if s == start]
-            values = np.array([[result[corpus] for result in by_place[start, n]] for n in steps]).T      # (seeds, lengths)
+            steps = [steps for begin, steps in by_place if begin == start]
+            bpb = np.array([[result[corpus] for result in by_place[start, n]] for n in steps]).T
             tokens = np.array(steps) * settings.batch_size * 256 / 1e6
-            runs.curve(ax, tokens, values, style, label=f"from the {start}" if start == "trunk" else "starting over")
-        ax.set(xlabel="tokens of speeches (millions)", ylabel="held-out bits per byte",
-               title="the new domain (speeches)" if corpus == "speeches" else "what becomes of the old one (pytorch)")
-        ax.legend(fontsize=7)
-    figure.savefig(path, dpi=110)
+            runs.curve(ax, tokens, bpb, style, label=f"from {start}")
+        ax.set(xlabel="tokens of speeches (millions)", ylabel="held-out bits per byte", title=title)
+    return figure
 
 
 # %% The checks
 
 def checks(results, settings):
     by_decay, by_place = results
-    exact = {row: [result[str(times)]["exact"] for result in by_decay[data]] for row, (data, times) in ROWS.items()}
-    mean = {run: np.mean(scores) for run, scores in PAPER.items()}
-    plain, twice, labelled = exact.values()
-    cost = np.mean([result["bpb"] for result in by_decay[LABELLED]]) - np.mean([result["bpb"] for result in by_decay[PLAIN]])
-    bpb = {place: [result["speeches"] for result in results] for place, results in by_place.items()}
+    plain, twice, labelled = exact_percent(by_decay, after_sft=True).T
+    paper_a, paper_b = PAPER.values()
+    bpb = {data: np.mean([result["bpb"] for result in by_decay[data]]) for data in by_decay}
+    speeches = {place: [result["speeches"] for result in by_place[place]] for place in by_place}
+    trunk = [speeches["trunk", n] for n in settings.domain]
+    nothing = [speeches["nothing", n] for n in settings.domain]
     return [
-        Check("SFT data in the decay, then SFT (A-2), above SFT alone (A-1), from every trunk",
-              f"{spread(labelled)} against {spread(plain)} % exact; the mixture costs {cost:+.3f} bits per byte of Python",
-              f"{mean['A-2']:.1f} against {mean['A-1']:.1f}", all(a > b for a, b in zip(labelled, plain))),
-        Check("twice the SFT (B-2) does not make up for it (B-3), from any trunk", f"{spread(twice)} against {spread(labelled)} % exact",
-              f"{mean['B-2']:.1f} against {mean['B-3']:.1f}", all(a > b for a, b in zip(labelled, twice))),
-        Check("going on from the trunk on a new domain is ahead of starting over at equal tokens of it",
-              "; ".join(f"{n} updates: {spread(bpb['trunk', n], 3)} against {spread(bpb['nothing', n], 3)} bits per byte" for n in settings.domain),
-              "-", all(max(bpb["trunk", n]) < min(bpb["nothing", n]) for n in settings.domain)),
+        Check("SFT data in the decay, then SFT (A-2), beats SFT alone (A-1), for every seed",
+              f"{runs.mean_and_range(labelled)} against {runs.mean_and_range(plain)} % exact; "
+              f"the mixture costs "
+              f"{bpb[LABELLED] - bpb[PLAIN]:+.3f} bits per byte of Python",
+              f"{paper_a[2]:.1f} against {paper_a[0]:.1f}", all(labelled > plain)),
+        Check("SFT data in the decay, then SFT (B-3), beats twice the SFT (B-2), for every seed",
+              f"{runs.mean_and_range(labelled)} against {runs.mean_and_range(twice)} % exact",
+              f"{paper_b[2]:.1f} against {paper_b[1]:.1f}", all(labelled > twice)),
+        Check("on a new domain, continuing from the trunk beats starting over after as many tokens",
+              "; ".join(f"{n} updates: {runs.mean_and_range(a, '.3f')} against "
+                        f"{runs.mean_and_range(b, '.3f')} bits per byte"
+                        for n, a, b in zip(settings.domain, trunk, nothing)),
+              "-", all(max(a) < min(b) for a, b in zip(trunk, nothing))),
     ]
 
 
-def spread(values, digits=1):
-    return f"{np.mean(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
-
-
-# %% What it means: the 2.4B's decay is 18,500 updates of 4M tokens, a fifteenth of all that it reads and twelve times its SFT; what is in the
-# data then, it learns while the rate falls. Here too every trunk answers more after SFT when it met instructions in its decay, and for the
-# price of 0.03 bits per byte of what else the decay would have taught it. And a trunk is kept: each new mixture or domain costs a decay, not
-# a pre-training.
+# %% What it means: the decay of the 2.4B is 18,500 updates of 4M tokens, a fifteenth of all its
+# tokens and twelve times its SFT. The model learns what the data of this stage contain while the
+# learning rate falls. Here, too, every trunk answers more after SFT if it saw instructions in its
+# decay, at a price of 0.03 bits per byte of Python. And the trunk is kept: a new mixture or domain
+# costs one decay, not a new pre-training run.
 #
-# One check does not hold: twice the SFT gets further than instructions in the decay. B-2 sees more conversations than A-2 does in decay and
-# SFT together, and our held-out questions are of the very kinds that SFT trains on, so that more of it is more of the right thing. The paper's
-# benchmarks are not of the kind of its SFT data: what is measured there is what a model knew before, and that is where a decay can add.
+# One check does not hold: twice the SFT gets further than instructions in the decay. B-2 sees more
+# conversations than A-2 sees in decay and SFT together, and the held-out questions are of the same
+# kinds as the SFT data, so more SFT is more of the right data. The paper's benchmarks differ from
+# its SFT data: they measure knowledge from before SFT, and the decay can add to that.
 #
 # Exercises
-# 1. `learning_rate=0.001, min_lr=0.0001` of the SFT: at 0.003, three times where the decay ended, what is left of the difference?
-# 2. `LABELLED`: instruct:0.1 and instruct:0.9. Where is the best mixture after the decay, where after SFT? What does Python pay?
-# 3. `data="speeches"` of the branch: mix in pytorch:0.2. How much of the old domain stays, and what does the new one pay?
+# 1. `learning_rate=0.001, min_lr=0.0001` of the SFT: try 0.003, three times the rate at which the
+#    decay ended. How much of the difference is left?
+# 2. `LABELLED`: try instruct:0.1 and instruct:0.9. Which mixture is best after the decay, and which
+#    after SFT? How much does Python lose?
+# 3. `data="speeches"` of the branch: add pytorch:0.2. How much of the old domain is kept, and how
+#    much does the new one lose?
 
 @exits_cleanly
 def main(argv):
-    quick = dict(seeds=(0,), width=32, batch_size=2, trunk=4, decay=2, sft=2, domain=(4,), questions=8, eval_tokens=1024)
-    settings, config = runs.settings(argv, Settings, quick, __doc__)
-    results, stale = experiment(settings, config)
-    draw(results, settings, runs.path("annealing", "figures", config), stale)
-    runs.report(checks(results, settings), stale)
+    quick = dict(seeds=(0,), width=32, batch_size=2, trunk=4, decay=2, sft=2, domain=(4,),
+                 questions=8, eval_tokens=1024)
+    runs.main("annealing", argv, Settings, quick, __doc__, experiment, draw, checks)
 
 
 if __name__ == "__main__":

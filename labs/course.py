@@ -1,15 +1,14 @@
-"""Write labs/README.md, the course, from the result files.
+"""Write labs/README.md, the course, from the recorded results.
 
     python -m labs.course
 """
-import ast
 import importlib
 
 from configurator import ROOT, BadInput, configure, exits_cleanly
 from engine import metrics
 from labs import runs
 
-# In this order; what to have done before.
+# The labs in their order, and what to do before each.
 LABS = {
     "mup_coordinates": "`python train.py`, `model.py: mup_table`",
     "lr_transfer": "mup_coordinates",
@@ -26,55 +25,66 @@ LABS = {
 
 TOP = """# The course
 
-Every claim of the paper as a lab: one file that reads from top to bottom, the question first, then the experiment on train.py's loop, the figure,
-the checks, and three exercises that change a line. Write down what you expect, then run it:
+Each claim of the paper is a lab: one file that reads from top to bottom. It asks a question, runs
+an experiment on train.py's loop, draws a figure, checks the claim, and ends with three exercises
+that change a line. Write down what you expect, then run it:
 
 ```sh
-python -m labs.mup_coordinates                 # results in labs/results, the figure in labs/figures; a second call only draws
-python -m labs.mup_coordinates --quick=True    # seconds: whether it works here
-python -m labs.mup_coordinates --draw=True     # from the committed results, also where the code has changed since
+python -m labs.mup_coordinates                 # results in labs/results, a figure in labs/figures
+python -m labs.mup_coordinates --quick=True    # seconds: does it work on this machine?
+python -m labs.mup_coordinates --draw=True     # trains nothing: draws the committed results
 ```
 
-A file opens cell by cell in VS Code (open the repository's folder) and, by jupytext, in Jupyter (`%cd ..` in a first cell);
-[colab.ipynb](colab.ipynb) runs any of them on a free cloud machine. Results are kept by the settings
-and the code that they come from: change either, and what it affects runs again. All numbers here are of two cores of one CPU at laptop scale: they show
-the sign and the shape of a claim, not its size at 2.4B. `python -m labs.course` writes this page from the results.
+VS Code opens a file cell by cell (open the repository's folder), and so does Jupyter with jupytext
+(with `%cd ..` in a first cell). [colab.ipynb](colab.ipynb) runs any lab on a free cloud machine.
+A second run of a lab only draws: results are stored with the settings and the code they come from.
+If you change either, what depends on it runs again. All numbers here come from two CPU cores, at
+laptop scale: they show the sign and the shape of a claim, not its size at 2.4B. This page is
+written by `python -m labs.course`.
 """
 
 
 def modules():
-    """{name: module} of the labs that are there."""
-    return {name: importlib.import_module(f"labs.{name}") for name in LABS if (ROOT / "labs" / f"{name}.py").exists()}
+    """Return {name: module} of the labs."""
+    return {name: importlib.import_module(f"labs.{name}") for name in LABS}
 
 
-def found(module):
-    """(checks, stale, core minutes, runs) of the committed results; None where they are not complete."""
-    name, config = module.__name__.rpartition(".")[2], runs.LabConfig(draw=True)
-    settings = module.Settings()
+def recorded(name, module):
+    """Return (checks, stale, lines of the results file), or None if the results are incomplete."""
+    config, settings = runs.LabConfig(draw=True), module.Settings()
     try:
         results, stale = module.experiment(settings, config)
     except BadInput:
         return None
     lines = metrics.read_jsonl(runs.path(name, "results", config))
-    return module.checks(results, settings), stale, sum(line["seconds"] for line in lines) / 60, len(lines)
+    return module.checks(results, settings), stale, lines
 
 
 def page():
-    labs = {name: (module, found(module)) for name, module in modules().items()}
-    out, table = [TOP, "| lab | it asks | first | runs, core minutes | checks that hold |\n|---|---|---|---|---|"], []
-    for name, (module, result) in labs.items():
-        title = ast.get_docstring(ast.parse((ROOT / "labs" / f"{name}.py").read_text(encoding="utf-8"))).splitlines()[0]
-        cost = f"{result[3]}, {result[2]:.0f} | {sum(check.holds for check in result[0])} of {len(result[0])}" if result else "not run yet | -"
-        out.append(f"| [{name}]({name}.py) | {title.removeprefix('Lab: ').rstrip('.')} | {LABS[name]} | {cost} |")
-        table += [f"| {name} | {c.claim} | {c.ours} | {c.paper} | {'yes' if c.holds else '**no**'} |" for c in (result[0] if result else ())]
-    checks = [check for _, result in labs.values() if result for check in result[0]]
-    out.append(f"\n{sum(c.holds for c in checks)} of {len(checks)} checks hold. What does not is shown, and explained at the end of its lab.\n")
-    out.append("| lab | claim | here | paper | holds |\n|---|---|---|---|---|\n" + "\n".join(table) + "\n")
-    stale = [name for name, (_, result) in labs.items() if result and result[1]]
-    if stale:
-        out.append(f"Of earlier code: {', '.join(stale)}.\n")
-    out += [f"![{name}](figures/{name}.png)\n" for name in labs if (ROOT / "labs" / "figures" / f"{name}.png").exists()]
-    return "\n".join(out)
+    """Return the text of labs/README.md."""
+    labs, checks, figures, outdated = [], [], [], []
+    for name, module in modules().items():
+        title = module.__doc__.splitlines()[0].removeprefix("Lab: ").rstrip(".")
+        cost, holding = "not run yet", "-"
+        if found := recorded(name, module):
+            of_lab, stale, lines = found
+            minutes = sum(line["seconds"] for line in lines) / 60
+            cost = f"{len(lines)}, {minutes:.0f}"
+            holding = f"{sum(check.holds for check in of_lab)} of {len(of_lab)}"
+            checks += [(name, check) for check in of_lab]
+            outdated += [name] if stale else []
+        labs.append(f"| [{name}]({name}.py) | {title} | {LABS[name]} | {cost} | {holding} |")
+        if (ROOT / "labs" / "figures" / f"{name}.png").exists():
+            figures.append(f"![{name}](figures/{name}.png)\n")
+    rows = [f"| {name} | {check.claim} | {check.ours} | {check.paper} | "
+            f"{'yes' if check.holds else '**no**'} |" for name, check in checks]
+    return "\n".join([
+        TOP, "| lab | its question | first | runs, core minutes | checks that hold |",
+        "|---|---|---|---|---|", *labs,
+        f"\n{sum(check.holds for _, check in checks)} of {len(checks)} checks hold. Those that do "
+        "not are shown too, and explained at the end of their lab.\n",
+        "| lab | claim | here | paper | holds |", "|---|---|---|---|---|", *rows, "",
+        *([f"Results of earlier code: {', '.join(outdated)}.\n"] if outdated else []), *figures])
 
 
 @exits_cleanly

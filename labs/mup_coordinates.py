@@ -1,14 +1,18 @@
 """Lab: why muP has the rules that it has (paper section 3.1, table 7).
 
-Question    A network gets wider. Which of its activations grow with it, and what keeps them as they are?
-Claim       Under the rules of table 7 every activation has the same size at every width, at the start and after updates. That is what
-            lets a learning rate be found at a small width and used at a large one (labs/lr_transfer.py).
-Write down  before you run it: the entries of a matrix are drawn with one standard deviation at every width n. As which power of n does
-            its output grow? An update by Adam changes every entry by about the learning rate: as which power does that grow?
-Command     python -m labs.mup_coordinates          about two minutes; --quick=True: seconds, to see that it works
+Question    A network gets wider. Which of its activations grow with the width, and which rules
+            keep them at the same size?
+Claim       Under the rules of table 7 every activation has the same size at every width, at the
+            start and after updates. Therefore a learning rate found at a small width can be used
+            at a large one (labs/lr_transfer.py).
+Write down  before you run it: the entries of a matrix are drawn with the same standard deviation
+            at every width n. With which power of n does its output grow? An update by Adam changes
+            every entry by about the learning rate: with which power does that change grow?
+Command     python -m labs.mup_coordinates          two minutes; --quick=True: a test of seconds
 
-A coordinate check: models of several widths take a few updates; then the mean |activation| on one fixed text is measured at several
-places. In logarithms its slope over the width is the power that it grows with: 0 under muP.
+This is a coordinate check. Models of several widths make a few updates, then the mean |activation|
+on one fixed text is measured at several places. On logarithmic axes its slope over the width is the
+power with which it grows: 0 under muP.
 """
 # %%
 import dataclasses
@@ -24,9 +28,11 @@ from configurator import ROOT, exits_cleanly
 from labs import runs
 from labs.runs import Check
 
-BASE = 64                       # config/lab.py's dim_model_base: the width at which all rules say 1
-HIDDEN = ("embedding", "qkv", "attention", "gate and up", "mlp", "residual")        # probes of the last block; "logits" beside them
-RULES = ("muP", "standard", "no init rule", "no learning-rate rule", "no logits rule", "embedding as a matrix")
+BASE = 64                       # dim_model_base of config/lab.py: there all factors are 1
+DEPTH = 4                       # layers of the models of several widths
+HIDDEN = ("embedding", "qkv", "attention", "gate and up", "mlp", "residual")    # of the last block
+RULES = ("muP", "standard", "no init rule", "no learning-rate rule", "no logits rule",
+         "embedding as a matrix")
 
 
 @dataclass
@@ -34,148 +40,185 @@ class Settings:
     widths: tuple[int, ...] = (64, 128, 256, 512)
     depths: tuple[int, ...] = (2, 4, 8, 16)     # at the smallest width, for the rule of depth
     seeds: tuple[int, ...] = (0, 1, 2)
-    steps: tuple[int, ...] = (0, 1, 3, 10)      # updates after which activations are measured
+    steps: tuple[int, ...] = (0, 1, 3, 10)      # activations are measured after these updates
 
     def problems(self):
-        out = [f"--{name}={getattr(self, name)}: a power needs two or more" for name in ("widths", "depths") if len(set(getattr(self, name))) < 2]
-        return out + ([] if 0 in self.steps and len(set(self.steps)) > 1 else [f"--steps={self.steps}: 0, the start, and later ones"])
+        out = [f"--{name}={getattr(self, name)}: give two or more, to measure a power"
+               for name in ("widths", "depths") if len(set(getattr(self, name))) < 2]
+        if 0 not in self.steps or len(set(self.steps)) < 2:
+            out.append(f"--steps={self.steps}: must hold 0 (the start) and a later step")
+        return out
 
 
-# %% The experiment: muP, the control with one init and one learning rate for all, and muP without one of its rules
+# %% The experiment: muP, the standard parametrization (one init std and one learning rate for all),
+# and muP without one of its rules
+
+mup_table = model_file.mup_table
+
 
 def table_without(rule, config):
-    """model.py's mup_table, one rule switched off."""
-    table, m = mup_table(dataclasses.replace(config, dim_model_base=BASE)), config.n_embd / BASE
-    matrix, embedding = table["matrix"], table["embedding"]
+    """Return mup_table of model.py with one rule switched off."""
+    table = mup_table(dataclasses.replace(config, dim_model_base=BASE))
+    m, matrix, embedding = config.n_embd / BASE, table["matrix"], table["embedding"]
     if rule == "no init rule":
         table["matrix"] = dataclasses.replace(matrix, std=matrix.std * math.sqrt(m))
     if rule == "no learning-rate rule":
         table["matrix"] = dataclasses.replace(matrix, lr=1.0)
     if rule == "embedding as a matrix":
-        table["embedding"] = dataclasses.replace(embedding, std=embedding.std / math.sqrt(m), lr=1 / m)
+        std = embedding.std / math.sqrt(m)
+        table["embedding"] = dataclasses.replace(embedding, std=std, lr=1 / m)
     return table
 
 
-mup_table = model_file.mup_table
-
-
 def activations(rule, width, depth, seed, steps):
-    """{step: {probe: mean |activation|}} of one model."""
+    """Return {step: {probe: mean |activation|}} of one model."""
+    standard = rule == "standard"
     model, updates, _ = runs.begin(
-        "config/lab.py", n_embd=width, n_head=width // 32, n_ff=width * 5 // 2, n_layer=depth, seed=seed, batch_size=8,
-        max_steps=max(steps), schedule="constant", warmup_steps=0, mup=rule != "standard",
-        learning_rate=0.001 if rule == "standard" else 0.01, dim_model_base=width if rule == "no logits rule" else BASE)
+        "config/lab.py", **runs.shape(width), n_layer=depth, seed=seed, batch_size=8,
+        max_steps=max(steps), schedule="constant", warmup_steps=0, mup=not standard,
+        learning_rate=0.001 if standard else 0.01,
+        dim_model_base=width if rule == "no logits rule" else BASE)
     if rule == "no depth rule":
         for block in model.blocks:
             block.scale = model.config.scale_depth
-    block, seen, out = model.blocks[-1], {}, {}
-    probes = dict(zip(HIDDEN, (model.wte, block.attn.wqkv, block.attn, block.mlp.w_in, block.mlp, block)))
-    text = torch.tensor(list((ROOT / "LICENSE").read_bytes()[:8 * 128])).view(8, 128)      # bytes are tokens
-
-    @torch.no_grad()
-    def measure():
-        hooks = [module.register_forward_hook(lambda _, x, y, name=name: seen.update({name: y[0] if name == "residual" else y}))
-                 for name, module in probes.items()]
-        seen["logits"] = model(text)
-        for hook in hooks:
-            hook.remove()
-        return {name: y.float().abs().mean().item() for name, y in seen.items()}
-
-    with mock.patch.object(model_file, "mup_table", lambda config: mup_table(config) if rule == "standard" else table_without(rule, config)):
+    changed = mup_table if standard else lambda config: table_without(rule, config)
+    with mock.patch.object(model_file, "mup_table", changed):
         model_file.init_weights(model, seed)
-        out["0"] = measure()
+        out = {"0": measure(model)}
         for update in updates:
             if update.step in steps:
-                out[str(update.step)] = measure()
+                out[str(update.step)] = measure(model)
     return out
 
 
-def slope(sizes, results, probe, step):
-    """Power of the size (a width or depth) that a probe grows with, mean over seeds. results: {(size, seed): activations}"""
-    seeds = {seed for _, seed in results}
-    return float(np.mean([np.polyfit(np.log2(sizes), [np.log2(results[size, seed][str(step)][probe]) for size in sizes], 1)[0]
-                          for seed in seeds]))
+@torch.no_grad()
+def measure(model):
+    """Return {probe: mean |activation|} on a fixed text."""
+    text = torch.tensor(list((ROOT / "LICENSE").read_bytes()[:8 * 128])).view(8, 128)
+    block, seen = model.blocks[-1], {}
+    modules = (model.wte, block.attn.wqkv, block.attn, block.mlp.w_in, block.mlp, block)
+    hooks = [module.register_forward_hook(lambda *call, probe=probe: seen.update({probe: call[-1]}))
+             for probe, module in zip(HIDDEN, modules)]
+    seen["logits"] = model(text)
+    for hook in hooks:
+        hook.remove()
+    seen["residual"] = seen["residual"][0]      # a block returns (residual stream, routing)
+    return {probe: y.float().abs().mean().item() for probe, y in seen.items()}
 
 
 def experiment(settings, config):
-    """({rule: {(width, seed): activations}}, {rule: {(depth, seed): activations}}, stale)"""
+    """Return ({(kind, rule): {(size, seed): activations}}, stale).
+
+    kind  "width" or "depth": what the size is
+    """
     runs.prepare(config)
-    over_width = [(rule, width, seed) for rule in RULES for width in settings.widths for seed in settings.seeds]
-    over_depth = [(rule, depth, seed) for rule in ("muP", "no depth rule") for depth in settings.depths for seed in settings.seeds]
-    jobs = [dict(rule=r, width=w, depth=4, seed=s, steps=settings.steps) for r, w, s in over_width]
-    jobs += [dict(rule=r, width=settings.widths[0], depth=d, seed=s, steps=settings.steps) for r, d, s in over_depth]
+    cells = [("width", rule, width, DEPTH, seed)
+             for rule in RULES for width in settings.widths for seed in settings.seeds]
+    cells += [("depth", rule, settings.widths[0], depth, seed)
+              for rule in ("muP", "no depth rule")
+              for depth in settings.depths for seed in settings.seeds]
+    jobs = [dict(rule=rule, width=width, depth=depth, seed=seed, steps=settings.steps)
+            for _, rule, width, depth, seed in cells]
     results, stale = runs.collect("mup_coordinates", activations, jobs, config)
-    by_rule = {}
-    for (rule, size, seed), kind, result in zip(over_width + over_depth, ["width"] * len(over_width) + ["depth"] * len(over_depth), results):
-        by_rule.setdefault((kind, rule), {})[size, seed] = result
-    return by_rule, stale
+    found = {}
+    for (kind, rule, width, depth, seed), result in zip(cells, results):
+        size = width if kind == "width" else depth
+        found.setdefault((kind, rule), {})[size, seed] = result
+    return found, stale
+
+
+def by_size(results, probe, step):
+    """Return (sizes, array (seeds, sizes)) of a probe. results: {(size, seed): activations}"""
+    sizes, seeds = (sorted(set(values)) for values in zip(*results))
+    return sizes, np.array([[results[size, seed][str(step)][probe] for size in sizes]
+                            for seed in seeds])
+
+
+def power(results, probe, step):
+    """Return the power of the size with which a probe grows, mean over seeds."""
+    sizes, values = by_size(results, probe, step)
+    return float(np.polyfit(np.log2(sizes), np.log2(values).T, 1)[0].mean())
 
 
 # %% The figure
 
-def draw(by_rule, settings, path, stale):
+def draw(found, settings):
     step = settings.steps[-1]
-    figure, axes = runs.figure(2, 4, f"mean |activation| after {step} updates, over its value at the smallest size", stale)
-    for ax, ((kind, rule), results) in zip(axes.flat, by_rule.items()):
-        sizes = settings.widths if kind == "width" else settings.depths
-        for style, probe in zip(runs.STYLES, ("residual",) if kind == "depth" else (*HIDDEN, "logits")):
-            values = np.array([[results[size, seed][str(step)][probe] for size in sizes] for seed in settings.seeds])
-            runs.curve(ax, sizes, values / values[:, :1], style, label=probe)
-        ylim, xlabel, title = ((0.2, 1500), "width", rule) if kind == "width" else ((0.5, 50), "layers", f"{rule}, over depth")
-        ax.set(xscale="log", yscale="log", ylim=ylim, xlabel=xlabel, title=title, ylabel="size over that of the smallest")
-        ax.set_xticks(sizes, sizes)
-        ax.minorticks_off()
+    figure, axes = runs.figure(
+        2, 4, f"mean |activation| after {step} updates, relative to the smallest size")
+    for ax, ((kind, rule), results) in zip(axes.flat, found.items()):
+        probes = (*HIDDEN, "logits") if kind == "width" else ("residual",)
+        for style, probe in zip(runs.STYLES, probes):
+            sizes, values = by_size(results, probe, step)
+            label = probe if rule == "muP" else None
+            runs.curve(ax, sizes, values / values[:, :1], style, label=label)
+        if kind == "width":
+            ax.set(xlabel="width", title=rule, ylim=(0.2, 1500))
+        else:
+            ax.set(xlabel="layers", title=f"{rule}, over depth", ylim=(0.5, 50))
+        ax.set(yscale="log", ylabel="relative to the smallest size")
+        runs.log_x(ax, sizes)
         ax.axhline(1, color="0.5", linewidth=0.8)
-    axes.flat[0].legend(fontsize=7)
-    figure.savefig(path, dpi=110)
+    return figure
 
 
 # %% The checks
 
-def checks(by_rule, settings):
-    last, widths = settings.steps[-1], settings.widths
-    s = lambda rule, probe, step: slope(widths, by_rule["width", rule], probe, step)                     # noqa: E731
-    steepest = max((abs(s("muP", probe, step)), probe, step) for probe in HIDDEN for step in settings.steps)
-    deep = {(rule, step): slope(settings.depths, by_rule["depth", rule], "residual", step)
-            for rule in ("muP", "no depth rule") for step in (0, last)}
-    control = {probe: s("standard", probe, 0) for probe in ("qkv", "gate and up", "mlp")}
-    init, rate = s("no init rule", "mlp", 0), s("no learning-rate rule", "mlp", last)
-    logits, with_rule = s("no logits rule", "logits", last), s("muP", "logits", last)
-    embedding = s("embedding as a matrix", "embedding", last)
+def checks(found, settings):
+    last, mup = settings.steps[-1], found["width", "muP"]
+    worst, probe, step = max((abs(power(mup, probe, step)), probe, step)
+                             for probe in HIDDEN for step in settings.steps)
+    control = {probe: power(found["width", "standard"], probe, 0)
+               for probe in ("qkv", "gate and up", "mlp")}
+    init = power(found["width", "no init rule"], "mlp", 0)
+    rate = power(found["width", "no learning-rate rule"], "mlp", last)
+    logits, mup_logits = (power(found["width", rule], "logits", last)
+                          for rule in ("no logits rule", "muP"))
+    embedding = power(found["width", "embedding as a matrix"], "embedding", last)
+    (deep, deep_later), (unscaled, unscaled_later) = (
+        [power(found["depth", rule], "residual", step) for step in (0, last)]
+        for rule in ("muP", "no depth rule"))
     return [
-        Check("muP: no hidden activation grows or shrinks with the width", f"steepest power {steepest[0]:.2f} ({steepest[1]}, after {steepest[2]})",
-              "0", steepest[0] < 0.25),
-        Check("standard: they grow from the start", ", ".join(f"{name} {value:.2f}" for name, value in control.items()), "-",
+        Check("muP: no hidden activation grows or shrinks with the width",
+              f"steepest power {worst:.2f} ({probe}, after {step})", "0", worst < 0.25),
+        Check("standard: they grow from the start",
+              ", ".join(f"{name} {value:.2f}" for name, value in control.items()), "-",
               min(control.values()) > 0.4),
-        Check("without the init rule they grow at once", f"mlp {init:.2f} at the start", "-", init > 0.4),
-        Check("without the learning-rate rule updates make them grow", f"mlp {rate:.2f} after {last}", "-", rate > 0.4),
-        Check("without the logits rule the logits grow, with it they do not", f"{logits:.2f} and {with_rule:.2f} after {last}", "-",
-              logits > 0.4 > abs(with_rule)),
-        Check("a tied embedding scaled like a matrix shrinks", f"{embedding:.2f} after {last}", "-", embedding < -0.4),
-        Check("the residual stream starts equally large at every depth, and does not without scale_depth / sqrt(layers)",
-              f"powers {deep['muP', 0]:.2f} and {deep['no depth rule', 0]:.2f}", "-", abs(deep["muP", 0]) < 0.25 < deep["no depth rule", 0]),
-        Check("and stays so after updates", f"powers {deep['muP', last]:.2f} and {deep['no depth rule', last]:.2f} after {last}", "-",
-              abs(deep["muP", last]) < 0.25 < deep["no depth rule", last]),
+        Check("without the init rule they grow from the start",
+              f"mlp {init:.2f} at the start", "-", init > 0.4),
+        Check("without the learning-rate rule they grow with the updates",
+              f"mlp {rate:.2f} after {last}", "-", rate > 0.4),
+        Check("without the logits rule the logits grow, with it they do not",
+              f"{logits:.2f} and {mup_logits:.2f} after {last}", "-",
+              logits > 0.4 > abs(mup_logits)),
+        Check("a tied embedding scaled like a matrix shrinks",
+              f"{embedding:.2f} after {last}", "-", embedding < -0.4),
+        Check("the residual stream starts equally large at every depth, but not without "
+              "scale_depth / sqrt(layers)",
+              f"powers {deep:.2f} and {unscaled:.2f}", "-", abs(deep) < 0.25 < unscaled),
+        Check("and it stays so after updates",
+              f"powers {deep_later:.2f} and {unscaled_later:.2f} after {last}", "-",
+              abs(deep_later) < 0.25 < unscaled_later),
     ]
 
 
-# %% What it means: at 9 times the width (64 to the 2.4B's 2304 is 36 times), a power of 1 is a factor of 9. Nothing about the
-# learning rate can make up for that in one network, because the places grow with different powers. Over depth the paper's rule is half of
-# one: table 7 divides the branches by the root of the depth but not their learning rate, and the updates of all blocks push the residual stream
-# the same way, so that it still grows a little with depth once training has begun. The paper searches for its constants on a model
-# of 8 layers and keeps them at 40 and 52.
+# %% What it means: from width 64 to the 2304 of the 2.4B model, a power of 1 means a factor of 36.
+# No single learning rate can make up for that, because the activations of one network grow with
+# different powers. Over depth the paper's rule is half of a rule: table 7 divides each branch by
+# the square root of the depth, but not its learning rate. The updates of all blocks push the
+# residual stream in the same direction, so once training has begun it still grows a little with
+# depth. The paper searches for its constants with 8 layers and uses them with 40 and 52.
 #
 # Exercises
-# 1. `std=matrix.std * math.sqrt(m)`: use m ** 0.25. Which probe tells first?
-# 2. `--steps=0,10,100`: does the power of "mlp" stay within 0.25?
-# 3. `learning_rate=... 0.01`: at 0.1, which probe leaves 0 first, and why is it not the embedding?
+# 1. `std=matrix.std * math.sqrt(m)`: use m ** 0.25. Which probe shows it first?
+# 2. `--steps=0,10,100`: does the power of "mlp" stay below 0.25?
+# 3. `learning_rate=... 0.01`: with 0.1, which probe is the first whose power leaves 0, and why is
+#    it not the embedding?
 
 @exits_cleanly
 def main(argv):
-    settings, config = runs.settings(argv, Settings, dict(widths=(32, 64), depths=(2, 4), seeds=(0,), steps=(0, 2)), __doc__)
-    by_rule, stale = experiment(settings, config)
-    draw(by_rule, settings, runs.path("mup_coordinates", "figures", config), stale)
-    runs.report(checks(by_rule, settings), stale)
+    quick = dict(widths=(32, 64), depths=(2, 4), seeds=(0,), steps=(0, 2))
+    runs.main("mup_coordinates", argv, Settings, quick, __doc__, experiment, draw, checks)
 
 
 if __name__ == "__main__":

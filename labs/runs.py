@@ -1,10 +1,12 @@
-"""What the labs share: a run is made once, and read from labs/results/NAME.jsonl from then on.
+"""What the labs share: the command line, cached results, training runs, figures and checks.
 
-A result is valid for its settings, the source of the lab's own experiment function, the version of torch, and the numerics of
-the project, which tests/golden.json records (code_key). Moving or rewording other code repeats no run; a changed number does.
-An interrupted lab continues with the run that it was in.
+A lab keeps its results in labs/results/NAME.jsonl and computes only what is missing there. A
+result is valid for its arguments, the source code of its experiment function, the version of torch,
+and the numerics of the project as tests/golden.json records them (see code_key). Moving or
+rewording other code invalidates no result; a change of the numbers does.
 """
 import ast
+import copy
 import dataclasses
 import glob
 import hashlib
@@ -21,6 +23,7 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 
 import train
@@ -29,238 +32,344 @@ from data.corpus import prepare_missing
 from data.dataset import open_data
 from data.tokenizer import load_tokenizer
 from engine import checkpoint, metrics
-from engine.run import RunState, is_finished
+from engine.run import RunState
+from engine.run import is_finished as has_its_last_evaluation
 from model import MiniCPM, MiniCPMConfig, init_weights
 
+NON_FINITE = 3                  # exit status of train.py after a NaN or infinite loss or gradient
+
+
+# ---- the command line
 
 @dataclass
 class LabConfig:
-    quick: bool = False         # True: seconds, to try the machinery; files go to out/labs, nothing that is committed changes
-    draw: bool = False          # True: run nothing, draw what is there, that of earlier code marked as such
-    rekey: bool = False         # True: run nothing, take the recorded results as those of the present code. For a change of code
-                                # that leaves the numbers alone, after one run of the lab has shown that it does
-    workers: int = 0            # runs at a time, a thread each; 0: one a core
+    quick: bool = False         # True: small settings that take seconds; files go to out/labs
+    draw: bool = False          # True: train nothing, draw the recorded results, even if outdated
+    rekey: bool = False         # True: train nothing, mark the recorded results as up to date. For
+                                # a change of an experiment's code that leaves its numbers alone
+    workers: int = 0            # parallel runs, one thread each; 0: one per core
+
+    def __post_init__(self):
+        self.draw = self.draw or self.rekey
 
     def problems(self):
-        return [f"--workers={self.workers}: must not be negative"] if self.workers < 0 else []
+        if self.workers < 0:
+            return [f"--workers={self.workers}: must not be negative"]
+        return []
 
 
 def settings(argv, Settings, quick, usage):
-    """(settings, config) of a lab's command line; `quick` are its settings under --quick=True, where none are given."""
+    """Parse a lab's command line into (Settings, LabConfig).
+
+    quick   dict of the settings under --quick=True, unless the command line gives others
+    raises  BadInput if an option is unknown, impossible or an empty list
+    """
     if "ipykernel" in sys.modules and argv == sys.argv[1:]:
-        argv = []                                                        # in a notebook these are the kernel's own words
-    (own, config), given = configure(argv, Settings, LabConfig, usage=usage)
-    config = dataclasses.replace(config, draw=config.draw or config.rekey)
+        argv = []                                   # in a notebook: the kernel's own options
+    (chosen, config), given = configure(argv, Settings, LabConfig, usage=usage)
     if config.quick:
-        own = dataclasses.replace(Settings(**quick), **{name: given[name] for name in given if hasattr(own, name)})
-    empty = [name for name, value in vars(own).items() if value == ()]
+        own = {name: value for name, value in given.items() if hasattr(chosen, name)}
+        chosen = Settings(**{**quick, **own})
+    empty = [name for name, value in vars(chosen).items() if value == ()]
     if empty:
         raise BadInput(*(f"--{name}: needs a value" for name in empty))
-    return own, config
+    return chosen, config
+
+
+def main(lab, argv, Settings, quick, usage, experiment, draw, checks):
+    """Run a lab: its experiment, figure and checks. Returns (results, settings).
+
+    lab              name of the lab
+    Settings, quick  as in settings()
+    usage            text that --help prints above the options
+    experiment       experiment(settings, config) -> (results, stale)
+    draw             draw(results, settings) -> a matplotlib figure, None if there is no result
+    checks           checks(results, settings) -> list of Check
+    """
+    chosen, config = settings(argv, Settings, quick, usage)
+    results, stale = experiment(chosen, config)
+    file = path(lab, "figures", config)
+    if getattr(chosen, "runs", None):               # the reader's own runs: not the lab's figure
+        file = path(f"{lab}_own", "figures", dataclasses.replace(config, quick=True))
+    drawing = draw(results, chosen)
+    if drawing:
+        save_figure(drawing, file, stale)
+    report(checks(results, chosen), stale)
+    return results, chosen
+
+
+def save_figure(drawing, file, stale):
+    """Write a figure; labelled curves get a legend, results of earlier code a note."""
+    if stale:
+        drawing.suptitle(f"{drawing.get_suptitle()} [results of earlier code]")
+    for ax in drawing.axes:
+        if ax.get_legend() is None and ax.get_legend_handles_labels()[0]:
+            ax.legend(fontsize=7)
+    drawing.savefig(file, dpi=110)
+    print(f"drew {file}")
 
 
 def path(lab, kind, config):
-    """Of a lab's results ("results") or figure ("figures")."""
+    """Return the path of a lab's "results" or "figures", in a folder that exists."""
     folder = ROOT / "out" / "labs" if config.quick else ROOT / "labs" / kind
     folder.mkdir(parents=True, exist_ok=True)
     return folder / f"{lab}.{'png' if kind == 'figures' else 'jsonl'}"
 
 
-def folder(lab, job):
-    """Where a run that writes checkpoints does so: the same for the same job, code and configs, so that it goes on after an interruption."""
-    configs = "".join(file.read_text(encoding="utf-8") for file in sorted((ROOT / "config").glob("*.py")))
-    return str(ROOT / "out" / "labs" / lab / hashlib.sha256((key_of(job) + numerics_digest() + configs).encode()).hexdigest()[:12])
-
-
-# ---- from the cache, or run
+# ---- cached results
 
 def collect(lab, work, jobs, config):
-    """([work(**job), ...] in the order of jobs, stale).
+    """Return ([work(**job) for each job], stale), running only the jobs without a valid result.
 
-    work    a function at the top of a lab's file: keyword arguments -> a dict for JSON
-    jobs    dicts of keyword arguments, for JSON
-    stale   whether one of the results is of earlier code; only with --draw=True
+    work    the experiment: a function at the top level of a lab that returns a JSON value
+    jobs    list of dicts: keyword arguments of work, JSON values too
+    stale   whether a result comes from earlier code, which only --draw=True accepts
+    raises  BadInput if --draw=True and a job has no result
     """
     file, code = path(lab, "results", config), code_key(work)
     if config.rekey:
-        relabel(file, work, code)
-    known, missing = there(lab, work, config), lacking(lab, work, jobs, config)
-    if config.draw and any(key not in known for key in missing):
-        raise BadInput(f"{file}: lacks {sum(key not in known for key in missing)} of {len(jobs)} runs; without --draw=True the lab makes them")
+        recorded = cached_results(lab, work, config).values()
+        save_results(file, [{**line, "code": code} for line in recorded])
     if not config.draw:
-        held = file.with_name(f".{file.stem}")                           # one process a file at a time
-        held.mkdir(parents=True, exist_ok=True)
-        with checkpoint.lock(held):
-            with open(tidy(file), "a", encoding="utf-8") as f:
-                for key, result, seconds in run(work, missing, config.workers or os.cpu_count()):
-                    line = {"work": work.__name__, "job": missing[key], "code": code, "seconds": round(seconds, 1), "result": result}
-                    f.write(json.dumps(line) + "\n")
-                    f.flush()
-            tidy(file)
-        known = there(lab, work, config)
-    lines = [known[key_of(job)] for job in jobs]
+        lock_folder = file.with_name(f".{file.stem}")
+        lock_folder.mkdir(parents=True, exist_ok=True)
+        with checkpoint.lock(lock_folder):          # one process per results file
+            missing = missing_jobs(lab, work, jobs, config)
+            for key, result, seconds in run(work, missing, config.workers or os.cpu_count()):
+                save_results(file, [{"work": work.__name__, "job": missing[key], "code": code,
+                                     "seconds": round(seconds, 1), "result": result}])
+    known = cached_results(lab, work, config)
+    lines = [known.get(job_key(job)) for job in jobs]
+    if None in lines:
+        raise BadInput(f"{file}: lacks {lines.count(None)} of {len(jobs)} results; run the lab "
+                       f"without --draw=True to compute them")
     return [line["result"] for line in lines], any(line["code"] != code for line in lines)
 
 
-def lacking(lab, work, jobs, config):
-    """{key: job} of the jobs that the code as it is has not run."""
-    code, known = code_key(work), there(lab, work, config)
-    return {key: job for job in jobs if (key := key_of(job)) not in known or known[key]["code"] != code}
+def missing_jobs(lab, work, jobs, config):
+    """Return {key: job} of the jobs that have no result of the present code."""
+    code, known = code_key(work), cached_results(lab, work, config)
+    valid = {key for key, line in known.items() if line["code"] == code}
+    return {job_key(job): job for job in jobs if job_key(job) not in valid}
 
 
-def relabel(file, work, code):
-    """Write `code` into the recorded results of an experiment function."""
-    lines = [{**line, "code": code} if line["work"] == work.__name__ else line for line in metrics.read_jsonl(file)]
-    file.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+def cached_results(lab, work, config):
+    """Return {key: line} of the recorded results of an experiment function."""
+    lines = metrics.read_jsonl(path(lab, "results", config))
+    return {job_key(line["job"]): line for line in lines if line["work"] == work.__name__}
 
 
-def there(lab, work, config):
-    """{key: line} of the results of a work."""
-    return {key_of(line["job"]): line for line in metrics.read_jsonl(path(lab, "results", config)) if line["work"] == work.__name__}
+def save_results(file, new):
+    """Add result lines to a file, each in the place of the earlier result of its job."""
+    lines = {(line["work"], job_key(line["job"])): line
+             for line in [*metrics.read_jsonl(file), *new]}
+    temporary = file.with_suffix(".tmp")
+    text = "".join(json.dumps(line) + "\n" for line in lines.values())
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, file)
 
 
-def key_of(job):
+def job_key(job):
     return json.dumps(job, sort_keys=True)
 
 
-def tidy(file):
-    """Leave the last line of each job, and no half one, which a new one would continue; returns the file."""
-    lines = {(line["work"], key_of(line["job"])): line for line in metrics.read_jsonl(file)}
-    temporary = file.with_suffix(f".{os.getpid()}.tmp")
-    temporary.write_text("".join(json.dumps(line) + "\n" for line in lines.values()), encoding="utf-8")
-    os.replace(temporary, file)
-    return file
-
-
-def run(work, jobs, workers):
-    """Yield (key, work(**job), seconds) of jobs {key: job} as they finish, with a line each."""
-    workers = min(workers, len(jobs))
-    if workers > 1 and not getattr(sys.modules["__main__"], "__file__", None):
-        print("one run at a time: processes need a lab that was started as a file (python -m labs.NAME)")
-        workers = 1
-    if workers > 1:
-        threads = os.environ.get("OMP_NUM_THREADS")
-        os.environ["OMP_NUM_THREADS"] = "1"                              # of the processes to come: a thread each
-        pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), alone)
-        results = (future.result() for future in as_completed([pool.submit(timed_alone, key, work, job) for key, job in jobs.items()]))
-    else:
-        results = (timed(key, work, job) for key, job in jobs.items())
-    try:
-        for n, (key, result, seconds) in enumerate(results, 1):
-            print(f"[{n}/{len(jobs)}] {' '.join(f'{name}={value}' for name, value in jobs[key].items())[:160]}: {seconds:.0f} s", flush=True)
-            yield key, result, seconds
-    except BrokenProcessPool:
-        raise BadInput("the process of a run was killed (by you, or for want of memory: --workers=1); the same command goes on") from None
-    except BaseException:                                                # Ctrl-C among them
-        for process in multiprocessing.active_children():
-            process.terminate()                                          # train.py saves and ends
-        raise
-    finally:
-        if workers > 1:
-            pool.shutdown(cancel_futures=True)
-            os.environ.pop("OMP_NUM_THREADS") if threads is None else os.environ.update(OMP_NUM_THREADS=threads)
-
-
-def timed(key, work, job):
-    began = time.perf_counter()
-    return key, work(**job), time.perf_counter() - began
-
-
-def timed_alone(key, work, job):
-    try:
-        return timed(key, work, job)
-    except KeyboardInterrupt:
-        os._exit(130)                                                    # its state is saved; this process takes no other run
-
-
-def alone():
-    torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)                         # Ctrl-C is the lab's, which ends its processes
-
-
-# ---- what a result depends on
-
 def code_key(work):
-    """Return a hash of what the results of an experiment function depend on besides its arguments: see the top of this file."""
+    """Return a hash of what the results of an experiment function depend on besides its arguments.
+
+    That is its source code without docstring, comments and line breaks, the version of torch, and
+    the golden numbers.
+    """
     tree = ast.parse(textwrap.dedent(inspect.getsource(work)))
     if ast.get_docstring(tree.body[0]) is not None:
-        del tree.body[0].body[0]                                         # comments and line breaks do not count either
+        del tree.body[0].body[0]
     parts = [ast.unparse(tree), torch.__version__.partition("+")[0], numerics_digest()]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]
 
 
 def numerics_digest():
-    """Return the sha256 of the golden numbers of every path that the labs use."""
-    return hashlib.sha256((ROOT / "tests" / "golden.json").read_bytes().replace(b"\r\n", b"\n")).hexdigest()
+    """Return the sha256 of the golden numbers, which cover every path that the labs use."""
+    golden = (ROOT / "tests" / "golden.json").read_bytes()
+    return hashlib.sha256(golden.replace(b"\r\n", b"\n")).hexdigest()
 
 
-# ---- a run
+# ---- running jobs
+
+def run(work, jobs, workers):
+    """Yield (key, work(**job), seconds) of jobs {key: job} as they finish, printing a line each."""
+    workers = min(workers, len(jobs))
+    if workers > 1 and not getattr(sys.modules["__main__"], "__file__", None):
+        print("one run at a time: parallel runs need a lab started as python -m labs.NAME")
+        workers = 1
+    if workers > 1:
+        results = run_in_processes(work, jobs, workers)
+    else:
+        results = (timed(key, work, job) for key, job in jobs.items())
+    for n, (key, result, seconds) in enumerate(results, 1):
+        arguments = " ".join(f"{name}={value}" for name, value in jobs[key].items())
+        print(f"[{n}/{len(jobs)}] {arguments[:160]}: {seconds:.0f} s", flush=True)
+        yield key, result, seconds
+
+
+def run_in_processes(work, jobs, workers):
+    """Yield (key, result, seconds) of jobs that run in `workers` processes with one thread each."""
+    spawn = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(workers, spawn, init_worker)
+    try:
+        futures = [pool.submit(timed_in_worker, key, work, job) for key, job in jobs.items()]
+        for future in as_completed(futures):
+            yield future.result()
+    except BrokenProcessPool:
+        raise BadInput("the process of a run was killed (if it ran out of memory, give "
+                       "--workers=1); the same command continues") from None
+    except BaseException:                           # Ctrl-C among them
+        for process in multiprocessing.active_children():
+            process.terminate()                     # train.py saves its run, then ends
+        raise
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def init_worker():
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)    # Ctrl-C reaches the lab, which ends its workers
+
+
+def timed(key, work, job):
+    start = time.perf_counter()
+    return key, work(**job), time.perf_counter() - start
+
+
+def timed_in_worker(key, work, job):
+    try:
+        return timed(key, work, job)
+    except KeyboardInterrupt:                       # terminated and saved: take no other job
+        os._exit(130)
+
+
+# ---- training runs
 
 def prepare(config, **knobs):
-    """Make the corpora of these knobs (data, tokenizer) where they are not there yet, before runs side by side want them."""
+    """Prepare the corpora of these train.py options, if missing, before parallel runs need them."""
     if not config.draw:
-        of = train.TrainConfig(**{"data": "pytorch", "tokenizer": "bytes", **knobs})
-        prepare_missing(of, load_tokenizer(of.tokenizer))
+        train_config = train.TrainConfig(**{"data": "pytorch", "tokenizer": "bytes", **knobs})
+        prepare_missing(train_config, load_tokenizer(train_config.tokenizer))
+
+
+def options(**knobs):
+    """Return ["--name=value", ...]."""
+    return [f"--{name}={value}" for name, value in knobs.items()]
+
+
+def shape(width, head=32):
+    """Return the options of a model of this width, with heads of size `head`."""
+    return dict(n_embd=width, n_head=max(1, width // head), n_ff=width * 5 // 2)
+
+
+def build(config_file, **knobs):
+    """Return (config, model, batches, validate) of `python train.py CONFIG_FILE --name=value ...`.
+
+    The model has its initial weights; batches and validate are those of data.dataset.open_data.
+    """
+    arguments = [config_file, "--quiet=True", *options(**knobs)]
+    config, architecture, _ = train.read_config(arguments)
+    tokenizer = load_tokenizer(config.tokenizer)
+    batches, validate = open_data(config, tokenizer)
+    model = MiniCPM(dataclasses.replace(architecture, vocab_size=tokenizer.n_vocab))
+    init_weights(model, config.seed)
+    return config, model, batches, validate
 
 
 def begin(config_file, **knobs):
-    """(model, updates, validate) of `python train.py CONFIG_FILE --name=value ...` in memory alone: updates is train.py's loop, to
-    be drained and looked into; validate() -> {"val_loss", "val_bpb"} once it is."""
-    config, shape, given = train.read_config([str(ROOT / config_file), "--quiet=True", *options(**knobs)])
-    tokenizer = load_tokenizer(config.tokenizer)
-    if "vocab_size" not in given:
-        shape = dataclasses.replace(shape, vocab_size=tokenizer.n_vocab)
-    batches, validate = open_data(config, tokenizer)
-    model = MiniCPM(shape)
-    init_weights(model, config.seed)
-    return model, train.train(config, batches, train.language_loss, model), lambda: validate(model.eval())
+    """Return (model, updates, validate) of the same command.
+
+    updates   the generator of train.train: iterate over it to train the model
+    validate  validate() -> {"val_loss": nats per token, "val_bpb": bits per byte} of the model
+    """
+    config, model, batches, validate = build(config_file, **knobs)
+    updates = train.train(config, batches, train.language_loss, model)
+    return model, updates, lambda: validate(model.eval())
+
+
+def decayed_model(config, batches, update, end):
+    """Return a copy of the model of an Update, trained on with a decay from there to step `end`."""
+    model = copy.deepcopy(update.model)
+    tensors = checkpoint.optimizer_state(update.optimizer).items()
+    state = RunState(step=update.step, samples_seen=update.step * config.batch_size, max_steps=end,
+                     decay_steps=end - update.step, plan=[[0, config.data]])
+    for _ in train.train(config, batches, train.language_loss, model, state,
+                         [(name, tensor.clone()) for name, tensor in tensors]):
+        pass
+    return model
+
+
+def folder(lab, job):
+    """Return the folder for the checkpoints of a job, as str.
+
+    It is the same for the same job, numerics and config files, so an interrupted run continues.
+    """
+    config_files = sorted((ROOT / "config").glob("*.py"))
+    configs = "".join(file.read_text(encoding="utf-8") for file in config_files)
+    digest = hashlib.sha256((job_key(job) + numerics_digest() + configs).encode()).hexdigest()
+    return str(ROOT / "out" / "labs" / lab / digest[:12])
 
 
 def finish(script, *words, out_dir, **knobs):
-    """Bring the run in out_dir to its end by script (train.main, dpo.main): True, or False where the loss was no number.
-    What is there is not run again. raises KeyboardInterrupt: stopped by a signal, and saved, to go on the next time"""
-    def at_its_end():
-        return bool(checkpoint.checkpoints(out_dir)) and is_finished(out_dir, RunState(**checkpoint.read_meta(checkpoint.resolve(out_dir))["run"]))
+    """Run the main function of a script (train.main, dpo.main) until the run in out_dir is done.
 
-    if at_its_end():
+    A run that is done is not repeated. Returns False if the loss became NaN or infinite, else True.
+    raises  KeyboardInterrupt if a signal stopped the run, which has saved its state
+    """
+    if is_finished(out_dir):
         return True
     try:
         script([*words, "--quiet=True", *options(out_dir=out_dir, **knobs)])
-    except SystemExit as end:
-        if end.code != 3:
+    except SystemExit as error:
+        if error.code != NON_FINITE:
             raise
         return False
-    if not at_its_end():
+    if not is_finished(out_dir):
         raise KeyboardInterrupt
     return True
 
 
-def options(**knobs):
-    """["--name=value", ...]"""
-    return [f"--{name}={value}" for name, value in knobs.items()]
+def is_finished(out_dir):
+    """Return whether the run in out_dir has made its last update and its last evaluation."""
+    if not checkpoint.checkpoints(out_dir):
+        return False
+    meta = checkpoint.read_meta(checkpoint.resolve(out_dir))
+    return has_its_last_evaluation(out_dir, RunState(**meta["run"]))
 
 
-def of_pattern(pattern):
-    """[(folder, training knobs {name: value}, MiniCPMConfig, lines of metrics.jsonl), ...] of the reader's own runs: folders of
-    train.py or the metrics.jsonl in them; * and ** match. raises BadInput: none, or one that lacks its config.json"""
-    folders = sorted({path if path.is_dir() else path.parent for path in map(Path, glob.glob(pattern, recursive=True))
-                      if path.is_dir() and (path / "metrics.jsonl").is_file() or path.name == "metrics.jsonl"})
+def read_run_folders(pattern):
+    """Read the reader's own runs, given as a glob pattern of run folders or their metrics.jsonl.
+
+    returns  [(folder, options of train.py as dict, MiniCPMConfig, lines of metrics.jsonl), ...]
+    raises   BadInput if nothing matches, or a folder lacks its config.json
+    """
+    matches = [Path(match) for match in glob.glob(pattern, recursive=True)]
+    folders = {match.parent for match in matches if match.name == "metrics.jsonl"}
+    folders |= {match for match in matches if (match / "metrics.jsonl").is_file()}
     if not folders:
-        raise BadInput(f"--runs={pattern}: no folder with a metrics.jsonl; give run folders of train.py, quoted: --runs='out/sweep/*'")
+        raise BadInput(f"--runs={pattern}: no folder with a metrics.jsonl; give run folders of "
+                       f"train.py, in quotes: --runs='out/sweep/*'")
     found = []
-    for folder in folders:
-        about = checkpoint.read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
-        if not {"train", "model"} <= about.keys():
-            raise BadInput(f"{folder}: metrics.jsonl without the config.json that train.py writes beside it, so without batch and model size")
-        found.append((folder, about["train"], checkpoint.model_config_of(MiniCPMConfig, about, folder), metrics.read_jsonl(folder / "metrics.jsonl")))
+    for folder in sorted(folders):
+        file = folder / "config.json"
+        meta = checkpoint.read_json(file) if file.is_file() else {}
+        if not {"train", "model"} <= meta.keys():
+            raise BadInput(f"{folder}: metrics.jsonl without the config.json that train.py writes, "
+                           f"so batch size and model size are unknown")
+        model_config = checkpoint.model_config_of(MiniCPMConfig, meta, folder)
+        lines = metrics.read_jsonl(folder / "metrics.jsonl")
+        found.append((folder, meta["train"], model_config, lines))
     return found
 
 
-# ---- what a lab says
+# ---- checks and figures
 
 @dataclass
 class Check:
-    """A statement of a lab about its results: a row of labs/README.md."""
+    """A statement about a lab's results: a row of labs/README.md."""
     claim: str
     ours: str                   # what was measured
     paper: str                  # the paper's number, or "-"
@@ -268,31 +377,55 @@ class Check:
 
 
 def report(checks, stale):
-    """Print what was found."""
+    """Print the checks, a line each."""
     if stale:
-        print("some results are of earlier code: without --draw=True the lab makes them again")
+        print("some results are of earlier code; run the lab without --draw=True to renew them")
     for check in checks:
-        print(f"{'holds   ' if check.holds else 'DOES NOT'} | {check.claim}: {check.ours}" + (f" (paper: {check.paper})" if check.paper != "-" else ""))
+        verdict = "holds   " if check.holds else "DOES NOT"
+        paper = f" (paper: {check.paper})" if check.paper != "-" else ""
+        print(f"{verdict} | {check.claim}: {check.ours}{paper}")
 
 
-def figure(rows, columns, title, stale, width=4.2, height=3.4):
-    """(figure, axes (rows, columns)) to draw into, with a line where results are of earlier code."""
+def mean_and_range(values, form=".1f"):
+    """Return "MEAN (LOWEST to HIGHEST)" of the values of all seeds, or the mean if they agree."""
+    mean, low, high = (format(of(values), form) for of in (np.mean, np.min, np.max))
+    return mean if low == high else f"{mean} ({low} to {high})"
+
+
+def figure(rows, columns, title, width=4.2, height=3.4):
+    """Return (figure, axes (rows, columns)) to draw into; width and height of a panel in inches."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    made, axes = plt.subplots(rows, columns, figsize=(width * columns, height * rows), squeeze=False, layout="constrained")
-    made.suptitle(title + (" [results of earlier code]" if stale else ""))
-    for each in axes.flat:
-        each.grid(alpha=0.3)
-    return made, axes
+    drawing, axes = plt.subplots(rows, columns, figsize=(width * columns, height * rows),
+                                 squeeze=False, layout="constrained")
+    drawing.suptitle(title)
+    for ax in axes.flat:
+        ax.grid(alpha=0.3)
+    return drawing, axes
 
 
 def curve(ax, x, seeds, style, **more):
-    """Mean over seeds (seeds, points), and a band from the lowest to the highest."""
+    """Plot the mean over seeds of an array (seeds, points), and the seeds' range as a band."""
     ax.plot(x, seeds.mean(0), **{**style, **more})
     ax.fill_between(x, seeds.min(0), seeds.max(0), color=style["color"], alpha=0.15)
 
 
-STYLES = [{"color": color, "marker": marker, "linestyle": line} for color, marker, line in zip(
-    ("black", "tab:red", "tab:blue", "tab:green", "tab:orange", "tab:purple", "tab:brown", "tab:gray"), "os^vDPX*",
-    ("-", "--", "-.", ":", "-", "--", "-.", ":"))]                       # told apart without colour too
+def bars(ax, x, samples, style, center=np.mean, **more):
+    """Plot the center of each list in samples, with a bar from its lowest to its highest value."""
+    low, middle, high = (np.array(list(map(of, samples))) for of in (min, center, max))
+    ax.errorbar(x, middle, [middle - low, high - middle], capsize=3, markersize=5,
+                **{**style, **more})
+
+
+def log_x(ax, values):
+    """Make the x axis logarithmic, with ticks at these values only."""
+    ax.set_xscale("log")
+    ax.set_xticks([], minor=True)
+    ax.set_xticks(list(values), [f"{value:,g}" for value in values])
+
+
+COLORS = ("black", "tab:red", "tab:blue", "tab:green", "tab:orange", "tab:purple", "tab:brown",
+          "tab:gray")
+STYLES = [{"color": color, "marker": marker, "linestyle": line}     # distinct without color too
+          for color, marker, line in zip(COLORS, "os^vDPX*", ("-", "--", "-.", ":") * 2)]

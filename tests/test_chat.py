@@ -11,16 +11,8 @@ import pytest
 import torch
 
 from configurator import ROOT, BadInput
-from data.dataset import (
-    ANSWER,
-    PADDING,
-    TEXT,
-    Split,
-    held_out_loss,
-    make_batches,
-    open_corpus,
-    write_corpus,
-)
+from data.corpus import write_corpus
+from data.dataset import ANSWER, PADDING, TEXT, Split, held_out_loss, make_batches, open_corpus
 from data.packing import read_conversations, read_pairs, read_questions, write_rows
 from data.tokenizer import chat_ids, load_tokenizer
 from model import MiniCPM, MiniCPMConfig, init_weights
@@ -97,7 +89,7 @@ def test_bad_records_are_named_by_file_and_line_and_skipped_only_on_request(tmp_
     assert f"skipped 1 of 3; the first: {path}:3: " in capsys.readouterr().out
 
 
-def test_files_that_are_none(tmp_path):
+def test_files_without_readable_records(tmp_path):
     (tmp_path / "list.json").write_text('[{"messages": []},\n {]')
     (tmp_path / "latin.jsonl").write_bytes(b'{"text": "caf\xe9"}\n')
     for name, says in (("none.jsonl", "no such file"), ("list.json", "list.json:2: not JSON"), ("latin.jsonl", "latin.jsonl:1: 'utf-8' codec")):
@@ -109,7 +101,7 @@ def test_files_that_are_none(tmp_path):
 # ---- packing
 
 def conversations_in(split):
-    """[(ids, classes)] of what lies between the <s> of every row, padding included."""
+    """Return [(ids, classes)] of each conversation of a split, with the padding that follows it."""
     tokens, classes = (part.read(0, split.n_tokens).reshape(-1, split.row) for part in (split, split.classes))
     out = []
     for row, kinds in zip(tokens, classes):
@@ -138,6 +130,7 @@ def test_every_conversation_is_packed_whole_and_masked(tmp_path):
         assert found == wanted and (entry["documents"], entry["filled"], entry["tokens"]) == (len(wanted), filled, split.n_tokens)
         assert entry["bytes"] == sum(len(m["content"]) for s, messages in said if s == name for m in messages if m["role"] == "assistant")
     assert meta["splits"]["train"]["filled"] > 0.95 * meta["splits"]["train"]["tokens"] and len(meta["splits"]["train"]["shards"]) > 1
+    assert all(n % 121 == 0 for entry in meta["splits"].values() for n in entry["counts"]), "shards hold whole rows"
 
 
 def test_long_conversations_are_cut_at_a_turn_or_dropped(tmp_path):
@@ -153,8 +146,8 @@ def test_long_conversations_are_cut_at_a_turn_or_dropped(tmp_path):
         write_rows(tmp_path / "none", TOK, said, 10)
     assert not (tmp_path / "none").exists()
     one_mark = load_tokenizer("bytes")
-    one_mark.bos = one_mark.eos                                          # as some released tokenizers have it: doc_ids would be wrong
-    with pytest.raises(BadInput, match="document 1: tokenizer 'bytes' uses its mark of a beginning inside"):
+    one_mark.bos = one_mark.eos                                          # as in some released tokenizers: doc_ids would be wrong
+    with pytest.raises(BadInput, match="document 1: tokenizer 'bytes' uses its beginning-of-text token inside"):
         write_rows(tmp_path / "none", one_mark, said, 69)
 
 
@@ -205,14 +198,14 @@ def test_batches_mix_text_and_conversations(tmp_path):
             at = [row[:-1] for row in rows].index(idx[i].tolist())                 # a whole row
             kinds = splits["talk"].classes.read(at * 65 + 1, 64)
             assert targets[i].tolist() == [t if kind >= least else -100 for t, kind in zip(rows[at][1:], kinds)]
-            assert (targets[i] != TOK.bos).all(), "what opens the next conversation is no target"
+            assert (targets[i] != TOK.bos).all(), "the <s> of the next conversation is not a target"
         wanted[answers_only] = n
     assert wanted[True] < wanted[False]
     seen = [make_batches({"talk": splits["talk"]}.get, 3, 64)([[0, "talk"]], i, 1)[0]["idx"].tolist()[0] for i in range(len(rows))]
     assert sorted(seen) == sorted(row[:-1] for row in rows), "an epoch reads every row once"
 
 
-def test_the_block_size_must_be_the_corpus_s(tmp_path, capsys):
+def test_the_block_size_must_be_that_of_the_packed_corpus(tmp_path, capsys):
     import train
     write(tmp_path / "in.jsonl", *({"messages": messages} for _, messages in talks(60)))
     prepare = [f"--input={tmp_path / 'in.jsonl'}", "--name=mine", "--tokenizer=bytes", f"--data_dir={tmp_path}", "--block_size=64", "--val_share=0.2"]
@@ -224,7 +217,7 @@ def test_the_block_size_must_be_the_corpus_s(tmp_path, capsys):
                 "--n_embd=32", "--n_ff=32", "--max_steps=2", "--sample_tokens=0", "--quiet=True", "config/laptop.py"]
     for main, argv, says in (
             (train.main, [train_on[-1], *train_on[:-1], "--block_size=128"],
-             r"--block_size=128: mine is packed in rows for --block_size=64; take that, or prepare mine again with --block_size=128 --ov"),
+             r"--block_size=128: mine is packed in rows for --block_size=64; use that, or prepare mine again with --block_size=128 --ov"),
             (script("chat").main, [*prepare, "--block_size=128"], r"--block_size=128: .*mine.bytes was prepared with 64; --overwrite=True prepares it again"),
             (script("chat").main, [*prepare[:1], "--name=instruct"], "--name=instruct: .* none of the shipped"),
             (script("chat").main, [f"--input={tmp_path / 'bytes'}", *prepare[1:], "--overwrite=True"], "--input: .*bytes: no .jsonl or .json file there")):

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from configurator import ROOT
-from data.dataset import make_batches, open_corpus, write_corpus
+from data.corpus import write_corpus
+from data.dataset import make_batches, open_corpus
 from data.tokenizer import load_tokenizer
 from engine import checkpoint
 from engine.device import tune_malloc

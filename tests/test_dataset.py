@@ -1,4 +1,4 @@
-"""Corpora and batches: every token once an epoch, the same batch whoever asks, and damage that is named."""
+"""Corpora and batches: an epoch reads every token once, a batch depends on its index alone, damage is reported."""
 import json
 import os
 import time
@@ -10,25 +10,24 @@ import pytest
 import torch
 
 from configurator import BadInput
+from data.corpus import write_corpus, write_shard
 from data.dataset import (
     HEADER,
     MAGIC,
     VERSION,
     Split,
-    drawn,
     held_out_windows,
     locate,
     make_batches,
     open_corpus,
     parse_mixture,
     permute,
-    write_corpus,
-    write_shard,
+    samples_drawn,
 )
 
 
 class Numbers:
-    """A tokenizer for which "5 6" is [5, 6]: a token tells where it stood."""
+    """A tokenizer for which "5 6" is [5, 6], so that a token tells its position."""
     name, hash, n_vocab, bos, eos = "numbers", "0123456789abcdef", 60_000, 0, 1
 
     def encode_batch(self, texts):
@@ -36,7 +35,7 @@ class Numbers:
 
 
 def corpus(data_dir, name="a", n_tokens=203, shard_tokens=50):
-    """data_dir/NAME/numbers: <s> 3 4 5 ... </s>, so that the token at place p is p + 2."""
+    """data_dir/NAME/numbers: <s> 3 4 5 ... </s>, so that the token at position p is p + 2."""
     texts = [(split, " ".join(map(str, range(3, n + 1)))) for split, n in (("train", n_tokens), ("val", 102))]
     write_corpus(data_dir / name / "numbers", Numbers(), texts, shard_tokens)
     return open_corpus(data_dir, name, Numbers(), "train")
@@ -59,39 +58,42 @@ def test_permute_is_a_bijection():
         assert n < 16 or len({*orders, tuple(range(n))}) == 4
 
 
-def test_an_epoch_reads_every_block_once_and_the_next_in_another_order(tmp_path):
-    split, n_blocks = corpus(tmp_path), 24                               # (203 - 1) // 8 - 1: one block is left to shift by
+def test_an_epoch_reads_every_block_once_and_the_next_epoch_has_another_order(tmp_path):
+    split, n_blocks = corpus(tmp_path), 24                               # (203 - 1) // 8 - 1: one block is left over, so that the phase can shift the others
     batches, orders, phases = make_batches(lambda name: split, 1, 8), set(), set()
     for epoch in range(8):
         batch, n = batches([[0, "a"]], n_blocks * epoch, n_blocks)
         assert n == n_blocks * 8 and (batch["targets"][:, :-1] == batch["idx"][:, 1:]).all()
-        phase = int((places := batch["idx"][:, 1] - 3).min())            # places of the samples' first tokens
-        assert (places.sort().values == phase + 8 * torch.arange(n_blocks)).all() and 0 <= phase < 203 - n_blocks * 8
-        orders, phases = orders | {tuple((places - phase).tolist())}, phases | {phase}
+        phase = int((positions := batch["idx"][:, 1] - 3).min())            # positions of the first tokens of the samples
+        assert (positions.sort().values == phase + 8 * torch.arange(n_blocks)).all() and 0 <= phase < 203 - n_blocks * 8
+        orders, phases = orders | {tuple((positions - phase).tolist())}, phases | {phase}
     assert len(orders) == 8 and len(phases) > 3
 
 
-def test_mixtures_keep_their_shares_exactly_and_segments_go_on_where_the_last_stopped():
+def test_mixtures_keep_their_shares_exactly_and_segments_continue_where_the_last_one_stopped():
     plan = [[0, "a"], [1300, "a:0.7,b:0.29,c:0.01"], [1300, "b:3,c:1"], [3456, "c"], [4000, "a:1,b:2"]]
     seen, other = [[locate(plan, seed, i) for i in range(7000)] for seed in (5, 6)]
     assert all(Counter(name for name, _ in seen[i:i + 1000]) == {"b": 750, "c": 250} for i in (1300, 2300)) and seen != other
     for name in "abc":
         assert [index for n, index in seen if n == name] == list(range(sum(n == name for n, _ in seen))), "repeated or left out"
     for mixture in ("a:0.7,b:0.29,c:0.01", "a:0.9999,b:0.0001", "a:1,b:1,c:1"):
-        assert sum(drawn(mixture, 5, 1000).values()) == 1000 and min(drawn(mixture, 5, 1000).values()) > 0
-        assert drawn(mixture, 5, 1234) == Counter(locate([[0, mixture]], 5, i)[0] for i in range(1234))
-    assert drawn("a:0.7,b:0.29,c:0.01", 5, 3000) == {"a": 2100, "b": 870, "c": 30}
+        names = parse_mixture(mixture)
+        counts = [samples_drawn(name, mixture, 5, 1000) for name in names]
+        assert sum(counts) == 1000 and min(counts) > 0
+        located = Counter(locate([[0, mixture]], 5, i)[0] for i in range(1234))
+        assert located == {name: samples_drawn(name, mixture, 5, 1234) for name in names}
+    assert [samples_drawn(name, "a:0.7,b:0.29,c:0.01", 5, 3000) for name in "abcd"] == [2100, 870, 30, 0]
 
 
 def test_a_batch_depends_on_seed_plan_and_index_alone(tmp_path):
-    """Resume, and any number of processes: however samples are asked for they are the same. A negative seed once raised ValueError."""
+    """Samples are the same for any order and size of requests: resume and number of processes change nothing. A negative seed once raised ValueError."""
     splits, plan = {"a": corpus(tmp_path), "b": corpus(tmp_path, "b", 411)}, [[0, "a:0.7,b:0.3"], [20, "b"]]
     batches, again, other, negative = [make_batches(splits.get, seed, 8) for seed in (1, 1, 2, -1)]
     whole = batches(plan, 16, 8)[0]["idx"]
     for size in (4, 1):
-        parts = {first: again(plan, first, size)[0]["idx"] for first in range(24 - size, 15, -size)}      # the last one first
+        parts = {first: again(plan, first, size)[0]["idx"] for first in range(24 - size, 15, -size)}      # in reverse order
         assert torch.equal(torch.cat([parts[first] for first in sorted(parts)]), whole)
-    assert torch.equal(again([*plan, [24, "a"]], 16, 8)[0]["idx"], whole), "a segment to come changes nothing before it"
+    assert torch.equal(again([*plan, [24, "a"]], 16, 8)[0]["idx"], whole), "a later segment changes nothing before it"
     assert len({str(source([[0, "b"]], 0, 8)[0]["idx"].tolist()) for source in (batches, again, other, negative)}) == 3
 
 
@@ -115,9 +117,23 @@ def test_a_failing_write_leaves_nothing_behind(tmp_path):
     """An empty folder data/NAME was left once."""
     (tmp_path / "data" / "b").mkdir(parents=True)
     for folder, documents in (("data/a", (("train", str(1 // n)) for n in (1, 0))), ("data/b", []), ("new/a", [("train", "5")])):
-        with pytest.raises((BadInput, ZeroDivisionError)):               # it fails midway; there are none; none are held out
+        with pytest.raises((BadInput, ZeroDivisionError)):               # a document fails; no documents; no held-out documents
             write_corpus(tmp_path / folder / "numbers", Numbers(), documents)
     assert [path.relative_to(tmp_path).as_posix() for path in sorted(tmp_path.rglob("*"))] == ["data", "data/b"]
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_failing_write_keeps_the_corpus_that_is_there(tmp_path, overwrite):
+    folder = corpus(tmp_path).folder
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+
+    def documents():
+        yield "train", "5"
+        raise OSError("no space left on the device")
+    with pytest.raises(OSError, match="no space"):
+        write_corpus(folder, Numbers(), documents(), overwrite=overwrite)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert list(folder.parent.iterdir()) == [folder]
 
 
 def test_damage_is_one_line_that_names_the_file(tmp_path):
@@ -149,17 +165,17 @@ def test_damage_is_one_line_that_names_the_file(tmp_path):
 def test_shards_are_opened_when_they_are_read_and_old_corpora_still_open(tmp_path):
     folder = corpus(tmp_path).folder
     whole, raw = Split(folder, "train").read(0, 203), (folder / "meta.json").read_text()
-    (folder / "train_000003.bin").write_bytes(b"")                       # is not looked at...
+    (folder / "train_000003.bin").write_bytes(b"")                       # is not opened at the start...
     split = Split(folder, "train")
     assert (split.read(0, 150) == whole[:150]).all()
     with pytest.raises(BadInput, match="train_000003.bin: truncated header"):
-        split.read(149, 2)                                               # ...until it is needed
+        split.read(149, 2)                                               # ...but when it is read
     write_shard(folder / "train_000003.bin", whole[:49], Numbers.n_vocab)
     with pytest.raises(BadInput, match="train_000003.bin: holds 49 tokens, meta.json says 50"):
         split.read(149, 2)
     write_shard(folder / "train_000003.bin", whole[150:200], Numbers.n_vocab)
     meta = json.loads(raw)
-    for about in meta["splits"].values():                                # as it was written before counts were in it
+    for about in meta["splits"].values():                                # as early versions wrote it: without counts
         del about["counts"]
     (folder / "meta.json").write_text(json.dumps(meta))
     assert (Split(folder, "train").read(0, 203) == whole).all()
@@ -171,12 +187,12 @@ def test_shards_are_opened_when_they_are_read_and_old_corpora_still_open(tmp_pat
 
 
 def test_a_trillion_tokens_are_addressed_without_holding_anything(tmp_path):
-    """The paper's 1.1T tokens in 11,000 shards, which are one empty file under as many names here."""
+    """The 1.1T tokens of the paper in 11,000 shards, here hard links to one sparse file."""
     n_shards, per_shard = 11_000, 10 ** 8
     write_shard(tmp_path / "one", np.zeros(0), Numbers.n_vocab)
     with open(tmp_path / "one", "r+b") as f:
         f.write(HEADER.pack(MAGIC, VERSION, 2, Numbers.n_vocab, per_shard))
-        f.truncate(HEADER.size + 2 * per_shard)                          # a hole: takes no room
+        f.truncate(HEADER.size + 2 * per_shard)                          # sparse: takes no disk space
     names = [f"train_{n:06d}_000000.bin" for n in range(n_shards)]
     for name in names:
         os.link(tmp_path / "one", tmp_path / name)
@@ -199,15 +215,15 @@ def test_a_trillion_tokens_are_addressed_without_holding_anything(tmp_path):
         Split(tmp_path, "train")
 
 
-def test_mixtures_that_mean_nothing_are_refused():
+def test_malformed_mixtures_are_refused():
     assert parse_mixture("a") == parse_mixture("a:7") == {"a": 1.0} and parse_mixture(" a:3, b:1") == {"a": 0.75, "b": 0.25}
     for text in ("", "a,b", "a:0.5,b", "a:0.5,a:0.5", "a:0,b:1", "a:-1,b:2", "a:x", "a:", ":1", "a:nan", "a:inf", "a:1,,b:1"):
         with pytest.raises(BadInput, match=f"^data='{text}': give NAME or NAME:WEIGHT,.* above 0$"):
             parse_mixture(text)
 
 
-def test_the_loader_outruns_a_laptop(tmp_path):
-    """20M tokens a second on an idle core; a twentieth is asked for, since other work may be running."""
+def test_the_loader_is_faster_than_training_on_a_laptop(tmp_path):
+    """About 20M tokens/s on an idle core; 1M is required, because the machine may be busy."""
     split, times = corpus(tmp_path, n_tokens=50_000, shard_tokens=20_000), []
     batches = make_batches(lambda name: split, 1, 256)
     for step in range(200):

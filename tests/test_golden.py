@@ -18,7 +18,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train
 from configurator import ROOT
 from data import packing
-from data.dataset import open_corpus, write_corpus
+from data.corpus import write_corpus
+from data.dataset import open_corpus
 from data.tokenizer import load_tokenizer
 from engine import metrics
 from family import dpo

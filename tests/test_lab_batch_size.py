@@ -1,10 +1,10 @@
 """labs/batch_size.py: its machinery, and its arithmetic on curves whose best batch is known."""
 import json
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 from configurator import BadInput
 from labs import batch_size as lab
@@ -73,16 +73,16 @@ def run_folder(folder, batch, width, curve, **train):
 
 
 def test_own_runs_are_grouped_by_size_and_fitted(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(runs, "path", lambda name, kind, config: tmp_path / f"{name}.{kind}")
-    monkeypatch.setattr(lab, "draw", lambda groups, points, found, path, stale: Path(path).touch())
+    monkeypatch.setattr(runs, "path", lambda name, kind, config: tmp_path / f"{name}.{kind}.png")
+    monkeypatch.setattr(lab, "draw", lambda results, settings: Figure())
     for width in (32, 64, 128):
         for batch, curve in made_up(5e4, 5.0).items():
             run_folder(tmp_path / "sweep" / f"{width}-{batch}", batch, width, curve)
-    groups = lab.own_runs(str(tmp_path / "sweep" / "*" / "metrics.jsonl"))
+    groups = lab.read_runs(str(tmp_path / "sweep" / "*" / "metrics.jsonl"))
     config = MiniCPMConfig(n_embd=32, n_head=2, n_layer=2, n_ff=64, vocab_size=256)
     assert len(groups) == 3 and set(groups[config.n_params_non_embedding, 1]) == set(BATCHES)
     lab.main([f"--runs={tmp_path}/sweep/*"])
-    assert (tmp_path / "batch_size_own.figures").exists() and not (tmp_path / "batch_size.figures").exists()
+    assert (tmp_path / "batch_size_own.figures.png").exists() and not (tmp_path / "batch_size.figures.png").exists()
     assert "holds    | one power law" in capsys.readouterr().out
 
 
@@ -101,4 +101,4 @@ def test_own_runs_that_cannot_be_fitted_take_one_line(tmp_path, capsys, train, b
 def test_a_folder_of_something_else_is_named(tmp_path):
     (tmp_path / "metrics.jsonl").write_text("")
     with pytest.raises(BadInput, match="without the config.json that train.py writes"):
-        lab.own_runs(str(tmp_path))
+        lab.read_runs(str(tmp_path))

@@ -9,7 +9,7 @@ from engine import metrics
 from labs import decay_dynamics as lab
 from labs import runs
 
-NAMES = ("update", "norm", "same way", "slope", "curvature", "ten times", "all the way", "convex", "lower ground")
+NAMES = ("update", "norm", "same direction", "slope", "curvature", "ten times", "all the way", "convex", "is lower")
 
 
 def test_the_quick_run(tmp_path, monkeypatch, capsys):
@@ -20,10 +20,10 @@ def test_the_quick_run(tmp_path, monkeypatch, capsys):
     assert all(name in out for name in NAMES) and "nan" not in out
     (line,) = metrics.read_jsonl(tmp_path / "decay_dynamics.results.png")
     result = line["result"]
-    assert result["steps"][-1] == 39 and {len(result[name]) for name in lab.SERIES} == {len(result["steps"])}
+    assert result["steps"][-1] == 39 and {len(series) for name, series in result.items() if name != "lines"} == {len(result["steps"])}
     assert result["lr"][0] == 0.01 and 0.001 < result["lr"][-1] < 0.002
     from_stable, to_stable = result["lines"].values()
-    assert from_stable[lab.LINE.index(0.0)] == to_stable[lab.LINE.index(1.0)], "both lines pass through the last stable weights"
+    assert from_stable[lab.START] == to_stable[lab.END], "both lines pass through the last stable weights"
 
 
 def test_directional_derivatives_of_a_parabola():
@@ -63,8 +63,8 @@ def test_checks_hold_on_the_papers_picture_and_fail_without_it():
             result[name] = spoil(result[name])
         assert [n for n, check in enumerate(lab.checks(results, settings)) if not check.holds] == ([4, 5] if name == "curvature" else [i]), name
     results = made_up(settings)
-    results[1]["lines"]["stable to decayed"][lab.LINE.index(0.5)] += 1       # a hill in one seed
-    results[1]["lines"]["stable to stable"][lab.LINE.index(0.5)] += 1
+    results[1]["lines"]["stable to decayed"][lab.MIDDLE] += 1       # a hill in one seed
+    results[1]["lines"]["stable to stable"][lab.MIDDLE] += 1
     assert [n for n, check in enumerate(lab.checks(results, settings)) if not check.holds] == [6, 7, 8]
 
 

@@ -1,6 +1,7 @@
 """labs/lr_transfer.py: its machinery, and its checks on curves whose best rate is known."""
 import dataclasses
 import json
+import math
 
 import pytest
 
@@ -14,19 +15,22 @@ SETTINGS = dataclasses.replace(lab.Settings(), seeds=(0, 1, 2))
 def curve(rates, best, loss=2.0):
     """A valley around a rate, with seeds there and beside it."""
     made = {rate: {0: loss + 0.1 * abs(rates.index(rate) - rates.index(best))} for rate in rates}
-    for rate in lab.beside(best, rates):
+    for rate in lab.neighbors(best, rates):
         made[rate].update({1: made[rate][0] + 0.01, 2: made[rate][0] - 0.01})
     return made
 
 
+def seeds(loss):
+    return {0: loss, 1: loss + 0.01, 2: loss - 0.01}
+
+
 def results(rates=(0.01,) * 4, control=(0.008, 0.004, 0.002, 0.001), depths=(0.01,) * 3, found=1.95):
     """What experiment() gives where the best rates are these."""
-    curves = {("muP", size): curve(SETTINGS.rates, rate) for size, rate in zip(SETTINGS.widths, rates)}
-    curves |= {("control", size): curve(SETTINGS.control_rates, rate) for size, rate in zip(SETTINGS.widths, control)}
-    curves |= {("depth", size): curve(SETTINGS.rates, rate) for size, rate in zip(SETTINGS.depths, depths)}
-    seeds = lambda loss: {0: loss, 1: loss + 0.01, 2: loss - 0.01}                              # noqa: E731
-    ours, paper = {32: seeds(1.9), 256: seeds(found)}, {32: seeds(2.0), 256: seeds(2.0)}
-    return curves, [(lab.PAPER | {"learning_rate": 0.02}, ours), (lab.PAPER, {32: seeds(2.1)}), ({"learning_rate": 0.01}, paper)]
+    curves = {"muP": {size: curve(SETTINGS.rates, rate) for size, rate in zip(SETTINGS.widths, rates)},
+              "control": {size: curve(SETTINGS.control_rates, rate) for size, rate in zip(SETTINGS.widths, control)},
+              "depth": {size: curve(SETTINGS.rates, rate) for size, rate in zip(SETTINGS.depths, depths)}}
+    trials = [(lab.PAPER | {"learning_rate": 0.02}, seeds(1.9)), (lab.PAPER, seeds(2.1))]
+    return curves, trials, {32: (seeds(1.9), seeds(2.0)), 256: (seeds(found), seeds(2.0))}
 
 
 def holds(*args, **kwargs):
@@ -59,7 +63,7 @@ def test_each_check_fails_where_its_claim_does(which, changed):
 
 
 def test_the_best_rate_is_taken_where_all_seeds_ran():
-    lucky = {0.01: {0: 2.0, 1: 2.1, 2: 2.2}, 0.02: {0: 2.05, 1: 2.1, 2: 2.1}, 0.04: {0: 1.9}, 0.005: {0: 1.0, 1: 1.0, 2: None}}
+    lucky = {0.01: {0: 2.0, 1: 2.1, 2: 2.2}, 0.02: {0: 2.05, 1: 2.1, 2: 2.1}, 0.04: {0: 1.9}, 0.005: {0: 1.0, 1: 1.0, 2: math.inf}}
     assert lab.best_rate(lucky) == 0.02
 
 

@@ -1,4 +1,4 @@
-"""The lab of preferences: its machinery in seconds, and checks that fail when they should."""
+"""labs/preferences.py: the quick run, and checks that fail when they should."""
 import dataclasses
 from dataclasses import asdict
 from pathlib import Path
@@ -15,13 +15,14 @@ SETTINGS = dataclasses.replace(preferences.Settings(), betas=(0.1, 1.0), seeds=(
 
 @pytest.fixture
 def place(tmp_path, monkeypatch):
-    """Where all goes that the lab writes."""
+    """Redirect everything that the lab writes to tmp_path."""
     monkeypatch.setattr(runs, "path", lambda lab, kind, config: tmp_path / f"{lab}.{'png' if kind == 'figures' else 'jsonl'}")
     monkeypatch.setattr(runs, "folder", lambda lab, job, plain=runs.folder: str(tmp_path / Path(plain(lab, job)).name))
     return tmp_path
 
 
-def test_the_quick_lab_runs_draws_and_then_reads_what_it_has(place, capsys):
+def test_the_quick_run_draws_and_reuses_its_results(place, monkeypatch, capsys):
+    monkeypatch.setattr(metrics, "draw", lambda folder: None)            # one figure per run takes long
     preferences.main(["--quick=True", "--workers=1"])
     results, said = (place / "preferences.jsonl").read_text(), capsys.readouterr().out
     lines = metrics.read_jsonl(place / "preferences.jsonl")
@@ -32,7 +33,7 @@ def test_the_quick_lab_runs_draws_and_then_reads_what_it_has(place, capsys):
     assert (place / "preferences.jsonl").read_text() == results
 
 
-def test_a_reader_s_checkpoint_is_known_by_its_weights(place):
+def test_a_given_checkpoint_is_identified_by_its_weights(place):
     config = MiniCPMConfig(vocab_size=load_tokenizer("bytes").n_vocab, n_layer=1, n_head=1, n_embd=8, n_ff=8)
     model, starts = MiniCPM(config), []
     for name, seed in (("one", 0), ("the same", 0), ("other", 1)):
@@ -40,11 +41,11 @@ def test_a_reader_s_checkpoint_is_known_by_its_weights(place):
         checkpoint.save(place / name, 0, {"model": model.state_dict()}, {"model": asdict(config)}, load_tokenizer("bytes").save)
         starts.append(preferences.keep_copy(str(place / name)))
     assert starts[0] == starts[1] != starts[2]
-    assert MiniCPM.from_pretrained(preferences.started(starts[2])).config == config
+    assert MiniCPM.from_pretrained(preferences.start_folder(starts[2])).config == config
 
 
 def made_up(**changes):
-    """Results of all places; changes: {name: value of every run, or a function of (sft_coef, beta)}."""
+    """Return results of all runs; changes: {measure: value of every run, or a function of (sft_coef, beta)}."""
     values = {"accuracy": 1.0, "kl": lambda sft_coef, beta: 1 / beta, "exact": 0.6, "tokens": 4.0, **changes}
     return {(sft_coef, beta): [{name: value(sft_coef, beta) if callable(value) else value for name, value in values.items()}] * 2
             for sft_coef in SETTINGS.sft_coefs for beta in SETTINGS.betas}
@@ -55,7 +56,7 @@ def made_up(**changes):
     ({"accuracy": lambda sft_coef, beta: 0.79 if beta == 1 else 1}, [0]),
     ({"tokens": lambda sft_coef, beta: 7.5 if beta == 1 else 4}, [1]),
     ({"exact": lambda sft_coef, beta: 0.58 if sft_coef else 0.5}, [2]),
-    ({"exact": lambda sft_coef, beta: 0.4 if not sft_coef else 0.6}, []),             # the tax is asked of runs with the SFT term
+    ({"exact": lambda sft_coef, beta: 0.4 if not sft_coef else 0.6}, []),             # the tax is that of the runs with the SFT term
     ({"kl": lambda sft_coef, beta: beta if sft_coef else 1 / beta}, [4]),
 ])
 def test_checks_fail_when_they_should(changes, fails):

@@ -1,7 +1,8 @@
-"""labs/serving.py: the quick run, the bytes that it counts, and checks that can fail."""
+"""labs/serving.py: the quick run, the bytes read, and checks that can fail."""
 import copy
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from test_prepare import error_of
 
@@ -9,7 +10,7 @@ from labs import runs, serving
 from model import KVCache, MiniCPM
 
 
-def test_the_quick_run_measures_draws_checks_and_reads_its_results_again(tmp_path, monkeypatch, capsys):
+def test_the_quick_run_draws_checks_and_reuses_its_results(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(runs, "path", lambda lab, kind, config: tmp_path / f"{lab}.{'png' if kind == 'figures' else 'jsonl'}")
     serving.main(["--quick=True"])
     first = [line for line in capsys.readouterr().out.splitlines() if " | " in line]
@@ -27,7 +28,7 @@ def test_settings_that_leave_nothing_to_compare_are_refused(words, says, capsys)
     assert says in error_of(serving, ["--quick=True", *words], capsys)
 
 
-def test_bytes_are_those_of_the_tensors_that_a_token_reads():
+def test_bytes_read_are_those_of_the_tensors():
     for kind in serving.KINDS:
         shape = replace(serving.shape_of("lab", kind), n_kv_head=1)
         model = MiniCPM(shape)
@@ -44,19 +45,20 @@ def test_bytes_are_those_of_the_tensors_that_a_token_reads():
 
 
 def ideal(settings, bandwidth=2e10, prefill=1e4):
-    """What the lab would find on a machine that is limited by its bandwidth alone."""
+    """Return the results of a machine that is limited only by its memory bandwidth."""
     found = {}
     for name, points in serving.series(settings).items():
-        rates = []
+        rates, read = [], []
         for p in points:
             weights, cache = serving.bytes_read(serving.shape_of(p["model"], p["kind"]), p["batch"], p["context"], settings.tokens)
-            rate = p["batch"] * bandwidth / (weights + cache) if p["use_cache"] else prefill / p["context"]
-            rates.append({**p, "weights": weights, "cache": cache, "prefill": prefill, "decode": rate, "slowest": rate, "fastest": rate})
-        found[name] = {"processor": "ideal", "bandwidth": bandwidth, "spread": (bandwidth, bandwidth), "points": rates}
+            rates.append(p["batch"] * bandwidth / (weights + cache) if p["use_cache"] else prefill / p["context"])
+            read.append(weights + cache)
+        found[name] = {"processor": "ideal", "bandwidth": bandwidth, "bytes": np.array(read),
+                       "prefill": np.full(len(points), prefill), "decode": np.array([rates])}
     return found
 
 
-def test_checks_hold_on_an_ideal_machine_and_fail_each_where_it_is_not():
+def test_checks_hold_on_an_ideal_machine_and_each_fails_without_its_condition():
     settings = serving.Settings()
     found = ideal(settings)
     assert [check.holds for check in serving.checks(found, settings)] == [True] * 5
@@ -65,7 +67,7 @@ def test_checks_hold_on_an_ideal_machine_and_fail_each_where_it_is_not():
     def slow(part, places, by):
         def change(found):
             for i in places:
-                found[part]["points"][i]["decode"] *= by
+                found[part]["decode"][:, i] *= by
         return change
     for i, change in enumerate((slow("sizes", [-3], 0.5), lambda found: found["sizes"].update(bandwidth=5e10), slow("batches", [3], 0.4),
                                 slow("contexts", [3], 0.01), slow("experts", [0], 0.35))):

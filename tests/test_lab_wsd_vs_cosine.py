@@ -35,7 +35,7 @@ def test_the_quick_run_and_its_cache(tmp_path, monkeypatch, capsys):
 def test_an_interrupted_run_ends_the_lab(tmp_path, monkeypatch):
     monkeypatch.setattr(train, "main", lambda command: None)             # as after Ctrl-C: saved, and returned
     with pytest.raises(KeyboardInterrupt):
-        lab.losses(tmp_path, 10, "--max_steps=10")
+        lab.train_until(10, tmp_path, "--max_steps=10")
 
 
 def made_up(settings):

@@ -70,7 +70,7 @@ def test_a_run_is_made_once_and_a_new_setting_runs_alone(lab):
     first = lab()
     assert runs.collect("lab", first.work, [{"x": 4}, {"x": 9}], ONE) == ([{"y": 12, "z": 2}, {"y": 27, "z": 3}], False)
     assert runs.collect("lab", first.work, [{"x": 9}, {"x": 1}, {"x": 9}], ONE)[0] == [{"y": 27, "z": 3}, {"y": 3, "z": 1}, {"y": 27, "z": 3}]
-    assert made_by(first) == [4, 9, 1] and not runs.lacking("lab", first.work, [{"x": 1}], ONE)
+    assert made_by(first) == [4, 9, 1] and not runs.missing_jobs("lab", first.work, [{"x": 1}], ONE)
 
 
 @pytest.mark.parametrize("changes, runs_again", [
@@ -94,7 +94,7 @@ def test_changed_golden_numbers_make_results_stale_until_they_are_rekeyed(lab, t
     assert runs.collect("lab", module.work, jobs, DRAW) == (results, True)
     assert runs.collect("lab", module.work, jobs, runs.LabConfig(draw=True, rekey=True)) == (results, False)
     assert runs.collect("lab", module.work, jobs, DRAW) == (results, False) and made_by(module) == [4]
-    with pytest.raises(BadInput, match="lacks 1 of 1 runs"):
+    with pytest.raises(BadInput, match="lacks 1 of 1 results"):
         runs.collect("lab", module.work, [{"x": 5}], runs.LabConfig(draw=True, rekey=True))
 
 
@@ -147,7 +147,7 @@ def test_an_interrupted_lab_keeps_what_it_has_and_goes_on(lab, tmp_path):
     assert [r["y"] for r in runs.collect("lab", module.work, [{"x": 4}, {"x": 9}], ONE)[0]] == [12, 27]
     assert made_by(module) == [4, -1, 9]
     assert [json.loads(line)["job"] for line in (tmp_path / "lab.results").read_text().splitlines()] == [{"x": 4}, {"x": 9}]
-    with pytest.raises(BadInput, match=r"lab.results: lacks 1 of 2 runs; without --draw=True"):
+    with pytest.raises(BadInput, match=r"lab.results: lacks 1 of 2 results; run the lab without --draw=True"):
         runs.collect("lab", module.work, [{"x": 4}, {"x": 25}], DRAW)
     with checkpoint.lock(tmp_path / ".lab"), pytest.raises(BadInput, match="in use by another process"):
         runs.collect("lab", module.work, [{"x": 25}], ONE)

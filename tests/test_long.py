@@ -10,7 +10,8 @@ from test_prepare import error_of, script
 
 import sample
 from configurator import ROOT, BadInput, configure
-from data.dataset import ANSWER, PADDING, Split, open_corpus, write_corpus
+from data.corpus import write_corpus
+from data.dataset import ANSWER, PADDING, Split, open_corpus
 from data.tokenizer import load_tokenizer
 from family import passkey
 from model import KVCache, MiniCPM, MiniCPMConfig

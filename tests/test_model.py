@@ -108,9 +108,9 @@ def test_parameter_counts_of_the_paper(shape, expected):
 
 
 def test_configs_of_the_paper_have_its_sizes():
-    from configurator import ROOT
-    from train import read_config
-    found = {read_config([str(path)])[1].n_params_non_embedding for path in (ROOT / "config").glob("*.py")
+    from configurator import ROOT, configure
+    from train import TrainConfig
+    found = {configure([str(path)], TrainConfig, MiniCPMConfig, usage="")[0][1].n_params_non_embedding for path in (ROOT / "config").glob("*.py")
              if path.name.startswith(("tunnel", "minicpm")) and path.name != "minicpm_dpo.py"}   # its model is the one it is given
     assert found == {*SIZES.values(), 13_590_468_864}                      # and the 8x2B
 

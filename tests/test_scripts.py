@@ -273,14 +273,23 @@ def test_samples_repeat_by_seed_and_rows_are_independent(laptop, capsys):
 
 def test_streaming_never_breaks_a_character(laptop):
     class Speaker:
-        """Says a text of several bytes a character, one byte a token."""
-        config = type("config", (), {"max_position": 4096, "rope_scaling": "none"})()
+        """Says a text with several bytes per character, one byte per token."""
 
         def generate(self, prompts, *rest):
             return iter([torch.tensor([b]) for b in "né 用户 ok".encode()])
     tokenizer = load_tokenizer("bytes")
     parts = list(sample.stream(Speaker(), tokenizer, [1], sample.SampleConfig(), 0))
     assert "".join(parts) == "né 用户 ok" and all("\ufffd" not in part for part in parts)
+
+
+def test_the_token_that_begins_a_document_is_drawn_only_if_it_also_ends_one():
+    class Model:
+        def generate(self, prompts, *rest):
+            return rest[-2:]                                             # stop_ids, never_ids
+    tokenizer = load_tokenizer("bytes")
+    assert sample.generate(Model(), tokenizer, [[1]], sample.SampleConfig(), 0) == ([tokenizer.eos], [tokenizer.bos])
+    tokenizer.bos = tokenizer.eos                                        # as in gpt2
+    assert sample.generate(Model(), tokenizer, [[1]], sample.SampleConfig(), 0) == ([tokenizer.eos], [])
 
 
 def test_chat_answers_until_input_ends(laptop, capsys, monkeypatch):

@@ -16,7 +16,7 @@ import torch
 import train as train_module
 from configurator import ROOT, build
 from data import dataset
-from data.dataset import write_corpus
+from data.corpus import write_corpus
 from data.tokenizer import load_tokenizer
 from engine import checkpoint, metrics
 from engine.run import RunState

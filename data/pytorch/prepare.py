@@ -1,9 +1,9 @@
-"""The default corpus: the Python source of the torch package that requirements.txt has installed. No download.
+"""The default corpus: the Python source of the installed torch package. No download.
 
     python data/pytorch/prepare.py [--tokenizer=bpe4096] [--overwrite=True]
 
-A document is a file. Files that torch's build generates and one long table are left out, line ends are normalised, and
-about 3.5 % of the files are held out by a hash of their path.
+A document is a file. Files that torch's build generates and one long table are left out, and line
+ends are normalized. About 3.5 % of the files are held out, by a hash of their path.
 """
 import importlib.util
 import sys
@@ -19,9 +19,9 @@ VAL_SHARE = 0.035
 
 
 def documents(root=None):
-    """Yield (split, text) of each .py file below root (the torch package), in the order of their paths."""
+    """Yield (split, text) of each .py file below root (default: the torch package), by path."""
     if root is None:
-        spec = importlib.util.find_spec("torch")                         # finds it without importing it
+        spec = importlib.util.find_spec("torch")                         # does not import it
         if spec is None or not spec.submodule_search_locations:
             raise BadInput("torch is not installed: pip install -r requirements.txt")
         root = spec.submodule_search_locations[0]
@@ -30,11 +30,12 @@ def documents(root=None):
         if path.startswith(LEFT_OUT):
             continue
         try:
-            text = (Path(root) / path).read_bytes().decode("utf-8").replace("\r\n", "\n").replace("\r", "\n")
+            text = (Path(root) / path).read_bytes().decode("utf-8")
         except UnicodeDecodeError:
             skipped += 1
             continue
         if text.strip():
+            text = text.replace("\r\n", "\n").replace("\r", "\n")
             yield "val" if held_out(path, VAL_SHARE) else "train", text
     if skipped:
         print(f"skipped {skipped} files that are not UTF-8")

