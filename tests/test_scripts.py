@@ -8,6 +8,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from dataclasses import fields
 from functools import cache
 from pathlib import Path
 
@@ -19,7 +20,7 @@ import train
 from configurator import ROOT, configure
 from data.tokenizer import load_tokenizer
 from family.dpo import DPOConfig
-from model import MiniCPMConfig
+from model import MiniCPM, MiniCPMConfig, init_weights
 from tools import evaluate
 
 FAMILY = ("family", "tools", "labs")
@@ -283,13 +284,12 @@ def test_streaming_never_breaks_a_character(laptop):
 
 
 def test_the_token_that_begins_a_document_is_drawn_only_if_it_also_ends_one():
-    class Model:
-        def generate(self, prompts, *rest):
-            return rest[-2:]                                             # stop_ids, never_ids
-    tokenizer = load_tokenizer("bytes")
-    assert sample.generate(Model(), tokenizer, [[1]], sample.SampleConfig(), 0) == ([tokenizer.eos], [tokenizer.bos])
-    tokenizer.bos = tokenizer.eos                                        # as in gpt2
-    assert sample.generate(Model(), tokenizer, [[1]], sample.SampleConfig(), 0) == ([tokenizer.eos], [])
+    model = MiniCPM(MiniCPMConfig(vocab_size=2, n_layer=1, n_head=1, n_embd=8, n_ff=8, dim_model_base=8))
+    init_weights(model, seed=0)
+
+    def drawn(stop_ids):
+        return {int(token) for token in model.generate([[1]], 50, never_ids=[0], stop_ids=stop_ids)}
+    assert drawn([]) == {1} and 0 in drawn([0])                          # one token for both, as in gpt2
 
 
 def test_chat_answers_until_input_ends(laptop, capsys, monkeypatch):
@@ -336,9 +336,6 @@ def test_the_true_continuation_is_found_by_a_model_that_knows_it(laptop):
 
 
 def test_help_lists_every_knob(capsys):
-    from dataclasses import fields
-
-    from model import MiniCPMConfig
     with pytest.raises(SystemExit) as stop:
         train.main(["--help"])
     said = capsys.readouterr().out
