@@ -1,9 +1,12 @@
 #!/bin/bash
-# Two nodes of eight GPUs:   sbatch --nodes=2 slurm.sh config/minicpm_1b.py --out_dir=/shared/minicpm-1b
+# Two nodes of eight GPUs:
 #
-# One agent (torchrun) a node starts one process a GPU and starts them anew, from the last checkpoint, when one fails. A node
-# that is lost ends the job step; --requeue puts the job back, and the same command continues the run. Before the time limit
-# Slurm sends SIGTERM: the processes finish their step, save, and end.
+#     sbatch --nodes=2 slurm.sh config/minicpm_1b.py --out_dir=/shared/minicpm-1b
+#
+# One torchrun per node starts one process per GPU. If a process fails, torchrun restarts all of
+# them from the last checkpoint. If a node is lost, the job step ends; --requeue queues the job
+# again, and the same command continues the run. Before the time limit Slurm sends SIGTERM: the
+# processes finish their step, save, and exit.
 #SBATCH --job-name=minicpm
 #SBATCH --ntasks-per-node=1
 #SBATCH --gpus-per-node=8
@@ -15,8 +18,8 @@
 set -euo pipefail
 
 head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-# A new store for every round of agents: the shared one keeps the addresses of processes that are gone.
+# Use a new rendezvous store for every restart: a shared one keeps the addresses of dead processes.
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 export OMP_NUM_THREADS=$((SLURM_CPUS_PER_TASK / 8))
-srun --kill-on-bad-exit=1 torchrun --nnodes="$SLURM_NNODES" --nproc_per_node=8 --max-restarts=20 --rdzv-backend=c10d \
-    --rdzv-endpoint="$head:29500" --rdzv-id="$SLURM_JOB_ID" train.py "$@"
+srun --kill-on-bad-exit=1 torchrun --nnodes="$SLURM_NNODES" --nproc_per_node=8 --max-restarts=20 \
+    --rdzv-backend=c10d --rdzv-endpoint="$head:29500" --rdzv-id="$SLURM_JOB_ID" train.py "$@"

@@ -1,4 +1,4 @@
-"""One GPU, the 124M class (GPT-2 small's size): 10B tokens of FineWeb-Edu."""
+"""A 124M model (the size of GPT-2 small) on one GPU: 10B tokens of FineWeb-Edu."""
 out_dir = "out/gpu_124m"
 data = "fineweb_edu"
 tokenizer = "gpt2"
@@ -10,7 +10,7 @@ n_embd = 768
 n_ff = 1920                     # 81M parameters in the layers, 39M in the embedding
 
 block_size = 1024
-batch_size = 480                # 480 sequences * 1,024 tokens = 491,520 tokens an update
+batch_size = 480                # 480 sequences * 1,024 tokens = 491,520 tokens per update
 max_steps = 20_000              # * 491,520 tokens = 9.8B tokens
-decay_share = 0.1               # the paper's advice
+decay_share = 0.1               # as the paper advises
 save_interval = 1000

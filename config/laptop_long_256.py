@@ -1,4 +1,6 @@
-"""Long contexts, first rung: the laptop model learns to retrieve at the length it was trained at. Three minutes on one CPU core.
+"""Long contexts, first step: the laptop model learns to retrieve, at its training length.
+
+Three minutes on one CPU core. First prepare the data:
 
     python data/speeches/prepare.py
     python data/passkey/prepare.py --block_size=256
@@ -6,14 +8,14 @@
 init_from = "out/laptop"
 out_dir = "out/laptop-long-256"
 data = "passkey_256:0.44,speeches:0.28,pytorch:0.28"
-answers_only = False        # running text around the keys is learned too
-doc_mask = True             # a question must not see another document's key
+answers_only = False        # learn the running text around the keys too
+doc_mask = True             # a question must not see the keys of another document
 
 tie_word_embeddings = False # the head starts as a copy of the embedding (paper section 7.2)
-max_position = 256          # what RoPE was trained for: dynamic scaling counts from here
+max_position = 256          # length RoPE was trained at; dynamic scaling starts there
 
 block_size = 256
-batch_size = 8              # 8 sequences * 256 tokens = 2,048 tokens an update
+batch_size = 8              # 8 sequences * 256 tokens = 2,048 tokens per update
 max_steps = 1500
 learning_rate = 0.004
 min_lr = 0.0004

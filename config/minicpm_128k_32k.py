@@ -1,29 +1,34 @@
-"""MiniCPM-2.4B-128K, first half (paper section 7.2): from 4,096 to 32,768 tokens by a larger RoPE base (ABF).
+"""MiniCPM-2.4B-128K, first half (paper section 7.2).
 
-    python data/fineweb_edu/prepare.py --tokenizer=openbmb/MiniCPM-2B-sft-bf16 --min_doc_tokens=32768 --suffix=_long     and so on: see data
+From 4,096 to 32,768 tokens by a larger RoPE base (ABF).
 
-The paper gives the method, the mixture's shares and that it is WSD; lengths of the stages, tokens, batch and learning rate it
-does not.
+The paper states the method, the shares of the mixture, and that the schedule is WSD. It does not
+state the lengths of the stages, nor tokens, batch size and learning rate. First prepare the data,
+and likewise the short documents:
+
+    python data/fineweb_edu/prepare.py --tokenizer=openbmb/MiniCPM-2B-sft-bf16 \
+        --min_doc_tokens=32768 --suffix=_long
 """
 init_from = "out/minicpm_2b/step-00261000"    # the last stable checkpoint, weights only
 out_dir = "out/minicpm_128k_32k"
-data = "fineweb_edu_long:0.44,fineweb_edu_short:0.56"   # stands for books, encyclopedias and papers against short text
+# In place of the paper's mixture of books, encyclopedias and papers with short text.
+data = "fineweb_edu_long:0.44,fineweb_edu_short:0.56"
 tokenizer = "openbmb/MiniCPM-2B-sft-bf16"   # on the Hugging Face hub; needs transformers
 doc_mask = True
 
-vocab_size = 122753             # the checkpoint's, like the next four
+vocab_size = 122753             # as in the checkpoint; also the next four
 n_layer = 40
 n_head = 36
 n_embd = 2304
 n_ff = 5760
 tie_word_embeddings = False     # the head starts as a copy of the embedding
-rope_theta = 1e6                # the released 128K model's; that of this stage is not stated
+rope_theta = 1e6                # as in the released 128K model; not stated for this stage
 max_position = 32768
 
 block_size = 32768
-batch_size = 128                # 128 sequences * 32,768 tokens = 4,194,304 tokens an update
+batch_size = 128                # 128 sequences * 32,768 tokens = 4,194,304 tokens per update
 max_steps = 5000                # * 4,194,304 tokens = 21B tokens
-decay_steps = 0                 # the decay comes at full length
+decay_steps = 0                 # the decay comes in the second half
 learning_rate = 0.001           # where the 2.4B's decay ends
 warmup_steps = 100
 recompute = 1

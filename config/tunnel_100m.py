@@ -1,4 +1,7 @@
-"""Wind-tunnel model 0.1B (paper, appendix table 8). Batch and length are ours: the paper gives none."""
+"""Wind-tunnel model 0.1B (paper, appendix table 8).
+
+The paper states neither batch size nor sequence length; those here are our choice.
+"""
 out_dir = "out/tunnel_100m"
 data = "fineweb_edu"
 tokenizer = "gpt2"
@@ -9,7 +12,7 @@ n_embd = 768
 n_ff = 1920
 
 block_size = 1024
-batch_size = 128             # 128 sequences * 1,024 tokens = 131,072 tokens an update
-max_steps = 16_600          # 20 tokens for each of the 108,552,960 parameters without the embedding
-decay_share = 0.1           # the paper's advice
+batch_size = 128            # 128 sequences * 1,024 tokens = 131,072 tokens per update
+max_steps = 16_600          # 20 tokens for each of 108,552,960 parameters without the embedding
+decay_share = 0.1           # as the paper advises
 save_interval = 1000

@@ -1,4 +1,7 @@
-"""Wind-tunnel model 0.17B (paper, appendix table 8). Batch and length are ours: the paper gives none."""
+"""Wind-tunnel model 0.17B (paper, appendix table 8).
+
+The paper states neither batch size nor sequence length; those here are our choice.
+"""
 out_dir = "out/tunnel_170m"
 data = "fineweb_edu"
 tokenizer = "gpt2"
@@ -9,7 +12,7 @@ n_embd = 896
 n_ff = 2240
 
 block_size = 1024
-batch_size = 128             # 128 sequences * 1,024 tokens = 131,072 tokens an update
-max_steps = 25_400          # 20 tokens for each of the 166,216,064 parameters without the embedding
-decay_share = 0.1           # the paper's advice
+batch_size = 128            # 128 sequences * 1,024 tokens = 131,072 tokens per update
+max_steps = 25_400          # 20 tokens for each of 166,216,064 parameters without the embedding
+decay_share = 0.1           # as the paper advises
 save_interval = 1000

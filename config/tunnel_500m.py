@@ -1,4 +1,7 @@
-"""Wind-tunnel model 0.5B (paper, appendix table 8). Batch and length are ours: the paper gives none."""
+"""Wind-tunnel model 0.5B (paper, appendix table 8).
+
+The paper states neither batch size nor sequence length; those here are our choice.
+"""
 out_dir = "out/tunnel_500m"
 data = "fineweb_edu"
 tokenizer = "gpt2"
@@ -9,7 +12,7 @@ n_embd = 1344
 n_ff = 3360
 
 block_size = 1024
-batch_size = 256             # 256 sequences * 1,024 tokens = 262,144 tokens an update
-max_steps = 38_000          # 20 tokens for each of the 498,614,592 parameters without the embedding
-decay_share = 0.1           # the paper's advice
+batch_size = 256            # 256 sequences * 1,024 tokens = 262,144 tokens per update
+max_steps = 38_000          # 20 tokens for each of 498,614,592 parameters without the embedding
+decay_share = 0.1           # as the paper advises
 save_interval = 1000

@@ -234,7 +234,7 @@ def test_the_block_size_must_be_that_of_the_packed_corpus(tmp_path, capsys):
             evaluate.main([f"--ckpt={tmp_path / 'run'}", f"--data_dir={tmp_path}", f"--task={task}"])
         assert capsys.readouterr().err.startswith(says)
     evaluate.main([f"--ckpt={tmp_path / 'run'}", f"--questions_file={tmp_path / 'in.jsonl'}", "--task=exact", "--questions=4", "--answer_tokens=3"])
-    assert re.search(r"exact 0.0 \+- 0.0 % of 4 questions, \d\.\d tokens an answer\n$", capsys.readouterr().out)
+    assert re.search(r"exact 0.0 \+- 0.0 % of 4 questions, \d\.\d tokens per answer\n$", capsys.readouterr().out)
 
 
 # ---- instructions

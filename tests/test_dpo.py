@@ -21,7 +21,7 @@ LN2 = math.log(2)
 
 
 def write_pairs(path, n, seed):
-    """Of two answers the one in digits is chosen, be it the longer or the shorter one."""
+    """Write n pairs. The chosen answer is the one in digits, whether it is longer or shorter."""
     rng = random.Random(seed)
     letters = lambda alphabet, most: "".join(rng.choices(alphabet, k=rng.randint(1, most)))            # noqa: E731
     path.write_text("".join(json.dumps({"prompt": letters("pqrst", 6), "chosen": letters("0123456789", 4),
@@ -74,7 +74,7 @@ def curve(out):
 
 
 def refused(capsys, *argv):
-    """What main says, in one line, when it refuses."""
+    """Return the error message of a command that exits with status 2."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as end:
         dpo.main(list(map(str, argv)))
@@ -84,7 +84,7 @@ def refused(capsys, *argv):
 
 
 def killed(monkeypatch, at, *args):
-    """A run that is broken off after `at` updates."""
+    """Start a run and interrupt it after `at` updates."""
     plain = train_module.train
 
     def breaking(*args, **kwargs):
@@ -108,30 +108,29 @@ def test_the_loss_is_the_formula():
     assert torch.allclose(dpo.dpo_loss(policy.log(), reference.log(), beta, 0.2), -0.8 * right.log() - 0.2 * wrong.log(), atol=1e-6)
 
 
-def test_its_gradient_lifts_the_chosen_answer_and_stops_where_labels_are_smoothed():
+def test_the_gradient_raises_the_chosen_answer_and_vanishes_at_the_smoothed_odds():
     policy = torch.zeros(1, 2, requires_grad=True)
     dpo.dpo_loss(policy, torch.zeros(1, 2), beta=0.1).sum().backward()
     assert policy.grad.tolist() == [[pytest.approx(-0.05), pytest.approx(0.05)]]
-    certain = torch.tensor([[math.log(4) / 0.1, 0.0]], requires_grad=True)             # odds of 4 to 1 are what a share of 0.2 wrong means
+    certain = torch.tensor([[math.log(4) / 0.1, 0.0]], requires_grad=True)             # 0.2 wrong labels correspond to odds of 4 to 1
     dpo.dpo_loss(certain, torch.zeros(1, 2), 0.1, label_smoothing=0.2).sum().backward()
     assert certain.grad.abs().max() < 1e-6
 
 
-def test_the_sft_term_is_the_nll_of_a_token_of_the_chosen_answer():
+def test_the_sft_term_is_the_nll_per_token_of_the_chosen_answer():
     (config,) = build([dpo.DPOConfig], {"init_from": "x", "pairs": "x", "sft_coef": 0.5})
-    targets = torch.tensor([[[-100, 7, 8], [-100, -100, 9]]])
     policy = torch.tensor([[-3.0, -4.0]])
-    losses, measures = dpo.dpo_metrics(policy, policy, targets, config)
+    losses, measures = dpo.dpo_metrics(policy, policy, torch.tensor([2]), config)
     assert losses.tolist() == [pytest.approx(LN2 + 0.5 * 1.5)] and measures["chosen_nll"].tolist() == [1.5]
     assert measures["accuracy"].tolist() == [0.5] and measures["kl"].tolist() == [0]
 
 
-def test_log_probabilities_are_of_the_last_answer_alone_and_know_nothing_of_padding(place):
+def test_log_probabilities_cover_only_the_last_answer_and_ignore_padding(place):
     tokenizer, model = load_tokenizer("bytes"), MiniCPM.from_pretrained(place / "sft")
     messages = [{"role": "user", "content": "ab"}, {"role": "assistant", "content": "c"}, {"role": "user", "content": "d"}]
     answers = ("efg", "h")
-    batch = dpo.stack([dpo.encode(tokenizer, messages, answers, 64)] * 2, 64)
-    found, _ = dpo.answer_logp(model, batch["idx"], batch["targets"])
+    batch = dpo.make_batch([dpo.encode(tokenizer, messages, answers, 64)], [0, 0], 64)
+    found, _ = dpo.answer_logp(model, batch)
     for side, answer in enumerate(answers):
         prompt = chat_ids(tokenizer, messages, generate=True)[0]
         ids = [*prompt, *tokenizer.encode(answer), tokenizer.eos]
@@ -140,7 +139,7 @@ def test_log_probabilities_are_of_the_last_answer_alone_and_know_nothing_of_padd
         assert found[:, side].tolist() == [pytest.approx(wanted, abs=1e-4)] * 2
 
 
-def test_few_shapes_and_a_fresh_order_every_epoch():
+def test_batches_have_few_shapes_and_every_epoch_its_own_order():
     (config,) = build([dpo.DPOConfig], {"init_from": "x", "pairs": "x", "block_size": 10, "batch_size": 4, "epochs": 2})
     row = torch.zeros(1, dtype=torch.int32).numpy()
     pairs = [((row.repeat(n), row.repeat(n)), (row, row)) for n in range(1, 11)]
@@ -148,8 +147,8 @@ def test_few_shapes_and_a_fresh_order_every_epoch():
     epochs = [batches(None, first, 10)[0]["index"].tolist() for first in (0, 10)]
     assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(10)) and epochs[0] != epochs[1]
     assert batches(None, 4, 4)[0]["index"].tolist() == epochs[0][4:8]
-    assert {dpo.stack([pair], 10)["idx"].shape[2] for pair in pairs} == {3, 6, 9, 12}
-    assert dpo.steps_of(config, 10) == 5
+    assert {dpo.make_batch([pair], [0], 10)["idx"].shape[2] for pair in pairs} == {3, 6, 9, 12}
+    assert dpo.count_updates(config, 10) == 5
 
 
 # ---- runs
@@ -166,15 +165,15 @@ def test_a_run_starts_at_ln_2_and_learns_the_preference(place):
     assert meta["model"]["mup_lr"] is False
 
 
-def test_the_reference_is_that_of_the_model_it_starts_from(place):
+def test_the_reference_is_the_model_that_the_run_starts_from(place):
     model, tables = MiniCPM.from_pretrained(place / "sft"), load_file(place / "straight" / "reference.safetensors")
     for split, file in (("train", "train.jsonl"), ("val", "test.jsonl")):
         records = [json.loads(line) for line in (place / file).read_text().splitlines()]
         pairs = [dpo.encode(load_tokenizer("bytes"), [{"role": "user", "content": r["prompt"]}], (r["chosen"], r["rejected"]), 16)
                  for r in records]
-        batch = dpo.stack(pairs, 16)
+        batch = dpo.make_batch(pairs, range(len(pairs)), 16)
         with torch.no_grad():
-            logp, _ = dpo.answer_logp(model, batch["idx"], batch["targets"])
+            logp, _ = dpo.answer_logp(model, batch)
         assert torch.allclose(tables[split], logp, atol=1e-4)
 
 
@@ -185,9 +184,9 @@ def test_micro_batches_do_not_change_the_run(place):
         assert [x[name] for x in parts] == pytest.approx([x[name] for x in whole], abs=1e-4), name
 
 
-def test_a_killed_run_goes_on_as_if_nothing_had_been(place, monkeypatch, capsys):
+def test_a_killed_run_continues_with_identical_results(place, monkeypatch, capsys):
     killed(monkeypatch, 17, place, "killed")
-    monkeypatch.setattr(dpo, "compute_reference", None)                                # it is read
+    monkeypatch.setattr(dpo, "compute_reference", None)                                # it is read from the file
     run(place, "killed")
     assert curve(place / "killed") == curve(place / "straight")
     weights = [dict(checkpoint.read_tensors(checkpoint.resolve(place / out), "model")) for out in ("killed", "straight")]
@@ -202,15 +201,15 @@ def test_a_reference_of_other_pairs_or_another_model_is_refused(place, monkeypat
     killed(monkeypatch, 1, place, "other", f"--pairs={pairs}")                         # before its first checkpoint
     write_model(place / "another", 5)
     said = refused(capsys, *argv, f"--init_from={place / 'another'}")
-    assert "reference.safetensors: was made from another model;" in said and "\n" not in said
-    assert "another model and other numerics;" in refused(capsys, *argv, f"--init_from={place / 'another'}", "--dtype=bfloat16")
+    assert "reference.safetensors: does not match this run's model;" in said and "\n" not in said
+    assert "this run's model and numerics;" in refused(capsys, *argv, f"--init_from={place / 'another'}", "--dtype=bfloat16")
     killed(monkeypatch, 5, place, "other", f"--pairs={pairs}", "--save_interval=4")
     write_pairs(pairs, 60, 4)
-    assert "was made from another pairs;" in refused(capsys, *argv, "--save_interval=4")
+    assert "this run's pairs;" in refused(capsys, *argv, "--save_interval=4")
     (place / "other" / "reference.safetensors").unlink()
     assert "reference.safetensors: missing" in refused(capsys, *argv, "--save_interval=4")
     (place / "other" / "reference.safetensors").write_bytes(b"nonsense")
-    assert "not a reference's log-probabilities" in refused(capsys, *argv, "--save_interval=4")
+    assert "not a table of log-probabilities" in refused(capsys, *argv, "--save_interval=4")
     (place / "other" / "reference.safetensors").unlink()
     assert abs(curve(run(place, "other", f"--pairs={pairs}", "--overwrite=True", "--max_steps=1"))[0][0]["loss"] - LN2) < 1e-6
 
@@ -218,16 +217,16 @@ def test_a_reference_of_other_pairs_or_another_model_is_refused(place, monkeypat
 def test_pairs_of_a_twentieth_of_the_prompts_are_held_out_and_long_ones_counted(place, capsys):
     (config,) = build([dpo.DPOConfig], {"init_from": "x", "pairs": str(place / "train.jsonl"), "block_size": 12})
     said = []
-    splits = dpo.read_pairs(config, load_tokenizer("bytes"), said.append)
+    splits = dpo.load_pairs(config, load_tokenizer("bytes"), said.append)
     records = [json.loads(line) for line in (place / "train.jsonl").read_text().splitlines()]
     longest = [3 + len(r["prompt"]) + max(len(r["chosen"]), len(r["rejected"])) for r in records]      # <s> <user> <AI>; eos is target only
     too_long = sum(n > 12 for n in longest)
     assert 0 < too_long < 250 and said == [f"{place / 'train.jsonl'}: {too_long} pairs left out, longer than --block_size=12 tokens"]
     assert len(splits["train"]) + len(splits["val"]) == 250 - too_long and 0 < len(splits["val"]) < 30
-    few = dpo.read_pairs(build([dpo.DPOConfig], asdict(config) | {"max_pairs": 100})[0], load_tokenizer("bytes"), said.append)
+    few = dpo.load_pairs(build([dpo.DPOConfig], asdict(config) | {"max_pairs": 100})[0], load_tokenizer("bytes"), said.append)
     assert len(few["train"]) == 100
     with pytest.raises(BadInput, match="no pair for training of at most --block_size=2"):
-        dpo.read_pairs(build([dpo.DPOConfig], asdict(config) | {"block_size": 2})[0], load_tokenizer("bytes"), said.append)
+        dpo.load_pairs(build([dpo.DPOConfig], asdict(config) | {"block_size": 2})[0], load_tokenizer("bytes"), said.append)
 
 
 def test_bad_input_is_one_line_each(place, capsys):
@@ -256,7 +255,7 @@ def test_help_explains_the_knobs_of_both(capsys):
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="torchrun with gloo is tried on Linux and macOS")
 def test_two_processes_are_one(place):
-    """Sharded, accumulated and recomputed, and resumed by one process that reads the reference of two."""
+    """Sharded; with micro-steps and recomputing; replicated: each gives the curve of one process."""
     for name, more in (("2-shard", ()), ("2-parts", ("--micro_batch_size=2", "--recompute=2")), ("2-copies", ("--replicate=2",))):
         command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master-port=0", "--rdzv-backend=c10d",
                    "--rdzv-endpoint=localhost:0", "-m", "family.dpo", str(place / "tiny.py"), f"--out_dir={place / name}", *more]

@@ -1,4 +1,4 @@
-"""Long contexts: retrieval documents and their score, parts of a corpus by length, untying, limits, the rungs' configs."""
+"""Long contexts: retrieval documents and their score, parts of a corpus by length, untying, limits, the configs of each step."""
 import json
 import re
 from types import SimpleNamespace
@@ -100,7 +100,7 @@ class Stub:
 
 
 def copied(idx):
-    """The key that the text states, at the two places where it is asked for."""
+    """Predict the stated key at the two positions of the answer."""
     out = torch.zeros_like(idx)
     for row, seen in zip(idx.tolist(), out):
         stated = BPE.decode(row[1:]).split("The pass key of the ")[1]
@@ -108,7 +108,7 @@ def copied(idx):
     return out
 
 
-def test_a_model_that_finds_every_key_scores_all_and_one_that_names_the_same_always_scores_chance():
+def test_a_model_that_finds_every_key_scores_1_and_one_that_repeats_a_word_scores_0():
     filler = np.array(BPE.encode(TEXT))
     ask = lambda answer: passkey.retrieval(Stub(answer), BPE, filler, (64, 100), (0, 1), 12, 1, 512)     # noqa: E731
     assert ask(copied) == {64: [1, 1], 100: [1, 1]}
@@ -119,7 +119,7 @@ def test_a_model_that_finds_every_key_scores_all_and_one_that_names_the_same_alw
     assert half == {64: [0, 0], 100: [0, 0]}
 
 
-def test_evaluate_prints_a_table_a_figure_and_loss_by_position_and_refuses_what_cannot_be(data_dir, tmp_path, capsys):
+def test_evaluate_prints_a_table_a_figure_and_loss_by_position_and_refuses_bad_options(data_dir, tmp_path, capsys):
     run(data_dir, tmp_path / "a")
     common = [f"--ckpt={tmp_path / 'a'}", f"--data_dir={data_dir}", "--data=speeches"]
     evaluate.main([*common, "--task=passkey", "--lengths=32,64", "--depths=0,1", "--questions=2", f"--figure={tmp_path / 'map.png'}"])
@@ -169,7 +169,7 @@ def run(data_dir, out, *options):
     return MiniCPM.from_pretrained(out)
 
 
-def test_the_next_rung_unties_the_head_as_a_copy_and_changes_the_base(data_dir, tmp_path):
+def test_the_next_step_unties_the_head_as_a_copy_and_changes_the_base(data_dir, tmp_path):
     before = run(data_dir, tmp_path / "a")
     after = run(data_dir, tmp_path / "b", f"--init_from={tmp_path / 'a'}", "--tie_word_embeddings=False", "--rope_theta=50000",
                 "--rope_scaling=dynamic", "--rope_factor=4", "--max_position=64", "--block_size=64", "--doc_mask=True",
@@ -190,17 +190,17 @@ def test_generation_and_cache_beyond_the_context_are_refused_in_one_line(data_di
 
 # ---- configs
 
-RUNGS = [path.name for pattern in ("*_long_*.py", "*_128k*.py") for path in sorted((ROOT / "config").glob(pattern))]
+STEPS = [path.name for pattern in ("*_long_*.py", "*_128k*.py") for path in sorted((ROOT / "config").glob(pattern))]
 
 
-@pytest.mark.parametrize("name", RUNGS)
-def test_the_rungs_parse_and_each_begins_where_another_ends(name):
+@pytest.mark.parametrize("name", STEPS)
+def test_the_configs_parse_and_each_starts_from_the_result_of_another(name):
     (train_config, model), given = configure([f"config/{name}"], TrainConfig, MiniCPMConfig, usage="")
     starts = {"laptop_long_256.py": "out/laptop", "minicpm_128k_32k.py": "out/minicpm_2b/step-00261000"}
-    rungs = {configure([str(path)], TrainConfig, MiniCPMConfig, usage="")[0][0].out_dir for path in (ROOT / "config").glob("*.py")
+    out_dirs = {configure([str(path)], TrainConfig, MiniCPMConfig, usage="")[0][0].out_dir for path in (ROOT / "config").glob("*.py")
              if not path.stem.endswith("dpo")}                               # of other options
     assert train_config.init_from == starts.get(name, train_config.init_from) and train_config.doc_mask
-    assert train_config.init_from in rungs | set(starts.values()) and not model.tie_word_embeddings
+    assert train_config.init_from in out_dirs | set(starts.values()) and not model.tie_word_embeddings
     assert train_config.block_size <= model.max_position * model.rope_factor
 
 

@@ -355,7 +355,7 @@ def test_what_can_not_be_upcycled(tmp_path, capsys):
     assert "no such checkpoint" in refused(capsys, f"--ckpt={tmp_path / 'nothing'}", f"--out={out}")
     odd = save(tmp_path / "odd", make(dataclasses.replace(DENSE, n_ff=50)))
     assert "--n_ff=50" in refused(capsys, f"--ckpt={odd}", f"--out={out}")
-    assert "is there already" in refused(capsys, f"--ckpt={source}", f"--out={tmp_path / 'experts'}")
+    assert "exists already" in refused(capsys, f"--ckpt={source}", f"--out={tmp_path / 'experts'}")
     assert not out.exists()
     out.mkdir()
     (out / "config.json").write_text("{}")

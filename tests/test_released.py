@@ -37,7 +37,7 @@ VARIANTS = {
 def make(changes):
     model = MiniCPM(dataclasses.replace(SMALL, **changes))
     init_weights(model, 1)
-    for name, p in model.named_parameters():                               # norms of ones would hide a mix-up
+    for name, p in model.named_parameters():                               # norms of ones would hide swapped names
         if name.endswith("norm.weight"):
             torch.nn.init.uniform_(p, 0.5, 1.5, generator=torch.Generator().manual_seed(len(name)))
     return model.eval()
@@ -55,7 +55,7 @@ def run(*argv):
 
 
 def fails(capsys, main, *argv):
-    """What main prints to stderr when it refuses."""
+    """Return the error message of a command that exits with status 2."""
     with pytest.raises(SystemExit) as stop:
         main([str(word) for word in argv])
     assert stop.value.code == 2
@@ -80,7 +80,7 @@ def test_export_runs_elsewhere_and_comes_back(variant, form, tmp_path):
     run(f"--ckpt={save(tmp_path / 'run', model)}", f"--to_hf={tmp_path / 'hf'}", f"--form={form}")
     for length in ([20] if variant == "longrope, short" else [20, 48]):    # above and below 32, where RoPE forms differ
         logits = model(ids(2, length))
-        if form != "minicpm":                                              # transformers has no code for that one
+        if form != "minicpm":                                              # transformers has no code for it
             reference = theirs(tmp_path / "hf")(ids(2, length)).logits
             assert (logits - reference).abs().max() < 1e-4 and torch.equal(logits.argmax(-1), reference.argmax(-1))
         again = MiniCPM.from_pretrained(tmp_path / "hf")
@@ -106,7 +106,7 @@ def test_folders_written_by_transformers_load(kind, tmp_path):
     reference.save_pretrained(tmp_path, max_shard_size="100KB")
     assert (tmp_path / "model.safetensors.index.json").is_file()
     model = MiniCPM.from_pretrained(tmp_path)
-    assert model.config.scale_depth == 1.4                                 # found again to the last bit (Llama: the default)
+    assert model.config.scale_depth == 1.4                                 # recovered to the last bit (Llama: the default)
     assert model.config.mup == (kind != "Llama")
     assert (model(ids(2, 20)) - reference(ids(2, 20)).logits).abs().max() < 1e-4
 
@@ -198,10 +198,10 @@ def test_folders_that_can_not_be_used(released, tmp_path, capsys, monkeypatch):
     path = released / "model.safetensors"
     assert "tensor model.norm.weight is missing" in broken(lambda: save_file({k: v for k, v in weights.items() if k != "model.norm.weight"}, path))
     assert "tensor model.extra is not part" in broken(lambda: save_file({**weights, "model.extra": torch.ones(2)}, path))
-    assert "not a whole file" in broken(lambda: path.write_bytes(path.read_bytes()[:-100]))
-    assert "not a whole file" in broken(lambda: path.write_bytes(b""))
+    assert "not a complete file" in broken(lambda: path.write_bytes(path.read_bytes()[:-100]))
+    assert "not a complete file" in broken(lambda: path.write_bytes(b""))
     assert "lm_head.weight is not the embedding" in broken(lambda: save_file({**weights, "lm_head.weight": torch.ones(300, 64)}, path))
-    save_file({**weights, "lm_head.weight": weights["model.embed_tokens.weight"].clone()}, path)          # a mere copy
+    save_file({**weights, "lm_head.weight": weights["model.embed_tokens.weight"].clone()}, path)          # a copy is accepted
     MiniCPM.from_pretrained(released)
     path.unlink()
     assert "no weights" in fails(capsys, sample.main, f"--ckpt={released}")
@@ -210,7 +210,7 @@ def test_folders_that_can_not_be_used(released, tmp_path, capsys, monkeypatch):
     assert "model-00001-of-00002.safetensors: missing" in fails(capsys, sample.main, f"--ckpt={released}")
     index.unlink()
     torch.save({"model.norm.weight": Evil()}, released / "pytorch_model.bin")
-    assert "not a whole file of tensors" in fails(capsys, sample.main, f"--ckpt={released}")
+    assert "not a complete file of tensors" in fails(capsys, sample.main, f"--ckpt={released}")
     assert not (tmp_path / "evil-was-here").exists()
 
 
