@@ -1,4 +1,6 @@
-"""The scripts as a user runs them: README's commands, text out, bad input, and the laptop run without the family files."""
+"""The scripts as a user runs them: the commands of README and docs, text out, bad input, the laptop run alone."""
+import ast
+import importlib
 import json
 import os
 import re
@@ -6,19 +8,43 @@ import shlex
 import shutil
 import subprocess
 import sys
+from dataclasses import fields
+from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
 
 import sample
 import train
-from configurator import ROOT
+from configurator import ROOT, configure
 from data.tokenizer import load_tokenizer
+from family.dpo import DPOConfig
+from model import MiniCPM, MiniCPMConfig, init_weights
 from tools import evaluate
 
 FAMILY = ("family", "tools", "labs")
-LONG_OR_NETWORK = ("--to_gguf", "--task=sizes", "--simulate", "data/fineweb_edu", "config/gpu_124m.py", "data/plays", "data/speeches", "--data=plays",
-                   "laptop_long", "laptop-long", "data/passkey")
+PAGES = ["README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
+
+# Commands with one of these words are not run here.
+NOT_RUN = {
+    "pytest": "this suite",
+    "labs.": "tests/test_labs.py runs every lab",
+    "data/fineweb_edu": "needs a network; tests/test_prepare.py runs it without one",
+    "config/gpu_124m.py": "needs that corpus",
+    "data/plays": "needs PyPI; tests/test_prepare.py",
+    "data/speeches": "needs PyPI; tests/test_prepare.py",
+    "--data=plays": "needs that corpus",
+    "data/passkey": "needs the speeches; tests/test_long.py",
+    "laptop_long": "needs the speeches; tests/test_long.py",
+    "laptop-long": "needs the speeches; tests/test_long.py",
+    "--ckpt=PATH": "needs a released model; tests/test_released.py",
+    "--init_from=PATH": "needs a released model; tests/test_released.py, tests/test_dpo.py",
+    "--to_gguf": "needs llama.cpp; tests/test_released.py",
+    "--nanogpt": "needs a nanoGPT checkout; tests/test_bench.py",
+}
+# --help and --key=value; and options of torchrun and sbatch, up to their first hyphen.
+FOREIGN_OPTIONS = {"help", "key", "nproc_per_node", "nnodes", "nodes", "max", "rdzv"}
 
 
 def run(*argv, cwd=None, code=0):
@@ -30,13 +56,15 @@ def run(*argv, cwd=None, code=0):
 
 @pytest.fixture(scope="module")
 def laptop(tmp_path_factory):
-    """A copy of the project without family/, tools/ and labs/ in which `python train.py --max_steps=2` has run."""
+    """A copy of the project without family/, tools/ and labs/ in which the first command has run, two steps long."""
     root = tmp_path_factory.mktemp("clone") / "nanocpm"
     shutil.copytree(ROOT, root, ignore=shutil.ignore_patterns("out", ".git", "bpe4096", "bytes", "tests", *FAMILY))
     # The corpus is prepared by the command itself, from a torch package cut down to a hundred files.
     script = root / "data" / "pytorch" / "prepare.py"
-    script.write_text(script.read_text(encoding="utf-8").replace('rglob("*.py"))', 'glob("nn/**/*.py"))'), encoding="utf-8")
-    said = run("train.py", "--max_steps=2", cwd=root)
+    source = script.read_text(encoding="utf-8")
+    assert 'rglob("*.py")' in source
+    script.write_text(source.replace('rglob("*.py")', 'glob("nn/**/*.py")'), encoding="utf-8")
+    said = run("train.py", "--max_steps=2", "--eval_tokens=16384", "--sample_tokens=20", cwd=root)
     return root, said
 
 
@@ -51,71 +79,174 @@ def test_the_first_command_prepares_trains_evaluates_draws_and_samples(laptop):
 
 def test_sampling_needs_no_family_file_and_works_from_any_folder(laptop, tmp_path):
     root, _ = laptop
-    assert len(run("sample.py", "--max_new_tokens=20", cwd=root)) > 10
-    elsewhere = run(root / "sample.py", f"--ckpt={root / 'out/laptop'}", "--prompt=def forward(", "--max_new_tokens=5", cwd=tmp_path)
-    assert elsewhere.startswith("def forward(")
+    said = run(root / "sample.py", f"--ckpt={root / 'out/laptop'}", "--prompt=def forward(", "--max_new_tokens=5", cwd=tmp_path)
+    assert said.startswith("def forward(")
 
 
-def readme_commands():
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    blocks = re.findall(r"```sh\n(.*?)```", text, re.S)
-    lines = [line.split("#")[0].strip() for block in blocks for line in block.splitlines()]
-    inline = re.findall(r"`(python (?:-m )?[\w/.]+[^`]*)`", text)
-    return [line for line in dict.fromkeys(lines + inline) if line.startswith("python ") and "pytest" not in line and "labs." not in line]
+# ---- the commands of README and docs
+
+@cache
+def text_of(page):
+    return (ROOT / page).read_text(encoding="utf-8")
+
+
+def commands(page, program):
+    """Return the commands of a page that begin with `program`, once each: lines of ```sh blocks, and inline code."""
+    blocks = re.findall(r"```sh\n(.*?)```", text_of(page), re.S)
+    lines = [line.split("#")[0] for block in blocks for line in block.splitlines()]
+    found = [part.strip() for line in lines for part in line.split("&&")]
+    found += re.findall(r"`([^`\n]+)`", text_of(page))
+    return [command for command in dict.fromkeys(found) if command.startswith(f"{program} ") and command != "python -m"]
+
+
+def is_run(command):
+    return not any(word in command for word in NOT_RUN)
+
+
+def shortened(words, root):
+    """Return options that make a command short, and keep it away from the project's own data."""
+    command, data_dir = " ".join(words), f"--data_dir={root / 'data'}"
+    if words[0] == "train.py":
+        short = ["--eval_tokens=4096", "--sample_tokens=5", "--micro_batch_size=2", data_dir]
+        if "--decay_steps=0" in words:
+            short.append("--max_steps=4")
+        elif "branch_from" in command or "laptop_decay" in command or "laptop_anneal" in command:
+            short.append("--decay_steps=2")
+        else:
+            short.append("--max_steps=2")
+        if words == ["train.py"]:
+            short.append("--out_dir=out/again")
+        if "config/colab_t4.py" in words:
+            short += ["--batch_size=1", "--n_layer=2"]
+        return short
+    return {
+        "sample.py": ["--max_new_tokens=5"],
+        "data/instruct/prepare.py": ["--train=400", "--test=80", data_dir],
+        "data/text/prepare.py": [data_dir],
+        "data/chat/prepare.py": ["--val_share=0.5", data_dir],
+        "data.tokenizer": ["--vocab_size=300"],
+        "tools.evaluate": ["--questions=8", "--answer_tokens=8", "--eval_tokens=4096", data_dir],
+        "tools.bench": ["--updates=2", "--compile=False", "--rounds=1", "--new_tokens=8"],
+        "tools.plan": ["--n_layer=2", "--micro_batch_size=1"],
+        "family.dpo": ["--max_pairs=64", "--max_steps=2", data_dir],
+    }.get(words[1] if words[0] == "-m" else words[0], [])
+
+
+def main_of(words):
+    """Return (main function, its arguments) of `python WORDS`."""
+    module, arguments = (words[1], words[2:]) if words[0] == "-m" else (words[0].removesuffix(".py").replace("/", "."), words[1:])
+    return importlib.import_module(module).main, arguments
+
+
+@pytest.fixture(scope="module")
+def own_files(tmp_path_factory):
+    """What stands for PATH in a command, by script."""
+    folder = tmp_path_factory.mktemp("own")
+    (folder / "text.txt").write_text((ROOT / "model.py").read_text(encoding="utf-8"), encoding="utf-8")
+    with open(folder / "chat.jsonl", "w", encoding="utf-8") as file:
+        for i in range(10):
+            turns = [{"role": "user", "content": f"hello {i}"}, {"role": "assistant", "content": "hi"}]
+            print(json.dumps({"messages": turns}), file=file)
+    return {"data/text/prepare.py": folder / "text.txt", "data.tokenizer": folder / "text.txt", "data/chat/prepare.py": folder / "chat.jsonl"}
+
+
+@pytest.fixture(scope="module")
+def already_run():
+    """The commands that the test of an earlier page has run."""
+    return set()
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if any(map(is_run, commands(page, "python")))])
+def test_the_commands_of_a_page_run(page, laptop, own_files, already_run, monkeypatch, capsys):
+    """In the order in which they stand there, each a few steps long, in this process."""
+    root = laptop[0]
+    monkeypatch.chdir(root)
+    monkeypatch.setattr("builtins.input", lambda prompt: "")             # ends a conversation
+    for command in commands(page, "python"):
+        if not is_run(command) or command in already_run:
+            continue
+        already_run.add(command)
+        words = shlex.split(command)[1:]
+        script = words[1] if words[0] == "-m" else words[0]
+        words = [word.replace("PATH", str(own_files.get(script))).replace("NAME", f"my-{Path(script).parent.name}") for word in words]
+        main, arguments = main_of([*words, *shortened(words, root)])
+        try:
+            main(arguments)
+        except SystemExit as stopped:
+            assert not stopped.code, f"{command}\n{capsys.readouterr().err}"
+        capsys.readouterr()
+    assert page != "README.md" or (root / "schedules.png").stat().st_size > 20000
+
+
+@pytest.mark.parametrize("module", ["family.upcycle", "tools.evaluate", "data.tokenizer"])
+def test_a_module_of_each_package_is_run_by_its_name(module):
+    assert f"python -m {module}" in run("-m", module, "--help", cwd=ROOT)
+
+
+def test_commands_for_a_network_or_a_cluster_have_known_options(capsys):
+    """What is too long to run, or needs several machines, is parsed."""
+    checked = 0
+    for page in PAGES:
+        long_ones = [command for command in commands(page, "python") if not is_run(command)]
+        for command in [*long_ones, *commands(page, "torchrun"), *commands(page, "sbatch")]:
+            words = shlex.split(command)
+            script = next((word for word in ("train.py", "slurm.sh", "family.dpo") if word in words), None)
+            if script:
+                arguments = words[words.index(script) + 1:]
+                if not any(word.endswith(".py") or word.startswith("--init_from") for word in arguments):
+                    arguments = ["config/laptop.py", *arguments]
+                configure(arguments, DPOConfig if script == "family.dpo" else train.TrainConfig, MiniCPMConfig, usage="")
+                checked += 1
+    assert checked > 8
 
 
 def test_readme_names_the_commands_that_ci_runs():
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert "\npip install -r requirements.txt && python train.py\n" in text
-    assert "\npip install -r requirements-dev.txt && python -m pytest\n" in text
-    assert len(readme_commands()) > 12
+    assert "\npip install -r requirements.txt && python train.py\n" in text_of("README.md")
+    assert "\npip install -r requirements-dev.txt && python -m pytest\n" in text_of("README.md")
+    assert len(commands("README.md", "python")) > 20
 
 
-@pytest.mark.parametrize("command", [c for c in readme_commands() if not any(word in c for word in LONG_OR_NETWORK) and "PATH" not in c])
-def test_readme_command_runs(laptop, command, tmp_path):
-    """As written, two steps long; a branch's decay is shortened, evaluation takes few questions."""
-    root, _ = laptop
-    words = shlex.split(command)[1:]
-    if words[0] == "train.py":
-        if "--help" not in words:
-            words = [w for w in words if not w.startswith(("--max_steps", "--decay_steps=2"))]
-            steps = "--decay_steps=2" if "branch" in command or "laptop_decay" in command or "laptop_anneal" in command else "--max_steps=2"
-            words += ["--max_steps=4", "--decay_steps=0"] if "--decay_steps=0" in words else [steps]
-            words.append("--eval_tokens=4096")
-            if "out_dir" not in command and not any(stage in command for stage in ("anneal", "sft", "moe")):   # others start from these
-                words.append(f"--out_dir={tmp_path / 'out'}")
-            if "colab" in command:
-                words += ["--batch_size=1", "--n_layer=2"]
-    if words[0] == "sample.py":
-        words.append("--max_new_tokens=5")                               # of a conversation, the input is at its end
-    if words[0] == "-m":
-        for folder in FAMILY:
-            shutil.copytree(ROOT / folder, root / folder, dirs_exist_ok=True)
-    if words[1:2] == ["tools.evaluate"]:
-        words += ["--questions=8", "--eval_tokens=4096"]
-    if words[1:2] == ["tools.bench"]:
-        words += ["--updates=2", "--compile=False"]
-    if "--from_hf=out/laptop-hf" in words and not (root / "out/laptop-hf").exists():
-        run("-m", "tools.convert", "--to_hf=out/laptop-hf", cwd=root)
-    if words[1:2] == ["family.dpo"]:
-        words += ["--max_pairs=64", "--max_steps=2"]
-    if words[0] == "data/instruct/prepare.py":
-        words += ["--train=400", "--test=80"]
-    elif words[0].startswith("data/"):
-        words.append(f"--data_dir={tmp_path}")
-    run(*words, cwd=root)
-    if words[0] == "wsd.py":
-        assert (root / "schedules.png").stat().st_size > 20000
+# ---- what README and docs name exists
+
+def names_in(path):
+    """Return the functions, classes and Class.field names of a Python file."""
+    names = set()
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            names.add(node.name)
+        if isinstance(node, ast.ClassDef):
+            fields = [each.target.id for each in node.body if isinstance(each, ast.AnnAssign)]
+            methods = [each.name for each in node.body if isinstance(each, ast.FunctionDef)]
+            names.update(f"{node.name}.{name}" for name in fields + methods)
+    return names
 
 
-def test_readme_paths_and_names_exist():
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    for path in re.findall(r"`((?:config|data|engine|family|tools|labs|tests)/[\w/.]+\.py)`", text) + re.findall(r"\]\((assets/[\w.]+)\)", text):
+def headings(page):
+    """Return the anchors that GitHub gives to the headings of a page."""
+    titles = re.findall(r"^#+ (.*)$", text_of(page), re.M)
+    return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_path_name_link_and_option_exists(page):
+    text = text_of(page)
+    for path in re.findall(r"(?:config|data|docs|engine|family|labs|tests|tools)/[\w/*]+\.(?:py|md|json)", text):
+        assert "NAME" in path or any(ROOT.glob(path)), path
+    for path in re.findall(r"`(\w+\.(?:py|sh|md|txt)|\w+/)`", text):
         assert (ROOT / path).exists(), path
+    for module in re.findall(r"`?(?:python -m )?((?:data|family|labs|tools)\.\w+)`", text):
+        assert (ROOT / f"{module.replace('.', '/')}.py").exists(), module
     for file, names in re.findall(r"`([\w/]+\.py): ([\w., ]+)`", text):
-        source = (ROOT / file).read_text(encoding="utf-8")
-        for name in names.split(", "):
-            assert re.search(rf"(def|class) {name}\b|^    {name.split('.')[-1]}:", source, re.M), (file, name)
+        missing = set(names.split(", ")) - names_in(ROOT / file)
+        assert not missing, f"{file}: {missing}"
+    for target in re.findall(r"\]\((?!https:)([^)]+)\)", text):
+        file, _, anchor = target.partition("#")
+        linked = (ROOT / page).parent / file
+        assert linked.exists(), target
+        assert not anchor or anchor in headings(linked.resolve().relative_to(ROOT).as_posix()), target
+    source = "".join(path.read_text(encoding="utf-8") for path in ROOT.rglob("*.py") if "out" not in path.parts)
+    for option in set(re.findall(r"--(\w+)", text)) - FOREIGN_OPTIONS:
+        assert re.search(rf"^    {option}: ", source, re.M), f"--{option}"
 
 
 # ---- sample.py and evaluate.py
@@ -153,13 +284,12 @@ def test_streaming_never_breaks_a_character(laptop):
 
 
 def test_the_token_that_begins_a_document_is_drawn_only_if_it_also_ends_one():
-    class Model:
-        def generate(self, prompts, *rest):
-            return rest[-2:]                                             # stop_ids, never_ids
-    tokenizer = load_tokenizer("bytes")
-    assert sample.generate(Model(), tokenizer, [[1]], sample.SampleConfig(), 0) == ([tokenizer.eos], [tokenizer.bos])
-    tokenizer.bos = tokenizer.eos                                        # as in gpt2
-    assert sample.generate(Model(), tokenizer, [[1]], sample.SampleConfig(), 0) == ([tokenizer.eos], [])
+    model = MiniCPM(MiniCPMConfig(vocab_size=2, n_layer=1, n_head=1, n_embd=8, n_ff=8, dim_model_base=8))
+    init_weights(model, seed=0)
+
+    def drawn(stop_ids):
+        return {int(token) for token in model.generate([[1]], 50, never_ids=[0], stop_ids=stop_ids)}
+    assert drawn([]) == {1} and 0 in drawn([0])                          # one token for both, as in gpt2
 
 
 def test_chat_answers_until_input_ends(laptop, capsys, monkeypatch):
@@ -206,9 +336,6 @@ def test_the_true_continuation_is_found_by_a_model_that_knows_it(laptop):
 
 
 def test_help_lists_every_knob(capsys):
-    from dataclasses import fields
-
-    from model import MiniCPMConfig
     with pytest.raises(SystemExit) as stop:
         train.main(["--help"])
     said = capsys.readouterr().out
