@@ -34,6 +34,7 @@ max_steps = 1000                # * 8,388,608 tokens = 8.4B tokens
 decay_steps = 200
 learning_rate = 0.001           # where the 2.4B's decay ends; here it decays to a tenth
 warmup_steps = 20
+micro_batch_size = 1
 recompute = 1
 eval_interval = 200
 eval_tokens = 10_000_000

@@ -31,6 +31,7 @@ max_steps = 5000                # * 4,194,304 tokens = 21B tokens
 decay_steps = 0                 # the decay comes in the second half
 learning_rate = 0.001           # where the 2.4B's decay ends
 warmup_steps = 100
+micro_batch_size = 1
 recompute = 1
 eval_interval = 500
 eval_tokens = 10_000_000

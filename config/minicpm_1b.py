@@ -13,6 +13,7 @@ n_embd = 1536
 n_ff = 3840
 
 block_size = 4096
+micro_batch_size = 4            # fits GPUs of 80 GB, from 8 of them on (tools.plan)
 batch_size = 480
 # From 2M to 4M tokens per update (sequences * 4,096). The paper does not state when.
 batch_schedule = "0:480,50000:960"

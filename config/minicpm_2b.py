@@ -15,6 +15,7 @@ n_embd = 2304
 n_ff = 5760
 
 block_size = 4096
+micro_batch_size = 3            # fits GPUs of 80 GB, from 8 of them on (tools.plan)
 batch_size = 960                # 960 sequences * 4,096 tokens = 3,932,160 tokens per update
 learning_rate = 0.01
 max_steps = 279_500             # * 3,932,160 tokens = 1.1T tokens

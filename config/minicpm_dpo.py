@@ -14,6 +14,7 @@ beta = 0.1                  # not stated in the paper, like the next three
 batch_size = 64
 block_size = 2048
 weight_decay = 0.0
+micro_batch_size = 4        # pairs
 recompute = 1
 eval_interval = 100
 save_interval = 200

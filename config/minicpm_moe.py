@@ -27,8 +27,8 @@ decay_steps = 18_500            # not stated in the paper; as in the 2.4B, with 
 half_life = 5000.0
 min_lr = 0.0
 warmup_steps = 2000             # not stated in the paper
-recompute = 1                   # on 64 H100, fits the 15 sequences per GPU into one micro-step
-                                # (see tools/plan.py)
+recompute = 1                   # then 64 H100 take 15 sequences each at a time (tools.plan)
+micro_batch_size = 15
 eval_interval = 1000
 eval_tokens = 10_000_000
 save_interval = 500

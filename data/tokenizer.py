@@ -240,7 +240,7 @@ def load_tokenizer(name):
     if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
         return load_folder(download(name), Path(name).name)
     near = difflib.get_close_matches(name, BUILT_IN, n=1, cutoff=0.4)
-    hint = f"; did you mean {near[0]}?" if near else ""
+    hint = f"; did you mean {near[0]}?" if near else "."
     raise BadInput(f"no tokenizer {name!r}{hint} Choices: {', '.join(BUILT_IN)}, a folder written "
                    "by python -m data.tokenizer train, a released model's folder or hub name")
 

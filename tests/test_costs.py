@@ -1,4 +1,4 @@
-"""What things cost, measured: minutes long, so only `python -m pytest -m slow -s` runs them. Take them from a quiet machine."""
+"""What things cost, measured: minutes long, so only `python -m pytest -m slow -n 0 -s` runs them. Take them from a quiet machine."""
 import statistics
 import subprocess
 import sys

@@ -14,12 +14,13 @@ import pytest
 import torch
 
 import train as train_module
-from configurator import ROOT, build
+from configurator import ROOT, BadInput, build
 from data import dataset
 from data.corpus import write_corpus
 from data.tokenizer import load_tokenizer
-from engine import checkpoint, metrics
-from engine.run import RunState
+from engine import checkpoint, device, metrics
+from engine.distributed import World
+from engine.run import RunState, new_state
 from model import MiniCPM, MiniCPMConfig, init_weights
 from train import TrainConfig, main, train
 
@@ -443,3 +444,38 @@ def test_a_model_too_large_for_the_machine_is_refused_before_it_is_built(fly, ca
 def test_state_survives_json():
     state = RunState(step=3, plan=[[0, "one"]], skips=[[4, 8]], samples_seen=4)
     assert RunState(**json.loads(json.dumps(vars(state)))) == state and state.position == 12
+
+
+# ---- the micro-batch on a GPU
+
+def test_a_micro_batch_that_does_not_fit_is_halved_and_one_that_never_fits_is_an_error():
+    def attempt(micro, most=3):
+        tried.append(micro)
+        if micro > most:
+            raise torch.OutOfMemoryError("no memory")
+    tried, said = [], []
+    assert device.halve_until_it_fits(16, attempt, said.append) == 2 and tried == [16, 8, 4, 2]
+    assert said[0] == "micro-batch: 16 sequences do not fit in memory, trying 8"
+    with pytest.raises(BadInput, match="ran out of memory: lower --micro_batch_size, give --recompute=1"):
+        device.halve_until_it_fits(4, lambda micro: attempt(micro, most=0), said.append)
+
+
+def test_the_estimate_for_a_gpu_follows_its_memory_and_divides_the_batch(monkeypatch):
+    config, chosen = TrainConfig(max_steps=1, block_size=4096), []
+    for gib in (1, 24, 48, 80, 10_000):
+        monkeypatch.setattr(device, "free_memory", lambda device: gib * 2 ** 30)
+        chosen.append(device.choose_micro_batch(MiniCPMConfig(n_layer=20), config, 60, torch.device("cuda"), shards=8))
+    assert chosen == sorted(chosen) and chosen[0] == 1 and chosen[-1] == 60 and len(set(chosen)) > 2
+    assert all(60 % micro == 0 for micro in chosen)
+
+
+def test_a_trial_of_a_micro_batch_leaves_no_trace(fly):
+    config, shape, _ = train_module.read_config([str(fly.config), "--max_steps=5"])
+    batches, _ = dataset.open_data(config, load_tokenizer("bytes"))
+    model = MiniCPM(shape)
+    init_weights(model, 0)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    state = new_state(config)
+    train_module.try_micro_batch(config, state, model, model, train_module.language_loss, batches, World(), 2)
+    assert all(p.grad is None and torch.equal(p, before[name]) for name, p in model.named_parameters())
+    assert state == new_state(config)
