@@ -168,9 +168,9 @@ def exact_percent(by_decay, after_sft):
 
 def draw(results, settings):
     by_decay, by_place = results
-    figure, ((answers, new, old),) = runs.figure(
-        1, 3, "Labelled data in the decay, and a new domain for a stable trunk (bars and bands: "
-        "all seeds)", width=5, height=4)
+    figure, ((answers, kinds), (new, old)) = runs.figure(
+        2, 2, "Labelled data in the decay, and a new domain for a stable trunk (bars and bands: "
+        "all seeds)", width=6, height=4)
     x, points = np.arange(len(ROWS)), [{**style, "linestyle": ""} for style in runs.STYLES]
     runs.bars(answers, x - 0.1, exact_percent(by_decay, after_sft=False).T, points[0],
               label="after the decay")
@@ -182,6 +182,14 @@ def draw(results, settings):
     answers.set_xticks(x, ticks, fontsize=7)
     answers.set(ylabel="exact answers (%)", title="data of the decay, and length of SFT",
                 xlim=(-0.5, 2.5), ylim=(-3, 100))
+
+    names = list(by_decay[PLAIN][0]["1"]["families"])
+    for shift, style, (row, (data, times)) in zip((-0.2, 0, 0.2), points, ROWS.items()):
+        scores = [[result[str(times)]["families"][name] for result in by_decay[data]]
+                  for name in names]                        # (kinds, seeds)
+        runs.bars(kinds, np.arange(len(names)) + shift, scores, style, label=row)
+    kinds.set_xticks(range(len(names)), names, fontsize=7)
+    kinds.set(ylabel="exact answers (%)", title="after SFT, by kind of task", ylim=(-3, 103))
 
     for ax, corpus, title in ((new, "speeches", "new domain (speeches)"),
                               (old, "pytorch", "old domain (pytorch)")):

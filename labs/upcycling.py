@@ -18,6 +18,7 @@ dense model on as many FLOPs (these two are one run with two decays), and the up
 fourth model starts with random experts, and gets the FLOPs of the trunk and of the upcycled model.
 """
 # %%
+import itertools
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -150,9 +151,9 @@ def draw(results, settings):
     if not results:
         return
     figure, axes = runs.figure(
-        1, 3, f"a dense model, and {settings.experts} experts made from it, two per token "
-        f"({len(results)} seeds)", width=5, height=4)
-    over_tokens, over_flops, load = axes.flat
+        2, 2, f"a dense model, and {settings.experts} experts made from it, two per token "
+        f"({len(results)} seeds)", width=6, height=4)
+    over_tokens, over_flops, one_layer, load = axes.flat
     million_tokens = results[0]["tokens"] / 1e6
     tflops = np.array(results[0]["flops"]) * million_tokens / 1e6
     for ax, unit, (dense, experts) in (         # the last: per update of either model
@@ -174,9 +175,15 @@ def draw(results, settings):
         for extreme, pick, fill in (("largest", np.max, "full"), ("smallest", np.min, "none")):
             runs.curve(load, steps, pick(shares, axis=(2, 3)), style, fillstyle=fill,
                        label=f"{NAMES[name]}: {extreme}")
-    load.axhline(1, color="0.5")
-    load.set(xlabel="updates", ylabel="load of an expert, 1: an equal share", ylim=(0, None),
-             title="largest and smallest load in all layers")
+    loads = settings.experts * np.array(results[0]["loads"]["experts"])[:, -1]  # (parts, experts)
+    steps = results[0]["curves"]["experts"][-1][0] * (np.arange(PARTS) + 0.5) / PARTS
+    for number, (expert, style) in enumerate(zip(loads.T, itertools.cycle(runs.STYLES)), 1):
+        one_layer.plot(steps, expert, label=f"expert {number}", markersize=4, **style)
+    one_layer.set_title("upcycled: the experts of the last layer, first seed")
+    load.set_title("largest and smallest load in all layers")
+    for ax in (one_layer, load):
+        ax.axhline(1, color="0.5")
+        ax.set(xlabel="updates", ylabel="load of an expert, 1: an equal share", ylim=(0, None))
     return figure
 
 
