@@ -47,7 +47,7 @@ class MiniCPMConfig:
     balance_coef: float = 0.01          # weight of the load-balance loss (paper: 0.01)
     router_z_coef: float = 0.0          # weight of the z-loss, which keeps router logits small
     # ---- positions (paper section 7.2)
-    max_position: int = 4096            # RoPE's reference length in tokens; not a limit
+    max_position: int = 4096            # length that RoPE is scaled for; longer inputs are accepted
     rope_theta: float = 10000.0         # RoPE's base
     rope_scaling: Literal['none', 'linear', 'dynamic', 'longrope'] = 'none'
                                         # dynamic: the 128K model; longrope: MiniCPM4
@@ -56,7 +56,7 @@ class MiniCPMConfig:
     rope_long_factor: tuple[float, ...] = ()    # longrope: the same past original_max_position
     original_max_position: int | None = None    # longrope: length before it; unset: max_position
     # ---- muP (paper table 7)
-    mup: bool = True                    # False: all scales 1, one init, one rate (the control)
+    mup: bool = True                    # False: all scales 1, one learning rate (the control)
     mup_lr: bool = True                 # False: one learning rate for all (DPO, fine-tuning)
     scale_emb: float = 12.0             # factor on the embedding's output
     scale_depth: float = 1.4            # each branch is scaled by scale_depth / sqrt(n_layer)
@@ -145,8 +145,8 @@ class MiniCPMConfig:
 
     def flops_per_token(self, block_size):
         """Return the FLOPs of forward and backward per token: 6 per active weight, head included,
-        plus attention's
-        12 n_layer n_head head_dim T (PaLM, appendix B: the causal mask is not discounted)."""
+        plus attention's 12 n_layer n_head head_dim T (PaLM, appendix B: the causal mask is not
+        discounted)."""
         weights = self.n_params_active + self.vocab_size * self.n_embd
         return 6 * weights + 12 * self.n_layer * self.n_head * self.head_size * block_size
 
@@ -249,14 +249,13 @@ def optimizer_groups(model, weight_decay):
 
 @dataclass
 class Numerics:
-    """How to compute, not what: one object shared by all modules of a model, free to change at any
-    time."""
+    """Compute dtype and attention kernel, shared by all modules; may change at any time."""
     dtype: torch.dtype = torch.float32  # of matrices and their inputs
-    flash: bool = True                  # fused attention kernels, if they are the faster ones
+    flash: bool = True                  # fused attention kernels, if faster (ops.attention)
 
 
 class Linear(nn.Linear):
-    """A matrix without bias; the float32 master weight is cast to the dtype of its input."""
+    """nn.Linear without bias; the float32 master weight is cast to the dtype of its input."""
 
     def __init__(self, n_in, n_out):
         super().__init__(n_in, n_out, bias=False)
@@ -269,8 +268,7 @@ class RMSNorm(nn.Module):
     """x / sqrt(mean(x^2) + eps) * weight, in float32. x (..., C) of any dtype -> (..., C) float32.
 
     The weight is rounded to the compute dtype like all weights of a block: FSDP gathers a block in
-    that dtype, and one
-    process computes by the same rule.
+    that dtype, and one process computes by the same rule.
     """
 
     def __init__(self, width, eps, numerics):
@@ -283,20 +281,20 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x.float(), weight.shape, weight, self.eps)
 
 
-# compiled, every use would compute its cosines again: a tenth of a CPU step
+# Compiled, every use would compute the cosines again: a tenth of a CPU step.
 @torch.compiler.disable
 def rope_tables(config, length, device):
-    """Return cos and signed sin, (length, D) float32 each, for the positions of a sequence of
-    `length` tokens.
+    """Return cos, and sin with its first half negated, for positions 0 to length - 1.
+
+    Both are (length, D) float32; see rotate. The forms of rope_scaling:
 
     dynamic   NTK-aware (paper section 7.2): past max_position the base grows with the current
-              length. The tables then
-              depend on `length` at every position, so a cache must keep keys unrotated. Runtimes
-              that keep the grown base
-              for later, shorter inputs differ from this.
+              length. The tables then depend on `length` at every position, so a cache must keep
+              keys unrotated. Some runtimes keep the larger base after a long input; this does
+              not.
     longrope  as MiniCPM4's released code: the long factors if max_position exceeds
-              original_max_position, however short
-              the input is. transformers' LongRoPE chooses by the current length instead.
+              original_max_position, however short the input is. transformers' LongRoPE chooses by
+              the current length instead.
     """
     D, theta, scale = config.head_size, config.rope_theta, 1.0
     if config.rope_scaling == "dynamic":
@@ -384,7 +382,7 @@ class Experts(nn.Module):
 
 
 class MoE(nn.Module):
-    """y = sum of the k likeliest experts' outputs, weighted by their renormalized probabilities
+    """y = sum of the k most probable experts' outputs, weighted by their renormalized probabilities
     (paper section 7.3).
 
     No token is dropped. The router's weight is rounded to the compute dtype (see RMSNorm), its
@@ -412,11 +410,9 @@ def routing_metrics(config, logits, expert):
     B, T, k).
 
     balance_loss    balance_coef * sum over layers of E * sum_e f_e P_e (Switch Transformer,
-                    equation 4; 1 per layer if
-                    balanced): f_e is the share of the (token, choice) pairs that expert e received,
-                    P_e its mean
-                    probability, both over one sequence. Averaged over sequences, so micro-batches
-                    do not change it
+                    equation 4; 1 per layer if balanced): f_e is the share of the (token, choice)
+                    pairs that expert e received, P_e its mean probability, both over one sequence.
+                    Averaged over sequences, so micro-batches do not change it
     z_loss          router_z_coef * sum over layers of mean(logsumexp(logits)^2) (ST-MoE, equation
                     5); absent at 0
     expert_load     (L, E) share of the pairs, without gradient
@@ -465,7 +461,7 @@ class MiniCPM(nn.Module):
         if config.problems():
             raise BadInput(*config.problems())
         self.config, self.numerics = config, Numerics()
-        table = torch.empty(config.vocab_size, config.n_embd)              # (V, C)
+        table = torch.empty(config.vocab_size, config.n_embd)              # (V, C), not initialized
         self.wte = nn.Embedding.from_pretrained(table, freeze=False)
         self.blocks = nn.ModuleList(
             Block(config, layer, self.numerics) for layer in range(config.n_layer))
@@ -499,8 +495,7 @@ class MiniCPM(nn.Module):
 
     def hidden(self, idx, doc_ids=None, cache=None):
         """idx (B, T) -> what the head multiplies, (B, T, C) in the compute dtype, already divided
-        by width_mult; and the
-        routing of each block."""
+        by width_mult; and the routing of each block."""
         config, T = self.config, idx.shape[1]
         S = T + (cache.filled if cache else 0)
         if cache is not None and S > cache.k.shape[3]:
@@ -530,18 +525,17 @@ class MiniCPM(nn.Module):
         the CPU.
 
         Each row draws from its own generator (seed + row) and is independent of the others: shorter
-        prompts are padded on
-        the left with a document of their own. A row that has produced one of stop_ids repeats it
-        until all rows have.
-        never_ids are never drawn (the token that opens a document), unless they also stop.
-        use_cache=False computes everything again for every token: the slow reference.
+        prompts are padded on the left with a document of their own. A row that has produced one of
+        stop_ids repeats it until all rows have. never_ids are never drawn (the token that opens a
+        document), unless they are in stop_ids too. use_cache=False computes everything again for
+        every token: the slow reference.
         """
         device, B = self.wte.weight.device, len(prompts)
         longest = max(map(len, prompts))
         pads = [longest - len(prompt) for prompt in prompts]
         # (B, T)
         idx = torch.tensor([[0] * pad + list(prompt) for pad, prompt in zip(pads, prompts)],
-                           device=device)                                  # (B, T)
+                           device=device)
         doc_ids = cache = None
         if any(pads):
             doc_ids = torch.tensor([[0] * pad + [1] * (longest - pad) for pad in pads],
@@ -596,9 +590,8 @@ class KVCache:
     """Keys and values of all layers, allocated once for `length` tokens and filled from the left.
 
     With dynamic RoPE the keys are kept unrotated, because their rotation depends on the current
-    length. Past max_position
-    the cache is then no longer exactly the plain forward: deeper layers saw earlier tokens at an
-    earlier base.
+    length. Past max_position the cache is then no longer exactly the plain forward: deeper layers
+    saw earlier tokens at an earlier base.
     """
 
     def __init__(self, config, batch, length, dtype, device):
@@ -637,7 +630,7 @@ def sample_next(logits, uniform, temperature, top_k=None, top_p=None):
     logits, order = logits.topk(min(top_k or logits.shape[-1], logits.shape[-1]))  # largest first
     p = (logits / temperature).softmax(-1)
     if top_p is not None:
-        p = p.masked_fill(p.cumsum(-1) - p >= top_p, 0)  # the first token always stays
+        p = p.masked_fill(p.cumsum(-1) - p >= top_p, 0)  # keeps at least one token
     cumulative = p.cumsum(-1)
     point = uniform.to(p.device)[:, None] * cumulative[:, -1:]             # (B, 1)
     choice = (cumulative <= point).sum(-1, keepdim=True)

@@ -4,8 +4,12 @@
     python train.py config/NAME.py ... --key=value ...     later wins; --help lists every option
     torchrun --nproc_per_node=8 train.py config/NAME.py    one process per GPU, one model
 
-Repeating a command continues its run where it was. `train` is the one loop of the project: a
-generator that yields after every update, which main merely drains.
+Repeating a command continues its run where it was. A command goes through
+
+    main -> read_config -> launch -> run_training -> run_in_folder -> train
+
+`train` is the one loop of the project: a generator that yields after every update. run_in_folder
+iterates over it; DPO and the labs use it too.
 """
 import dataclasses
 import math
@@ -47,14 +51,14 @@ from engine.run import (
 from model import MiniCPM, MiniCPMConfig, init_weights, load_weights, optimizer_groups
 from wsd import lr_at
 
-MAX_OVERFLOWS = 20                      # float16: so many overflows in a row mean divergence
+MAX_OVERFLOWS = 20                      # float16: the run stops after so many in a row
 
 
 @dataclass
 class TrainConfig:
     # ---- data
     data: str = "pytorch"               # corpus, or a mixture: 'pytorch:0.7,speeches:0.3'
-    decay_data: str | None = None       # mixture from the first decay step on; unset: data
+    decay_data: str | None = None       # mixture from the first decay step on; unset: same as data
     data_dir: str = "data"              # where the corpora are; relative to the project
     tokenizer: str = "bpe4096"          # bpe4096, bytes, gpt2, cl100k_base, a folder or a hub name;
                                         # with init_from: the checkpoint's
@@ -64,23 +68,23 @@ class TrainConfig:
     micro_batch_size: int = 0           # sequences per forward and process; 0: chosen
     doc_mask: bool = False              # True: attention stays within a document or conversation
     answers_only: bool = True           # conversations: loss on answers only; False: on all text
-    skip_samples: int = 0               # after a stop at a non-finite loss: samples to skip there
+    skip_samples: int = 0               # samples to skip where the run stopped at a NaN or inf loss
     # ---- where the run starts
-    out_dir: str = "out/run"            # the run's folder; relative to where you are
+    out_dir: str = "out/run"            # the run's folder; relative to the current folder
     init_from: str | None = None        # start a new run (step 0) from these weights
-    branch_from: str | None = None      # continue this stable checkpoint in a folder of its own
+    branch_from: str | None = None      # continue this stable checkpoint in a new out_dir
     overwrite: bool = False             # start again if out_dir holds a run
-    seed: int = 1337                    # of the initial weights and the order of the data
+    seed: int = 1337                    # of the initial weights and of the order of the data
     # ---- schedule (wsd.py draws all of them)
     max_steps: int | None = None        # updates; wins over minutes
     minutes: float | None = None        # wall time of the run, compiling and evaluation included
     schedule: Literal['wsd', 'cosine', 'cosine_loop', 'constant'] = 'wsd'
-    learning_rate: float = 0.01         # peak, at width dim_model_base (paper section 3.3)
+    learning_rate: float = 0.01         # peak (paper section 3.3); matrices: divided by width_mult
     min_lr: float | None = None         # last learning rate; unset: a tenth of learning_rate
     warmup_steps: int | None = None     # unset: 2.5 % of max_steps, or 100 in a run given minutes
-    decay: Literal['exponential', 'linear', 'cosine', '1-sqrt'] = 'exponential'  # form, of wsd
-    decay_share: float | None = None    # of the run, at its end; unset: 0.2, unless decay_steps is
-    decay_steps: int | None = None      # the same in updates; 0: no decay
+    decay: Literal['exponential', 'linear', 'cosine', '1-sqrt'] = 'exponential'  # shape
+    decay_share: float | None = None    # share of the run in the decay; unset: 0.2 or decay_steps
+    decay_steps: int | None = None      # updates of the decay, instead of its share; 0: no decay
     half_life: float | None = None      # updates that halve the rate; unset: ends at min_lr
     rewarm_steps: int = 0               # warm-up of a branch from a decayed checkpoint
     # ---- optimizer
@@ -98,22 +102,22 @@ class TrainConfig:
     wandb: str | None = None            # also to this project of Weights & Biases
     quiet: bool = False                 # True: no progress bar and no messages
     # ---- checkpoints
-    save_interval: int = 500            # updates between checkpoints; 0: only at the end of a stage
+    save_interval: int = 500            # updates between checkpoints; 0: decay start and end only
     keep_last: int = 2                  # newest checkpoints kept; the end of a stage is always kept
-    keep_every: int = 0                 # also keep every checkpoint whose step this divides
+    keep_every: int = 0                 # also keep checkpoints at multiples of this step; 0: none
     async_save: bool = False            # True: write a copy while training continues
     # ---- machine
     device: str = "auto"                # auto, cpu, cuda, cuda:1, mps
     dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto'
                                         # of computation; parameters are always float32
-    compile: bool = True                # torch.compile; disabled, with a line, if it would not pay
+    compile: bool = True                # torch.compile; disabled with a message if it would not pay
     flash: bool = True                  # fused attention kernels; False: written-out softmax
-    deterministic: bool | None = None   # bit-exact repeats; unset: on a CPU, where it is free
+    deterministic: bool | None = None   # bit-exact repeats; unset: True on a CPU, else False
     recompute: int = 0                  # activation checkpointing of every n-th block; 0: none
     # ---- several processes (torchrun)
-    replicate: int = 0                  # copies of the model; 0: what shard leaves, else 1
-    shard: int = 0                      # processes per copy; 0: what replicate leaves, so all
-    sync_micro_steps: bool = False      # True: reduce gradients at every micro-step, in less memory
+    replicate: int = 0                  # copies of the model; 0: processes / shard, or 1
+    shard: int = 0                      # processes per copy; 0: processes / replicate
+    sync_micro_steps: bool = False      # True: reduce at every micro-step, which takes less memory
     timeout: float = 10.0               # minutes after which a silent process counts as dead
 
     def problems(self):
@@ -134,7 +138,7 @@ class TrainConfig:
         problems = []
         if self.init_from and self.branch_from:
             problems.append("--init_from and --branch_from: give one of them")
-        if not self.branch_from and self.max_steps is None and self.minutes is None:
+        if self.needs_horizon() and self.max_steps is None and self.minutes is None:
             problems.append("--max_steps or --minutes: give one of them")
         if self.branch_from and self.minutes is not None:
             problems.append("--minutes: a branch is measured in steps; give --decay_steps or "
@@ -145,6 +149,10 @@ class TrainConfig:
         if self.device not in ("auto", "cpu", "cuda", "mps") and not one_gpu:
             problems.append(f"--device={self.device}: is one of auto, cpu, cuda, cuda:N, mps")
         return problems
+
+    def needs_horizon(self):
+        """Return whether the command must say how long the run is."""
+        return not self.branch_from
 
     def schedule_problems(self):
         problems = []
@@ -184,10 +192,11 @@ class TrainConfig:
         return self.learning_rate / 10 if self.min_lr is None else self.min_lr
 
     @property
-    def share(self):                    # of the run spent decaying, if decay_steps does not say it
+    def share(self):                    # of the run in the decay, if decay_steps is unset
         return 0.2 if self.decay_share is None else self.decay_share
 
 
+# What train yields after every update; metrics is the line for metrics.jsonl.
 Update = namedtuple("Update", "step model optimizer metrics")
 
 
@@ -225,13 +234,14 @@ def train(config, batches, loss_fn, model, state=None, optimizer_tensors=None, v
     batches      batches(plan, first, count) -> (dict of (count, ...) tensors, number of targets):
                  see data.dataset.make_batches
     loss_fn      loss_fn(forward, micro_batch) -> (loss sum, aux); forward is the model, compiled or
-                 not. A step minimizes the loss sum over the batch / its targets, plus every aux
-                 whose name ends in _loss. aux goes to the metrics, averaged over micro-batches
-    state        RunState; None: a new run
+                 not. A step minimizes the loss sum of the batch divided by its number of targets,
+                 plus every aux whose name ends in _loss. aux goes to the metrics, averaged over
+                 sequences
+    state        engine.run.RunState; None: a new run
     optimizer_tensors  (name, tensor) pairs of the checkpoint that the run continues
     validate     validate(model) -> dict for metrics.jsonl
     tokenizer    is saved in every checkpoint; None: no checkpoints and no files (labs)
-    should_stop  asked before every step: True saves and ends the generator
+    should_stop  called in every step before the forward pass; True saves and ends the generator
     world        engine.distributed.World; None: this process alone
     Raises NonFinite, BadInput, OSError.
     """
@@ -243,7 +253,7 @@ def train(config, batches, loss_fn, model, state=None, optimizer_tensors=None, v
     if state.scaler:
         scaler.load_state_dict(state.scaler)
     log = metrics.TrainingLog(config, state, model.config, world, writes_files=bool(tokenizer))
-    device.decide_compile(config, state, world.device, log.say)
+    device.decide_compile(config, state, world.device, log.say)    # labs; else decided already
     forward = torch.compile(model, dynamic=False) if state.compiled and world.size == 1 else model
     decide_micro_batch(config, state, model, forward, loss_fn, batches, world, log.say)
     saver = checkpoint.CheckpointWriter(config, state, model, optimizer, scaler, tokenizer, world,
@@ -273,24 +283,24 @@ def train(config, batches, loss_fn, model, state=None, optimizer_tensors=None, v
             batch_size = batch_size_at(config, state.step)
             count = batch_size // world.size
             batch, n_targets = batches(state.plan, state.position + world.rank * count, count)
-            n_targets, stop = world.mean(n_targets, should_stop())
+            n_targets, stop = world.mean(n_targets, should_stop())     # > 0: a rank has to stop
             if stop:
                 saver.save()
                 break
-            micro_batches = split(batch, state.micro, world.device)
+            micro_batches = split_batch(batch, state.micro, world.device)
             results = {"loss": torch.zeros((), device=world.device)}
             for i, micro_batch in enumerate(micro_batches):
                 last = i == len(micro_batches) - 1
                 distributed.sync_gradients(model, last or config.sync_micro_steps)
                 loss_sum, aux = loss_fn(forward, micro_batch)
-                loss = loss_sum / n_targets
+                loss, share = loss_sum / n_targets, len(micro_batch["idx"]) / count
                 aux_loss = sum(value for name, value in aux.items() if name.endswith("_loss"))
-                scaler.scale(loss + aux_loss / len(micro_batches)).backward()
+                scaler.scale(loss + share * aux_loss).backward()
                 results["loss"] += loss.detach()
                 for name, value in aux.items():
-                    results[name] = results.get(name, 0) + value.detach() / len(micro_batches)
+                    results[name] = results.get(name, 0) + share * value.detach()
 
-            # Clip, and update only if all is finite.
+            # Clip the gradient, stop if it is not finite, update.
             scaler.unscale_(optimizer)
             grad_norm = distributed.clip_gradients(model, config.grad_clip)
             world.mean_tensors(results)
@@ -308,18 +318,19 @@ def train(config, batches, loss_fn, model, state=None, optimizer_tensors=None, v
             yield Update(state.step, model, optimizer, line)
             optimizer.zero_grad()
 
-            # Evaluate and save.
+            # Evaluate and save; the last step does so after the loop.
             if state.step == state.max_steps:
                 break
             if is_due(config.eval_interval, state.step):
-                evaluate(model, validate, state, log)
+                run_validation(model, validate, state, log)
             if is_due(config.save_interval, state.step):
-                saver.save(keep=state.step == state.decay_start)
+                saver.save()
 
-        # Save before evaluating: the checkpoint at the end is the costliest to lose.
+        # Save before evaluating: the last checkpoint is the costliest to lose. Without a decay it
+        # is the end of the stable stage, from which runs branch.
         if state.step == state.max_steps:
             saver.save(keep=state.decay_steps == 0)
-            evaluate(model, validate, state, log)
+            run_validation(model, validate, state, log)
         saver.finish()
     finally:
         saver.close()
@@ -330,14 +341,14 @@ def is_due(interval, step):
     return interval > 0 and step % interval == 0
 
 
-def split(batch, micro, to_device):
+def split_batch(batch, micro, to_device):
     """Return a batch {name: (count, ...)} as a list of batches of at most `micro` sequences."""
     return [{name: tensor[i:i + micro].to(to_device, non_blocking=True)
              for name, tensor in batch.items()} for i in range(0, len(batch["idx"]), micro)]
 
 
 def set_numerics(config, model, world):
-    """Move the model to its device and set how it computes. Returns the compute dtype."""
+    """Move the model to its device; set determinism, attention kernel and dtype (returned)."""
     on_cpu = world.device.type == "cpu"
     deterministic = on_cpu if config.deterministic is None else config.deterministic
     torch.use_deterministic_algorithms(deterministic)
@@ -375,11 +386,11 @@ def decide_micro_batch(config, state, model, forward, loss_fn, batches, world, s
 
 
 def try_micro_batch(config, state, model, forward, loss_fn, batches, world, micro):
-    """Run one forward and backward pass beside the memory that AdamW's moments will take."""
+    """Run one forward and backward pass while the memory of AdamW's moments is taken."""
     moments = torch.empty(2 * model.config.n_params, dtype=torch.float32, device=world.device)
     try:
         batch, n_targets = batches(state.plan, state.position, micro)
-        loss_sum, _ = loss_fn(forward, split(batch, micro, world.device)[0])
+        loss_sum, _ = loss_fn(forward, split_batch(batch, micro, world.device)[0])
         (loss_sum / n_targets).backward()
     finally:
         del moments
@@ -396,7 +407,7 @@ def describe(optimizer, model, state, dtype, world, say):
     if world.mesh:
         mesh = f", {world.size} processes: {world.mesh.size(0)} x {world.mesh.size(1)}"
     say(f"{model.config.n_params_non_embedding:,} parameters without the embedding, "
-        f"{model.config.n_params:,} with it; {world.device}, {str(dtype)[6:]}, "
+        f"{model.config.n_params:,} with it; {world.device}, {str(dtype).removeprefix('torch.')}, "
         f"{'compiled' if state.compiled else 'eager'}, micro-batch {state.micro}{mesh}")
 
 
@@ -420,8 +431,8 @@ def check_finite(config, state, scaler, loss, grad_norm, batch_size, tokenizer, 
         raise non_finite(out_dir, state, batch_size, loss, grad_norm, world.rank)
 
 
-def evaluate(model, validate, state, log):
-    """Write and print what validate measures."""
+def run_validation(model, validate, state, log):
+    """Call validate(model), write its result to metrics.jsonl and print it."""
     if validate:
         model.eval()
         values = validate(model)
@@ -452,7 +463,8 @@ def open_tokenizer(start):
 def build_model(start, world):
     """Return the model of a Start: initialized, or with the checkpoint's weights.
 
-    It is built without memory; under torchrun it is sharded then, and each rank fills its shards.
+    The model is built on the meta device, without memory. Under torchrun it is sharded next, and
+    each rank fills its own shards; alone, train() moves it to its device.
     """
     config = start.config
     with torch.device("meta"):
@@ -485,18 +497,19 @@ def untie(tensors):
 
 # ---- a run, from the command to its last sample
 
-def read_config(argv, *own, usage=__doc__):
+def read_config(argv, *tool_classes, usage=__doc__):
     """Return (TrainConfig, MiniCPMConfig, given, *instances of a tool's own dataclasses).
 
-    given is {name: value} of what was set. Two defaults are filled in here: config/laptop.py if the
-    command names neither a config file nor a checkpoint, and the tokenizer's vocabulary.
+    given: {name: value} of the options that the command sets. Two defaults are filled in here:
+    config/laptop.py if the command names neither a config file nor a checkpoint, and the
+    tokenizer's vocabulary.
     """
     names_a_start = any(word.endswith(".py") or word.startswith(("--init_from", "--branch_from"))
                         for word in argv)
     if not names_a_start:
         argv = ["config/laptop.py", *argv]
-    (*options, config, model_config), given = configure(argv, *own, TrainConfig, MiniCPMConfig,
-                                                        usage=usage)
+    (*options, config, model_config), given = configure(
+        argv, *tool_classes, TrainConfig, MiniCPMConfig, usage=usage)
     if "vocab_size" not in given and not (config.init_from or config.branch_from):
         vocab_size = load_tokenizer(config.tokenizer).n_vocab
         model_config = dataclasses.replace(model_config, vocab_size=vocab_size)
@@ -509,8 +522,8 @@ def launch(config, model_config, given, run):
         world = distributed.init_world(config)
         requested = requested_config(config, model_config)
         distributed.check_same_config(world, {**requested, "code": checkpoint.code_hash()})
-        check_processes(config, world)
         start = resolve_start(config, model_config, given)
+        check_processes(start.config, world)
         device.check_memory(start.model_config, world.device, world.shards)
         if world.rank > 0:
             start.config = dataclasses.replace(start.config, quiet=True)
@@ -528,27 +541,30 @@ def check_processes(config, world):
     sizes = [batch_size_at(config, int(stage.split(":")[0])) for stage in stages]
     uneven = [size for size in sizes if size % world.size]
     if uneven:
-        raise BadInput(f"--batch_size={uneven[0]}: is not a multiple of the {world.size} processes")
+        option = "batch_schedule" if config.batch_schedule else "batch_size"
+        raise BadInput(f"--{option}: {uneven[0]} is not a multiple of the {world.size} processes")
     if world.size > 1 and device.pick_dtype(config.dtype, world.device) == torch.float16:
         raise BadInput("--dtype=float16: its loss scaler works in one process; give bfloat16 or "
                        "float32 under torchrun")
 
 
 def run_training(start, world, loss_fn=language_loss, make_source=open_data):
-    """Do all of a run, in a folder that no other process uses at the same time.
+    """Lock the run's folder and do the whole run in it.
 
     make_source  (config, tokenizer) -> (batches, validate)
     """
     out_dir = Path(start.config.out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
     with checkpoint.lock(out_dir) if world.rank == 0 else nullcontext():
-        run_locked(start, world, loss_fn, make_source)
+        run_in_folder(start, world, loss_fn, make_source)
 
 
-def run_locked(start, world, loss_fn, make_source):
+def run_in_folder(start, world, loss_fn, make_source):
     """Open the data, build the model, run the loop, draw the curves and print a sample."""
     config, state, out_dir = start.config, start.state, Path(start.config.out_dir)
     say = no_output if config.quiet else print
+    if world.from_rank0(is_finished(out_dir, state)):
+        return say_finished(start, world)
     tokenizer = open_tokenizer(start)
     if world.rank == 0:
         prepare_missing(config, tokenizer)
@@ -562,8 +578,7 @@ def run_locked(start, world, loss_fn, make_source):
                                                     (world.rank, world.size))
     if world.rank == 0:
         init_run_dir(start, say)
-    if world.from_rank0(is_finished(out_dir, state)):
-        return say_finished(start, world)
+    world.barrier()
     with stop_on_signals() as should_stop:
         for _ in train(config, batches, loss_fn, model, state, optimizer_tensors, validate,
                        tokenizer, should_stop, world):

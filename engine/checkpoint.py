@@ -37,8 +37,8 @@ STEP = re.compile(r"step-(\d{8,})")
 class CheckpointWriter:
     """Writes the checkpoints of a run: save() at a step, finish() before the run ends.
 
-    save() copies or writes this rank's shards. With config.async_save a thread writes the copies
-    while training continues.
+    save() writes this rank's shards. With config.async_save it copies them, and a thread writes the
+    copies while training continues.
     """
 
     def __init__(self, config, state, model, optimizer, scaler, tokenizer, world,
@@ -57,7 +57,7 @@ class CheckpointWriter:
             return
         start = time.monotonic()
         self.finish()
-        if self.saved_step == self.state.step:             # an interval fell on the end of a stage
+        if self.saved_step == self.state.step:             # by save_interval
             if self.world.rank == 0:
                 amend_meta(self.out_dir, self.state.step, run=asdict(self.state), keep=True)
             return
@@ -128,7 +128,7 @@ def save(out_dir, step, tensors, meta, write_more=None, placements=None, rank=0,
     timeout     seconds that rank 0 waits for the files of the others
     """
     final = step_folder(out_dir, step)
-    attempt = attempt or str(os.getpid())
+    attempt = attempt or f"{os.getpid()}-{time.time_ns()}"
     hidden = final.with_name(f".{final.name}.{attempt}.tmp")
     if rank == 0:
         for leftover in final.parent.glob(".step-*.tmp"):  # of a run killed while saving or pruning
@@ -152,7 +152,7 @@ def save(out_dir, step, tensors, meta, write_more=None, placements=None, rank=0,
                 return final
             files |= merge_ranks(hidden, ranks, timeout)
         write_json(hidden / "meta.json", {**meta, "step": step, "files": files})
-        if final.exists():                                 # damaged or left over: never a good one
+        if final.exists():                                 # an incomplete or damaged one
             shutil.rmtree(final)
         os.rename(hidden, final)                           # from here on the checkpoint is visible
     except SafetensorError as error:                       # how the library reports a full disk
@@ -169,7 +169,7 @@ def step_folder(out_dir, step):
 
 
 def write_tensors(folder, tensors, placements, rank, ranks):
-    """Write one safetensors file per part. Returns (paths, what index.json has to say of them)."""
+    """Write one safetensors file per part. Returns (paths, their entries for index.json)."""
     paths, index = [], {}
     for part, named in tensors.items():
         file = f"{part}.safetensors"
@@ -216,7 +216,7 @@ def amend_meta(out_dir, step, **changes):
 
 def prune(out_dir, keep_last, keep_every):
     """Delete all checkpoints but the last few, every keep_every-th step, and those marked keep."""
-    for path in checkpoints(out_dir)[:-keep_last or None]:
+    for path in checkpoints(out_dir)[:-keep_last]:
         step = int(STEP.fullmatch(path.name)[1])
         try:
             kept = keep_every and step % keep_every == 0 or read_meta(path).get("keep")
@@ -286,12 +286,18 @@ def read_meta(folder):
 
 def model_config_of(cls, meta, where):
     """Return cls(...) from a checkpoint's meta. Raises BadInput if its model config is unusable."""
+    model = meta.get("model", {})
+    lists = {name: tuple(value) for name, value in model.items() if isinstance(value, list)}
+    return from_meta(cls, {**meta, "model": {**model, **lists}}, "model", where)
+
+
+def from_meta(cls, meta, part, where):
+    """Return cls(**meta[part]). Raises BadInput if another version of the project wrote it."""
     try:
-        values = {name: tuple(value) if isinstance(value, list) else value      # JSON has no tuples
-                  for name, value in meta["model"].items()}
-        return cls(**values)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise BadInput(f"{where}/meta.json: no usable model config ({error})") from None
+        return cls(**meta[part])
+    except (KeyError, TypeError) as error:
+        raise BadInput(f"{where}/meta.json: no usable {part} config ({error}); it was written by "
+                       "another version") from None
 
 
 def read_weights(folder, dtype=None, share=(0, 1)):
@@ -309,8 +315,8 @@ def read_weights(folder, dtype=None, share=(0, 1)):
 def read_tensors(folder, part, share=(0, 1)):
     """Yield (name, tensor) of part "model" or "optimizer", one whole tensor at a time.
 
-    share: (i, n): verify the sha256 of every n-th file only, from the i-th on, if n ranks read the
-    same checkpoint. Raises BadInput that names the damaged file.
+    share: (rank, number of ranks): each rank verifies the sha256 of its part of the files only.
+    Raises BadInput that names the damaged file.
     """
     folder, meta = Path(folder), read_meta(folder)
     names, index = [f"{part}.safetensors"], None
@@ -344,7 +350,7 @@ def join_shards(files, name, entry, folder):
 
 
 def check_file(path, meta, verify=True):
-    """Raise BadInput if a file of a checkpoint is missing or, verified, not the one saved."""
+    """Raise BadInput if a file of a checkpoint is missing or, with verify, has changed."""
     recorded = meta["files"].get(path.name)
     if recorded is None or not path.is_file():
         raise BadInput(f"{path}: missing; {remedy(path.parent)}")
@@ -387,6 +393,8 @@ def restore_optimizer(optimizer, tensors, fused):
         else:
             optimizer.state[p][key] = torch.zeros_like(p)
             distributed.copy_local_shard(optimizer.state[p][key], tensor)
+    if not optimizer.state:                                # saved before the first update
+        return
     for name, p in params.items():
         missing = {"step", "exp_avg", "exp_avg_sq"} - optimizer.state[p].keys()
         if missing:
@@ -397,7 +405,7 @@ def restore_optimizer(optimizer, tensors, fused):
 # ---- the rest of a run folder
 
 def lock(folder):
-    """Lock a folder for this process: `with lock(folder):`. Also free if the process dies.
+    """Lock a folder for this process: `with lock(folder):`. The lock ends with the process.
 
     Raises BadInput if another process has it.
     """
@@ -412,7 +420,7 @@ def lock(folder):
 
 
 def provenance():
-    """Return where and by what a file was made: enough to say why two runs differ."""
+    """Return code, versions and machine, which explain why two runs differ."""
     git = ""
     if shutil.which("git"):
         git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True,

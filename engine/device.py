@@ -11,7 +11,7 @@ import torch
 
 from configurator import BadInput
 
-COMPILE_PAYS_AFTER = 300                # updates that a run on a CPU must have ahead of it
+COMPILE_PAYS_AFTER = 300                # least remaining updates of a run on a CPU
 MICRO_TOKENS_CPU = 8192                 # tokens per forward at most on a CPU; more is not faster
 USABLE = 0.9                            # of a GPU's memory: the rest is context, NCCL, fragments
 # Peak bf16 FLOP/s (T4: float16) of a GPU by a word of its name: dense tensor-core peaks of NVIDIA's
@@ -104,7 +104,7 @@ def reason_not_to_compile(config, state, device):
 
 # ---- memory
 
-def free_memory(device):
+def available_memory(device):
     """Return the free bytes of a GPU, or the machine's memory; infinite if the system does not
     say."""
     if device.type == "cuda":
@@ -123,9 +123,8 @@ def activation_bytes(model, block_size, recompute):
     """Return about how many bytes autograd keeps per sequence, in 16-bit compute.
 
     Per block and token: the residual stream twice in float32 (8 C), the inputs of its matrices, q,
-    k
-    and v before and after RoPE and attention's output (16 C), and the SwiGLU's four tensors (8 F).
-    A recomputed block keeps its float32 input only.
+    k and v before and after RoPE and attention's output (16 C), and the SwiGLU's four tensors (8
+    F). A recomputed block keeps its float32 input only.
     """
     C, F = model.n_embd, model.n_ff * (model.num_experts_per_tok if model.num_experts else 1)
     recomputed = len(range(0, model.n_layer, recompute)) if recompute else 0
@@ -139,7 +138,7 @@ def check_memory(model, device, shards=1):
     shards: processes that the model is sharded over; on a CPU those of one machine share its
     memory.
     """
-    needed, free = training_bytes(model, shards), free_memory(device)
+    needed, free = training_bytes(model, shards), available_memory(device)
     if device.type != "cuda":
         needed *= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if needed > free:
@@ -155,7 +154,7 @@ def choose_micro_batch(model, config, batch, device, shards=1):
     if device.type != "cuda":
         fits = MICRO_TOKENS_CPU // config.block_size
     else:
-        free = USABLE * free_memory(device) - training_bytes(model, shards)
+        free = USABLE * available_memory(device) - training_bytes(model, shards)
         fits = free // activation_bytes(model, config.block_size, config.recompute)
     return max(n for n in divisors if n <= max(1, fits))
 

@@ -9,8 +9,8 @@ each of the `replicate` rows holds a full copy. replicate=1 is FSDP, shard=1 is 
 anything between is hybrid sharding, which keeps the all-gathers inside a node.
 
 The rule for failures: a rank that fails says so in one line and exits at once; torchrun then ends
-the other processes. What only rank 0 does stands in `if world.rank == 0:`, followed by
-`world.barrier()`.
+the other processes. What only rank 0 does stands in `if world.rank == 0:`; if the others need it, a
+collective call follows, such as `world.barrier()`.
 """
 import atexit
 import contextlib
@@ -30,7 +30,7 @@ from configurator import BadInput
 from engine.device import pick_device
 
 UNDER_TORCHRUN = "LOCAL_RANK" in os.environ
-SECONDS_FOR_OTHERS = 3.0                # a failed rank waits for one whose message matters more
+SECONDS_FOR_OTHERS = 3.0                # that a failed rank waits, so that rank 0 speaks first
 LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Timed out waiting",
              "timeout", "NCCL", "Broken pipe")
 
@@ -54,7 +54,7 @@ class World:
         self.mean(0)
 
     def mean(self, *numbers):
-        """Return the mean of each number over all ranks, as float64 on the CPU."""
+        """Return the mean of each number over all ranks, a list; alone, the numbers unchanged."""
         if self.size == 1:
             return list(numbers)
         sums = torch.tensor(numbers, dtype=torch.float64)
@@ -88,8 +88,7 @@ def init_world(config):
     """Return the World of this process: alone, or joined with the others that torchrun started.
 
     A collective that waits longer than config.timeout minutes for a silent peer fails. Raises
-    BadInput if the device or the
-    mesh does not fit.
+    BadInput if the device or the mesh does not fit.
     """
     if not UNDER_TORCHRUN:
         return World(device=pick_device(config.device))
@@ -118,10 +117,8 @@ def join_process_group(rank, size, cuda, timeout):
     """Initialize the default process group, with a key prefix of its own per restart.
 
     torchrun's store survives a restart together with the addresses of dead processes. On one node
-    the prefix holds the
-    restart count; between nodes restarts are counted apart, so there
-    TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 must give each
-    round a store of its own (docs/cluster.md).
+    the prefix holds the restart count; between nodes restarts are counted apart, so there
+    TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 must give each round a store of its own (docs/cluster.md).
     """
     one_node = os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]
     restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", 0) if one_node else 0
@@ -134,15 +131,14 @@ def join_process_group(rank, size, cuda, timeout):
 
 def leave_process_group():
     """Leave the process group. gloo's threads hold the tensors of the last collective a moment
-    longer; a thread that frees
-    them while the interpreter ends would abort the process."""
+    longer; a thread that frees them while the interpreter ends would abort the process."""
     dist.destroy_process_group()
     time.sleep(0.2)
 
 
 def mesh_shape(config, size):
-    """Return (replicate, shard) for so many ranks; what is not given is what is left. Raises
-    BadInput if they do not fit."""
+    """Return (replicate, shard) for so many ranks; an option left at 0 follows from the other.
+    Raises BadInput if they do not fit."""
     replicate = config.replicate or (size // config.shard if config.shard else 1)
     shard = config.shard or size // replicate
     if replicate * shard != size:
@@ -169,7 +165,7 @@ def failing_ranks_exit():
         exit_code, message = getattr(error, "exit_code", 1), str(error)
         if isinstance(error, OSError):
             exit_code = 2
-        elif is_lost_peer(error):
+        elif exit_code == 1 and is_lost_peer(error):
             exit_code, message = 4, f"lost contact with the other processes ({first_line(error)})"
         elif exit_code == 1:
             message = traceback.format_exc()
@@ -206,10 +202,8 @@ def distribute(model, config, mesh, dtype, compiled):
     """Shard a model that is still on the meta device: activation checkpointing, compile, FSDP2.
 
     Blocks are gathered and used in `dtype`, their gradients are reduced in float32. The embedding,
-    the head and the last
-    norm stay float32: their gradients are sums over many tokens, and model.py casts where it
-    multiplies with them, so that
-    one process and many compute by the same rule.
+    the head and the last norm stay float32: their gradients are sums over many tokens, and model.py
+    casts where it multiplies with them, so that one process and many compute by the same rule.
     """
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
     if config.recompute:
@@ -241,14 +235,13 @@ def shard_dimension(p):
 
 
 def sync_gradients(model, sync):
-    """Say whether the next backward pass reduces gradients over the ranks. Without FSDP there is
-    nothing to say."""
+    """Enable or disable gradient reduction in the next backward pass (no effect without FSDP)."""
     if hasattr(model, "set_requires_gradient_sync"):
         model.set_requires_gradient_sync(sync)
 
 
 def clip_gradients(model, max_norm):
-    """Clip the gradients to a norm (0: no clipping). Returns their norm before, over all ranks."""
+    """Clip the gradients to a norm (0: no clipping). Returns the norm before, over all ranks."""
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm or math.inf)
     return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
 

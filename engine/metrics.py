@@ -20,8 +20,8 @@ from engine.device import peak_flops
 class TrainingLog:
     """Writes a run's metrics.jsonl and boards, shows its progress bar, and measures its speed.
 
-    start_step() and end_step() surround what counts as training: evaluation and saving do not, nor
-    does the first step, which compiles.
+    tok_per_s covers the time between start_step() and end_step() only, without the first step,
+    which compiles.
     """
 
     def __init__(self, config, state, model_config, world, writes_files):
@@ -44,7 +44,8 @@ class TrainingLog:
         return time.monotonic() - self.start
 
     def seconds_per_step(self):
-        """Return the mean wall time per update, evaluation and saving included; None before two."""
+        """Return the mean wall time per update, evaluation and saving included; None before two
+        updates."""
         if self.steps < 2:
             return None
         return (time.monotonic() - self.first_step_end) / (self.steps - 1)
@@ -93,7 +94,7 @@ class TrainingLog:
         return line
 
     def time_left(self):
-        """Return " 120s left" for a run whose horizon is not settled yet, else ""."""
+        """Return " 120s left" if the horizon is not known yet, else ""."""
         if self.config.minutes is None or self.state.max_steps:
             return ""
         return f" {max(0, self.config.minutes * 60 - self.run_seconds()):.0f}s left"
@@ -102,6 +103,8 @@ class TrainingLog:
         self.bar.close()
         if self.file:
             self.file.close()
+
+
 def open_boards(config, out_dir):
     """Return [log(line), ...] for TensorBoard and Weights & Biases, as requested.
 
@@ -119,6 +122,7 @@ def open_boards(config, out_dir):
             for name, value in line.items():
                 if isinstance(value, (int, float)):
                     events.add_scalar(name, value, line["step"])
+            events.flush()
         boards.append(to_tensorboard)
     if config.wandb:
         try:
@@ -154,10 +158,10 @@ def read_jsonl(path):
 
 def read(out_dir):
     """Return metrics.jsonl of a run as (training lines, evaluation lines)."""
-    return split(read_jsonl(Path(out_dir) / "metrics.jsonl"))
+    return split_lines(read_jsonl(Path(out_dir) / "metrics.jsonl"))
 
 
-def split(lines):
+def split_lines(lines):
     """Return (training lines, evaluation lines)."""
     return [x for x in lines if "loss" in x], [x for x in lines if "val_loss" in x]
 
@@ -177,7 +181,7 @@ def rewind(out_dir, step):
 def draw(out_dir):
     """Draw loss.png from metrics.jsonl: training and held-out loss, and the learning rate."""
     lines = read_jsonl(out_dir / "metrics.jsonl")
-    training, held_out = split(lines)
+    training, held_out = split_lines(lines)
     if not training:
         return
     import matplotlib
@@ -192,7 +196,7 @@ def draw(out_dir):
     figure, left = plt.subplots(figsize=(8, 4.5))
     left.plot(tokens, smooth, color="tab:blue", label="training loss (smoothed)", zorder=3)
     left.plot(tokens, [x.get("loss_max", x["loss"]) for x in training], color="0.8", linewidth=0.7,
-              label="its highest between two lines")      # no spike is missed
+              label="highest loss since the point before")
     points = [(tokens_at[x["step"]], x["val_loss"]) for x in held_out if x["step"] in tokens_at]
     if points:
         left.plot(*zip(*points), "ko", markersize=4, label="held-out loss")

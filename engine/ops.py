@@ -30,7 +30,7 @@ def use_onednn(x):
 
 
 def linear(x, weight):
-    """x (..., C) @ weight (N, C)^T -> (..., N). The float32 weight is cast to the dtype of x."""
+    """Return x @ weight^T. x (..., C), weight (O, C), cast to the dtype of x -> (..., O)."""
     if use_onednn(x):
         return torch.ops.mkldnn._linear_pointwise(x, weight.to(x.dtype), None, "none", [], "")
     return F.linear(x, weight.to(x.dtype))
@@ -44,8 +44,8 @@ def compiled_flex_attention():
 
 
 def attention_mask(doc_ids, T, S, device, flex):
-    """Return which of S tokens each of the last T may attend to: those before it, of its own
-    document.
+    """Return which of S tokens each of the last T may attend to: itself and the ones before it, in
+    its own document.
 
     doc_ids  (B, S), or None: one document
     returns  None (causal), a bool tensor (B or 1, 1, T, S), or with `flex` a BlockMask, which never
@@ -64,10 +64,11 @@ def attention_mask(doc_ids, T, S, device, flex):
 
 
 def attention(q, k, v, mask, flash):
-    """softmax(q k^T / sqrt(D) + mask) v. q (B, H, T, D), k and v (B, K, S, D) -> (B, H, T, D).
+    """Return softmax(q k^T / sqrt(D) + mask) v. q (B, H, T, D), k and v (B, K, S, D) -> (B, H, T,
+    D).
 
     mask   see attention_mask
-    flash  True: fused kernels, if they are the faster ones; False: always the written-out softmax
+    flash  True: fused kernels, if faster; False: always the written-out softmax
     """
     grouped = q.shape[1] != k.shape[1]
     if isinstance(mask, BlockMask):
@@ -82,7 +83,7 @@ def attention(q, k, v, mask, flash):
 
 
 def explicit_attention(q, k, v, mask):
-    """The formula of `attention` written out, softmax in float32."""
+    """Compute `attention` without a fused kernel, softmax in float32."""
     B, H, T, D = q.shape
     K, S = k.shape[1:3]
     q = q.reshape(B, K, H // K * T, D)  # the G queries of a key head side by side
@@ -167,7 +168,7 @@ def targets_inside(targets, first, last):
     return inside, (targets - first).clamp(0, last - first - 1)[:, None]
 
 
-# torch.compile would schedule the slices at will and hold them together, at three times the memory.
+# torch.compile may reorder the slices and keep all of them, which takes three times the memory.
 chunked_cross_entropy = torch.compiler.disable(ChunkedCrossEntropy.apply)
 
 
@@ -187,6 +188,7 @@ def apply_experts(x, expert, n_experts, feed_forward):
     """
     B, T, C = x.shape
     k = expert.shape[-1]
+    # Padding pays only if there are more rows than padding.
     pad = x.device.type == "cpu" and B * T * k >= n_experts * ROW_MULTIPLE
     row, pair, ends = rows_by_expert(expert.flatten(), n_experts, ROW_MULTIPLE if pad else 1)
     pairs = x.view(B * T, 1, C).expand(-1, k, -1).reshape(-1, C)           # (N k, C)
@@ -199,9 +201,8 @@ def rows_by_expert(expert, n_experts, multiple):
 
     expert   (P,) int64 in [0, E)
     returns  row (P,): the row of each pair; pair (R,): the pair of each row, P for padding; ends
-             (E,) int32: exclusive
-             end of each expert's rows. R = P + E (multiple - 1) does not depend on the choices;
-             rows past ends[-1] are unused
+             (E,) int32: exclusive end of each expert's rows. R = P + E (multiple - 1) does not
+             depend on the choices; rows past ends[-1] are unused
     """
     P, device = len(expert), expert.device
     by_expert, order = expert.sort(stable=True)
@@ -216,11 +217,10 @@ def rows_by_expert(expert, n_experts, multiple):
 
 
 class Reorder(torch.autograd.Function):
-    """x[order] for x (M, C) and order (R,), where the index M means a row of zeros.
+    """Return x[order] for x (M, C) and order (R,); the index M gives a row of zeros.
 
-    inverse (M,) says where each row of x went. The gradient is then a read by `inverse`; that of
-    plain indexing adds by
-    scattering, which is ten times slower on a CPU and not deterministic on a GPU.
+    inverse (M,) says where each row of x went, so the gradient is grad[inverse]. Plain indexing
+    would scatter-add, which is ten times slower on a CPU and not deterministic on a GPU.
     """
 
     @staticmethod
@@ -233,7 +233,7 @@ class Reorder(torch.autograd.Function):
         return F.pad(grad, (0, 0, 0, 1)).index_select(0, *ctx.saved_tensors), None, None
 
 
-# torch.compile supports this product in bfloat16 only; outside of it every dtype works.
+# torch.compile supports grouped_mm in bfloat16 only; other dtypes call it uncompiled.
 uncompiled_grouped_mm = torch.compiler.disable(F.grouped_mm)
 
 
@@ -241,7 +241,7 @@ def grouped_linear(x, weight, ends):
     """Multiply each expert's rows with its own matrix: x[i] @ weight[e]^T for ends[e - 1] <= i <
     ends[e].
 
-    x (R, C) sorted by expert, weight (E, N, C), ends (E,) int32 exclusive end offsets -> (R, N) in
+    x (R, C) sorted by expert, weight (E, O, C), ends (E,) int32 exclusive end offsets -> (R, O) in
     the dtype of x.
     """
     if use_onednn(x) and not torch.compiler.is_compiling():

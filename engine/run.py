@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import json
 import math
+import os
 import signal
 import sys
 from dataclasses import asdict, dataclass, field
@@ -18,17 +19,17 @@ from engine import checkpoint, metrics
 
 # default warm-up: share of max_steps; steps of a run given minutes
 WARMUP_SHARE, WARMUP_STEPS_TIMED = 0.025, 100
-# What a command that continues a run may change.
+# Options that a command may change when it continues a run.
 MAY_CHANGE = ("max_steps minutes micro_batch_size eval_interval eval_tokens log_interval "
               "save_interval keep_last keep_every sample_tokens skip_samples overwrite quiet "
               "tensorboard wandb async_save timeout replicate shard recompute "
               "sync_micro_steps").split()
-# What a new run may change of the model whose weights it starts from, besides rope_...
+# Model options that may differ from the checkpoint a run starts from, besides rope_...
 MAY_DIFFER = ("max_position original_max_position tie_word_embeddings mup_lr balance_coef "
               "router_z_coef").split()
 # What a branch does not inherit from its trunk.
 NOT_INHERITED = ("max_steps minutes decay_steps decay_share overwrite skip_samples init_from "
-                 "branch_from out_dir").split()
+                 "branch_from out_dir rewarm_steps").split()
 
 
 # Why a continued run may differ from the interrupted one, by what changed.
@@ -46,9 +47,9 @@ class RunState:
     """Where a run is: all that changes besides weights and optimizer. Kept in a checkpoint's
     meta.json."""
     step: int = 0                       # updates done
-    samples_seen: int = 0               # sequences; with the skipped ones the position in the data
+    samples_seen: int = 0               # sequences trained on; position adds the skipped ones
     tokens_seen: int = 0
-    seconds: float = 0.0                # wall time of the run so far, all its processes together
+    seconds: float = 0.0                # wall time of the run, its earlier sessions included
     max_steps: int | None = None        # None until the horizon of a timed run is set
     decay_steps: int = 0  # updates of the decay, at the end; meaningful once max_steps is set
     warmup: int = 0                     # updates of the warm-up
@@ -75,7 +76,7 @@ class Start:
     config: object                      # TrainConfig
     model_config: object                # MiniCPMConfig
     state: RunState
-    folder: Path | None                 # checkpoint to load; None: from scratch
+    folder: Path | None                 # checkpoint to load; None: initialize
     kind: str                           # scratch, resume, branch, or init (weights only)
     requested: dict                     # every option as the command set it
 
@@ -107,8 +108,7 @@ def set_horizon(config, state, max_steps):
 
 def set_horizon_from_time(config, state, log, world):
     """Set the horizon of a timed run once the stable share of its time is spent: the decay gets the
-    updates that fit in
-    the rest. Rank 0's clock decides."""
+    updates that fit in the rest. Rank 0's clock decides."""
     seconds, seconds_per_step = log.run_seconds(), log.seconds_per_step()
     if seconds_per_step is None:
         return
@@ -133,7 +133,8 @@ def resolve_start(config, model_config, given):
 
     given: {name: value} of the options that the command set. Returns a Start.
     """
-    done = [] if config.overwrite else checkpoint.checkpoints(config.out_dir)
+    start_over = config.overwrite and not is_restart()
+    done = [] if start_over else checkpoint.checkpoints(config.out_dir)
     if done:
         return resume(config, model_config, done[-1])
     requested = requested_config(config, model_config)
@@ -153,6 +154,12 @@ def resolve_start(config, model_config, given):
     return Start(config, model_config, new_state(config), None, "scratch", requested)
 
 
+def is_restart():
+    """Return whether torchrun or Slurm has started this command again after a failure."""
+    counts = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
+    return any(int(os.environ.get(name, 0)) > 0 for name in counts)
+
+
 def requested_config(config, model_config):
     """Return every option as the command set it, flat, with JSON's types."""
     return json.loads(json.dumps({**asdict(config), **asdict(model_config)}))
@@ -161,18 +168,23 @@ def requested_config(config, model_config):
 def resume(config, model_config, folder):
     """Continue the run in out_dir. The command must be the one that began it, but for
     MAY_CHANGE."""
+    about = Path(config.out_dir) / "config.json"
+    if not about.is_file():
+        raise BadInput(f"--out_dir={config.out_dir}: holds weights only, no run to continue; give "
+                       f"another one with --init_from={config.out_dir}")
     meta, requested = checkpoint.read_meta(folder), requested_config(config, model_config)
     defaults = requested_config(type(config)(), type(model_config)())  # options newer than the run
-    before = defaults | checkpoint.read_json(Path(config.out_dir) / "config.json")["requested"]
+    before = defaults | checkpoint.read_json(about).get("requested", {})
     changed = [name for name in requested if requested[name] != before.get(name)]
     refused = [name for name in changed if name not in MAY_CHANGE]
     if refused:
         raise BadInput(*[f"--{name}={requested[name]}: the run in {config.out_dir} was begun with "
                          f"{before.get(name)}; repeat its command, or give --overwrite=True or "
                          "another --out_dir" for name in refused])
-    state = RunState(**meta["run"])
+    state = checkpoint.from_meta(RunState, meta, "run", folder)
     new_values = {name: getattr(config, name) for name in changed}
-    config = dataclasses.replace(type(config)(**meta["train"]), **new_values)
+    saved_config = checkpoint.from_meta(type(config), meta, "train", folder)
+    config = dataclasses.replace(saved_config, **new_values)
     if "max_steps" in changed and config.max_steps is not None:
         change_horizon(config, state)
     skip_nonfinite(config, state)
@@ -204,7 +216,7 @@ def skip_nonfinite(config, state):
 
 
 def in_decay(meta):
-    """Return whether a checkpoint has updates of the decay behind it."""
+    """Return whether a checkpoint was saved after the first update of the decay."""
     return "run" in meta and meta["run"]["step"] > RunState(**meta["run"]).decay_start
 
 
@@ -270,6 +282,8 @@ def set_branch_horizon(config, state):
         state.decay_steps = min(end - state.step, round(config.share * end))
     else:                               # the decay has its share of the whole run
         state.decay_steps = max(1, round(state.step * config.share / (1 - config.share)))
+    if end is None and not state.decay_steps:
+        raise BadInput("--decay_steps=0: a branch without a decay needs --max_steps")
     state.max_steps = state.step + state.decay_steps if end is None else end
     if config.schedule != "wsd":
         state.decay_steps = 0

@@ -103,7 +103,7 @@ def read_runs(pattern):
         if batch in curves:
             raise BadInput(f"{folder}: a second run of {batch} tokens per update, {params:,} "
                            f"parameters and seed {knobs['seed']}; leave one out")
-        curves[batch] = curve_of(metrics.split(lines)[0], batch)
+        curves[batch] = curve_of(metrics.split_lines(lines)[0], batch)
     return groups
 
 

@@ -463,7 +463,7 @@ def test_a_micro_batch_that_does_not_fit_is_halved_and_one_that_never_fits_is_an
 def test_the_estimate_for_a_gpu_follows_its_memory_and_divides_the_batch(monkeypatch):
     config, chosen = TrainConfig(max_steps=1, block_size=4096), []
     for gib in (1, 24, 48, 80, 10_000):
-        monkeypatch.setattr(device, "free_memory", lambda device: gib * 2 ** 30)
+        monkeypatch.setattr(device, "available_memory", lambda device: gib * 2 ** 30)
         chosen.append(device.choose_micro_batch(MiniCPMConfig(n_layer=20), config, 60, torch.device("cuda"), shards=8))
     assert chosen == sorted(chosen) and chosen[0] == 1 and chosen[-1] == 60 and len(set(chosen)) > 2
     assert all(60 % micro == 0 for micro in chosen)
