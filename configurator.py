@@ -70,7 +70,7 @@ def configure(argv, *classes, usage):
         print("\n".join([usage.strip(), "", *[help_text(cls, hints) for cls in classes]]))
         raise SystemExit(0)
     given, problems = {}, []
-    unread = set()                                         # names whose values are not known
+    unread = set()      # options that could not be read; problems caused by them are not reported
     names = {field.name for cls in classes for field in dataclasses.fields(cls)}
 
     for where, name, value in settings(argv, problems, unread, names):
@@ -87,7 +87,7 @@ def configure(argv, *classes, usage):
             unread.add(name)
     try:
         instances = build(classes, given)
-    except BadInput as error:                              # without what follows from unread values
+    except BadInput as error:                              # leave out problems caused by those
         problems += [line for line in error.args
                      if not unread.intersection(re.findall(r"--(\w+)", line))]
     if problems:
@@ -267,7 +267,7 @@ def help_text(cls, hints):
 
 
 def print_differences(*configs):
-    """Print one line with every value that is not the default of its dataclass."""
+    """Print one line with every value that differs from its default."""
     different = [f"{field.name}={getattr(config, field.name)!r}" for config in configs
                  for field in dataclasses.fields(config)
                  if getattr(config, field.name) != field.default]

@@ -3,7 +3,8 @@
     python wsd.py [--out=schedules.png]        draws all of them
 
 Step s means that s updates are done: update s + 1 uses lr_at(s). A run of max_steps updates uses
-steps 0 to max_steps - 1, and its last update uses the floor.
+steps 0 to max_steps - 1. If the run decays, its last update uses the floor (with half_life: at
+least the floor).
 """
 import math
 from dataclasses import dataclass
@@ -42,7 +43,8 @@ def lr_at(step, *, peak, floor, warmup, max_steps, decay_steps, schedule="wsd",
 def wsd_decay(k, peak, floor, decay_steps, decay, half_life=None):
     """Return the rate k updates into the decay of WSD (paper section 4.2).
 
-    It is the peak at k = 0 and the floor at k = decay_steps - 1.
+    Without half_life the rate is the peak at k = 0 and the floor at k = decay_steps - 1 (one step:
+    the floor).
 
     exponential  peak * 0.5 ** (k / half_life). The formula of section 6.2 does not subtract the
                  start of the decay in its exponent, so it would exceed 1; this is the consistent

@@ -1,4 +1,4 @@
-"""A 124M model (the size of GPT-2 small) on one GPU: 10B tokens of FineWeb-Edu."""
+"""A model of GPT-2 small's shape, 120M parameters, on one GPU: 10B tokens of FineWeb-Edu."""
 out_dir = "out/gpu_124m"
 data = "fineweb_edu"
 tokenizer = "gpt2"

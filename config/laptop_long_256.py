@@ -1,6 +1,6 @@
 """Long contexts, first step: the laptop model learns to retrieve, at its training length.
 
-Three minutes on one CPU core. First prepare the data:
+Two and a half minutes on one CPU core. First prepare the data:
 
     python data/speeches/prepare.py
     python data/passkey/prepare.py --block_size=256

@@ -32,7 +32,8 @@ batch_size = 64                 # 64 sequences * 131,072 tokens = 8,388,608 toke
                                 # one sequence for each of 64 GPUs
 max_steps = 1000                # * 8,388,608 tokens = 8.4B tokens
 decay_steps = 200
-learning_rate = 0.001           # where the 2.4B's decay ends; here it decays to a tenth
+learning_rate = 0.001           # close to 0.00077, where the 2.4B's decay ends; here it decays to a
+                                # tenth
 warmup_steps = 20
 micro_batch_size = 1
 recompute = 1

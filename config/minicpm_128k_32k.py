@@ -29,7 +29,7 @@ block_size = 32768
 batch_size = 128                # 128 sequences * 32,768 tokens = 4,194,304 tokens per update
 max_steps = 5000                # * 4,194,304 tokens = 21B tokens
 decay_steps = 0                 # the decay comes in the second half
-learning_rate = 0.001           # where the 2.4B's decay ends
+learning_rate = 0.001           # close to 0.00077, where the 2.4B's decay ends
 warmup_steps = 100
 micro_batch_size = 1
 recompute = 1

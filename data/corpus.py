@@ -426,4 +426,4 @@ def prepare_missing(config, tokenizer):
             command = [sys.executable, str(ROOT / "data" / name / "prepare.py"),
                        f"--tokenizer={config.tokenizer}", f"--data_dir={config.data_dir}"]
             if subprocess.run(command).returncode:
-                raise BadInput(f"data={name}: could not be prepared (see above)")
+                raise BadInput(f"--data={name}: could not be prepared (see above)")

@@ -38,18 +38,19 @@ from data.tokenizer import BUILT_IN
 # The header of a shard: magic, version, bytes per token, vocabulary size, number of tokens.
 HEADER = struct.Struct("<8sIIQQ")
 MAGIC, VERSION = b"nanoCPM\0", 1
-EVAL_TOKENS = 8192                      # tokens per forward of an evaluation, at most
+EVAL_TOKENS_PER_FORWARD = 8192          # at most
 PADDING, TEXT, ANSWER = 0, 1, 2         # classes of the tokens of packed rows
-MIXTURE_PERIOD = 1000                   # samples in which a mixture meets its shares exactly
+MIXTURE_PERIOD = 1000       # number of samples after which the shares of a mixture are exact
 PREPARE_AGAIN = "delete the folder and prepare it again"
 
 
 # ---- plan -> source: which corpus does sample `index` come from?
 
-def parse_mixture(text):
+def parse_mixture(text, option="data"):
     """Turn "pytorch:0.7,speeches:0.3" into {"pytorch": 0.7, "speeches": 0.3}.
 
-    Weights are normalized to sum to 1. A single name needs no weight.
+    Weights are normalized to sum to 1. A single name needs no weight. Raises BadInput, which names
+    the option that the text is from.
     """
     shares = {}
     for part in text.split(","):
@@ -60,8 +61,8 @@ def parse_mixture(text):
             share = 0.0
         weight_missing = not colon and "," in text
         if not name or name in shares or weight_missing or not 0 < share < math.inf:
-            raise BadInput(f"data={text!r}: give NAME or NAME:WEIGHT,NAME:WEIGHT with distinct "
-                           "names and weights above 0")
+            raise BadInput(f"--{option}={text!r}: give NAME or NAME:WEIGHT,NAME:WEIGHT with "
+                           "distinct names and weights above 0")
         shares[name] = share
     total = sum(shares.values())
     return {name: share / total for name, share in shares.items()}
@@ -101,16 +102,16 @@ def samples_drawn(name, mixture, seed, n):
 def locate(plan, seed, index):
     """Return (source name, index within that source) of the sample with this global index.
 
-    The index within the source is the number of samples that all samples before this one, those of
-    earlier segments included, have drawn from it: nothing is drawn twice or left out.
+    The index within the source is the number of earlier samples of the run, earlier segments
+    included, that came from this source.
     """
     current = max(i for i, (first, _) in enumerate(plan) if first <= index)
     first, mixture = plan[current]
     period, position = divmod(index - first, MIXTURE_PERIOD)
     name = list(samples_per_period(mixture))[source_order(mixture, seed, period)[position]]
-    ends = [first for first, _ in plan[1:current + 1]] + [index]
-    drawn = [samples_drawn(name, mixture, seed, end - first)
-             for (first, mixture), end in zip(plan, ends)]
+    segment_ends = [segment_start for segment_start, _ in plan[1:current + 1]] + [index]
+    drawn = [samples_drawn(name, segment_mixture, seed, segment_end - segment_start)
+             for (segment_start, segment_mixture), segment_end in zip(plan, segment_ends)]
     return name, sum(drawn)
 
 
@@ -372,8 +373,11 @@ def shipped_corpora():
 
 
 def prepare_command(folder):
-    """Return the command that prepares the corpus of a folder (data/NAME/TOKENIZER)."""
-    name, tokenizer = folder.parent.name, folder.name
+    """Return the command that prepares the corpus of a folder (data/NAME/TOKENIZER).
+
+    Remarks on what the user must fill in follow the command, in brackets.
+    """
+    name, tokenizer, remarks = folder.parent.name, folder.name, []
     owners = [owner for owner in shipped_corpora() if f"{name}_".startswith(f"{owner}_")]
     if not owners:
         script = f"text/prepare.py --input=PATH --name={name}"
@@ -381,11 +385,13 @@ def prepare_command(folder):
         owner = max(owners, key=len)
         script = f"{owner}/prepare.py"
         if owner != name:
-            script += f" (with the --suffix or --block_size that makes it {name})"
+            remarks.append(f"with the --suffix or --block_size that makes it {name}")
     if tokenizer not in BUILT_IN:
-        tokenizer = f"FOLDER (that of tokenizer {tokenizer!r})"
+        remarks.append(f"FOLDER is that of tokenizer {tokenizer!r}")
+        tokenizer = "FOLDER"
     overwrite = " --overwrite=True" if folder.exists() else ""
-    return f"python data/{script} --tokenizer={tokenizer}{overwrite}"
+    remark = f" ({'; '.join(remarks)})" if remarks else ""
+    return f"python data/{script} --tokenizer={tokenizer}{overwrite}{remark}"
 
 
 def open_corpus(data_dir, name, tokenizer, split):
@@ -428,7 +434,7 @@ def open_data(config, tokenizer):
     held_out = {name: open_corpus(config.data_dir, name, tokenizer, "val") for name in shares}
     token_bytes = tokenizer.token_bytes()
     at_once = config.micro_batch_size or min(config.batch_size,
-                                             max(1, EVAL_TOKENS // config.block_size))
+                                             max(1, EVAL_TOKENS_PER_FORWARD // config.block_size))
 
     def validate(model):
         """Return the held-out loss of the mixture, in nats per token and in bits per byte."""

@@ -37,7 +37,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from configurator import ROOT, BadInput, configure, exits_cleanly
+from configurator import (
+    ROOT,
+    BadInput,
+    configure,
+    exits_cleanly,
+    must_be_positive,
+    must_not_be_negative,
+)
 from data import packing
 from data.dataset import permute
 from data.tokenizer import chat_ids
@@ -56,7 +63,7 @@ from train import (
 
 HELD_OUT = 0.05                 # share of the prompts, if no file of held-out pairs is given
 REFERENCE = "reference.safetensors"
-CHOSEN, REJECTED = 0, 1         # indices in the dimension of size 2 that all tensors have
+CHOSEN, REJECTED = 0, 1         # positions of the two answers in tensors (P, 2, ...)
 
 
 @dataclass
@@ -77,7 +84,8 @@ class DPOConfig(TrainConfig):
                                         # default; training uses the pairs
     batch_size: int = 64                # pairs per update (not stated in the paper)
     batch_schedule: str | None = None   # 'STEP:PAIRS,...': batch_size from each step on
-    micro_batch_size: int = 0           # pairs per forward; 0: chosen automatically
+    micro_batch_size: int = 0           # pairs per forward; 0: chosen automatically. A pair is two
+                                        # rows of block_size
     block_size: int = 1024              # most tokens of a prompt and its answer; longer pairs are
                                         # left out, and counted
     learning_rate: float = 1e-5         # peak, as in the paper; the same for all parameters, since
@@ -85,23 +93,23 @@ class DPOConfig(TrainConfig):
     schedule: Literal['wsd', 'cosine', 'cosine_loop', 'constant'] = 'cosine'    # as in the paper
     sample_tokens: int = 0              # sample.py --chat=True talks to the result instead
 
+    def needs_horizon(self):
+        """Return whether max_steps or minutes must be given; here epochs set the horizon."""
+        return False
+
     def problems(self):
-        # Not the complaint that there is no horizon: epochs set it here.
-        out = [line for line in super().problems()
-               if not line.startswith("--max_steps or --minutes")]
+        out = super().problems()
         if self.init_from is None:
             out.append("--init_from: needed: the checkpoint to start from, after SFT")
         if self.pairs is None:
             out.append("--pairs: needed: a file of preference pairs")
-        for name in ("beta", "epochs", "max_pairs"):
-            value = getattr(self, name)
-            if value is not None and value <= 0:
-                out.append(f"--{name}={value}: must be above 0")
+        out += must_be_positive(self, "beta epochs max_pairs")
+        out += must_not_be_negative(self, "sft_coef")
         if not 0 <= self.label_smoothing < 0.5:
             out.append(f"--label_smoothing={self.label_smoothing}: must be from 0 to below 0.5")
-        if self.sft_coef < 0:
-            out.append(f"--sft_coef={self.sft_coef}: must not be negative")
-        unused = ("branch_from", "minutes", "decay_data", "doc_mask", "answers_only", "reference")
+        if self.reference is not None:
+            out.append("--reference: is set by the run")
+        unused = ("branch_from", "minutes", "decay_data", "doc_mask", "answers_only")
         out += [f"--{name}: not used by DPO" for name in unused
                 if getattr(self, name) != getattr(DPOConfig, name)]
         return out
@@ -114,7 +122,7 @@ def dpo_loss(policy, reference, beta, label_smoothing=0.0):
 
     Rafailov et al. 2023, equation 7, for one pair with the answers w (chosen) and l (rejected):
 
-        -log sigmoid(beta * (log policy(w) / reference(w) - log policy(l) / reference(l)))
+        -log sigmoid(beta * (log(policy(w) / reference(w)) - log(policy(l) / reference(l))))
 
     policy, reference  (P, 2) log-probabilities of the chosen and of the rejected answer
     label_smoothing    probability that a label is wrong: conservative DPO (Mitchell 2023, eq. 3)
@@ -177,15 +185,15 @@ def encode(tokenizer, messages, answers, block_size):
     return tuple(rows)
 
 
-def load_pairs(config, tokenizer, print0):
+def load_pairs(config, tokenizer, say):
     """Return {"train": [pair, ...], "val": [pair, ...]}, each pair as `encode` returns it.
 
-    print0(text) prints on rank 0. Raises BadInput if a split has no pair.
+    say(text) prints on rank 0. Raises BadInput if a split has no pair.
     """
     hold_out = config.val_pairs is None
-    train, val = read_file(config.pairs, config, tokenizer, print0, hold_out, config.max_pairs)
+    train, val = read_file(config.pairs, config, tokenizer, say, hold_out, config.max_pairs)
     if not hold_out:
-        val, _ = read_file(config.val_pairs, config, tokenizer, print0)
+        val, _ = read_file(config.val_pairs, config, tokenizer, say)
     limit = f"of at most --block_size={config.block_size} tokens"
     if not train:
         raise BadInput(f"{config.pairs}: no pair for training {limit}")
@@ -195,7 +203,7 @@ def load_pairs(config, tokenizer, print0):
     return {"train": train, "val": val}
 
 
-def read_file(name, config, tokenizer, print0, hold_out=False, max_pairs=None):
+def read_file(name, config, tokenizer, say, hold_out=False, max_pairs=None):
     """Return (pairs, held-out pairs) of a file; the latter only with hold_out.
 
     It stops reading at max_pairs of the former, and prints how many were too long to be used.
@@ -212,8 +220,8 @@ def read_file(name, config, tokenizer, print0, hold_out=False, max_pairs=None):
         if len(pairs) == max_pairs:
             break
     if too_long:
-        print0(f"{name}: {too_long:,} pairs left out, longer than "
-               f"--block_size={config.block_size} tokens")
+        say(f"{name}: {too_long:,} pairs left out, longer than "
+            f"--block_size={config.block_size} tokens")
     return pairs, held_out
 
 
@@ -228,7 +236,7 @@ def hash_int(text):
 
 
 def is_held_out(messages):
-    """Whether a prompt's pairs are for validation; a prompt has no pairs on both sides."""
+    """Return whether a prompt's pairs, which are never split, are for validation."""
     return hash_int(json.dumps(messages)) % 2 ** 32 < HELD_OUT * 2 ** 32
 
 
@@ -249,7 +257,7 @@ def make_batch(pairs, index, block_size):
     return batch
 
 
-def make_batches(pairs, config):
+def pair_batches(pairs, config):
     """Return the batch source batches(plan, first, count) -> (batch, count) for train.py's loop.
 
     Every epoch has its own order of the pairs. The plan, which names corpora, is not used.
@@ -290,7 +298,7 @@ def compute_reference(forward, pairs, config, micro, device, rank, ranks):
     The forward and the shapes are those of training, with gradients enabled, because kernels may
     differ without. Each rank computes its share of the training pairs; the other rows are -inf.
     """
-    batches, batch_size = make_batches(pairs["train"], config), batch_size_at(config, 0)
+    batches, batch_size = pair_batches(pairs["train"], config), batch_size_at(config, 0)
     share, quiet = batch_size // ranks, config.quiet or rank > 0
     firsts = tqdm(range(0, len(pairs["train"]), batch_size), desc="reference", leave=False,
                   disable=True if quiet else None)
@@ -375,7 +383,7 @@ def write_reference(path, tables, fingerprint):
 # ---- a run
 
 def new_run(start, n_pairs):
-    """Return the Start of a new run, completed by its horizon and the hash of its weights."""
+    """Return the Start of a new run, with its horizon and the hash of its initial weights."""
     config = start.config
     max_steps = config.max_steps or count_updates(config, n_pairs)
     state = new_state(dataclasses.replace(config, max_steps=max_steps))
@@ -429,7 +437,7 @@ def train_dpo(start, world):
         return {f"val_{name}": value.cpu().double().mean().item()
                 for name, value in {"loss": losses, **values}.items()}
 
-    batches = make_batches(pairs["train"], config)
+    batches = pair_batches(pairs["train"], config)
     run_training(start, world, loss, lambda config, tokenizer: (batches, validate))
 
 

@@ -8,8 +8,8 @@ experts sum to 1, so the new model computes what the dense one did, whichever ex
 The router is drawn at random, and the experts diverge as they are trained on different tokens.
 
 The paper upcycles a checkpoint of the stable stage, so the latest such checkpoint of a run folder
-is taken; a checkpoint or a released folder that is named itself is taken as it is. Only one block
-at a time is in memory.
+is taken; a checkpoint that is given directly is used unchanged, and so is a released folder. Only
+one block at a time is in memory.
 """
 import itertools
 import os

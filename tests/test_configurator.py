@@ -120,7 +120,7 @@ def test_train_reports_all_and_exits_with_2(capsys):
             "--decay_share=0.1", "--decay_steps=5", "--schedule=wsdd", "--data=a,b"]
     lines = error_lines(train.main, argv, capsys)
     starts = ["--n_layerz: unknown option; did you mean --n_layer?", "--max_steps takes int", "--compile takes True or False",
-              "--out_dir needs a value", "--schedule is one of wsd", "--decay_share and --decay_steps: give one", "data='a,b': give NAME",
+              "--out_dir needs a value", "--schedule is one of wsd", "--decay_share and --decay_steps: give one", "--data='a,b': give NAME",
               "--n_kv_head=4: does not divide --n_head=6", "--head_dim=63: must be even (RoPE rotates pairs)"]
     assert [line[:len(start)] for line, start in zip(lines, starts, strict=True)] == starts
 

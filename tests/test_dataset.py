@@ -218,7 +218,7 @@ def test_a_trillion_tokens_are_addressed_without_holding_anything(tmp_path):
 def test_malformed_mixtures_are_refused():
     assert parse_mixture("a") == parse_mixture("a:7") == {"a": 1.0} and parse_mixture(" a:3, b:1") == {"a": 0.75, "b": 0.25}
     for text in ("", "a,b", "a:0.5,b", "a:0.5,a:0.5", "a:0,b:1", "a:-1,b:2", "a:x", "a:", ":1", "a:nan", "a:inf", "a:1,,b:1"):
-        with pytest.raises(BadInput, match=f"^data='{text}': give NAME or NAME:WEIGHT,.* above 0$"):
+        with pytest.raises(BadInput, match=f"^--data='{text}': give NAME or NAME:WEIGHT,.* above 0$"):
             parse_mixture(text)
 
 

@@ -143,7 +143,7 @@ def test_batches_have_few_shapes_and_every_epoch_its_own_order():
     (config,) = build([dpo.DPOConfig], {"init_from": "x", "pairs": "x", "block_size": 10, "batch_size": 4, "epochs": 2})
     row = torch.zeros(1, dtype=torch.int32).numpy()
     pairs = [((row.repeat(n), row.repeat(n)), (row, row)) for n in range(1, 11)]
-    batches = dpo.make_batches(pairs, config)
+    batches = dpo.pair_batches(pairs, config)
     epochs = [batches(None, first, 10)[0]["index"].tolist() for first in (0, 10)]
     assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(10)) and epochs[0] != epochs[1]
     assert batches(None, 4, 4)[0]["index"].tolist() == epochs[0][4:8]

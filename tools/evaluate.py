@@ -31,7 +31,7 @@ from typing import Literal
 import numpy as np
 import torch
 
-from configurator import ROOT, BadInput, build, configure, exits_cleanly
+from configurator import ROOT, BadInput, build, configure, exits_cleanly, must_be_positive
 from data import packing
 from data.dataset import check_block_size, held_out_loss, open_corpus
 from data.tokenizer import chat_ids, load_for_model
@@ -74,12 +74,8 @@ class EvaluateConfig:
     json: bool = False                  # True: print one JSON line instead of text
 
     def problems(self):
-        out = []
-        for name in ("block_size", "eval_tokens", "batch_size", "questions", "answer_tokens",
-                     "context", "continuation"):
-            value = getattr(self, name)
-            if value is not None and value <= 0:
-                out.append(f"--{name}={value}: must be above 0")
+        out = must_be_positive(self, "block_size eval_tokens batch_size questions answer_tokens "
+                                     "context continuation")
         if not self.lengths or min(self.lengths) < 1:
             out.append("--lengths: numbers of tokens above 0, separated by commas")
         if not self.depths or not all(0 <= depth <= 1 for depth in self.depths):

@@ -16,7 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))    # the project
 
-from configurator import ROOT, BadInput, configure, exits_cleanly  # noqa: E402
+from configurator import ROOT, BadInput, configure, exits_cleanly, must_be_positive  # noqa: E402
 from data import packing  # noqa: E402
 from data.corpus import PrepareOptions, held_out  # noqa: E402
 
@@ -37,8 +37,7 @@ class ChatOptions:
         if self.name and (not re.fullmatch(r"[\w-]+", self.name) or self.name.lower() in shipped):
             lines.append(f"--name={self.name}: letters, digits, '_' and '-', and none of the "
                          f"shipped {', '.join(shipped)}")
-        if self.block_size <= 0:
-            lines.append(f"--block_size={self.block_size}: must be above 0")
+        lines += must_be_positive(self, "block_size")
         if not 0 < self.val_share < 1:
             lines.append(f"--val_share={self.val_share}: must be above 0 and below 1")
         return lines

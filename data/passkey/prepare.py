@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))             # the p
 
 import numpy as np  # noqa: E402
 
-from configurator import BadInput, configure, exits_cleanly  # noqa: E402
+from configurator import BadInput, configure, exits_cleanly, must_be_positive  # noqa: E402
 from data import packing  # noqa: E402
 from data.corpus import PrepareOptions  # noqa: E402
 from data.dataset import ANSWER, PADDING, TEXT  # noqa: E402
@@ -38,8 +38,7 @@ class PasskeyOptions:
     seed: int = 1337            # seed of lengths, depths, keys and places in the filler
 
     def problems(self):
-        return [f"--{name}={getattr(self, name)}: must be above 0"
-                for name in ("block_size", "documents") if getattr(self, name) <= 0]
+        return must_be_positive(self, "block_size documents")
 
 
 def documents(options, passkeys):
