@@ -175,9 +175,10 @@ class TrainConfig:
 
     def data_problems(self):
         problems = []
-        for mixture in (self.data, self.decay_data or self.data):
+        for option in ("data", "decay_data"):
             try:
-                parse_mixture(mixture)
+                if getattr(self, option) is not None:
+                    parse_mixture(getattr(self, option), option)
             except BadInput as error:
                 problems.append(str(error))
         try:
@@ -185,7 +186,7 @@ class TrainConfig:
         except ValueError:
             problems.append(f"--batch_schedule={self.batch_schedule}: is STEP:SEQUENCES,... from "
                             "step 0 on, as in 0:480,50000:960")
-        return list(dict.fromkeys(problems))
+        return problems
 
     @property
     def floor(self):                    # last learning rate

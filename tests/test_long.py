@@ -211,7 +211,7 @@ def test_a_128k_sequence_of_the_2b_fits_a_gpu_of_80_gb(capsys):
 
 
 def test_a_missing_part_of_a_corpus_names_the_script_that_makes_it(tmp_path):
-    for name, maker in (("speeches_long", "data/speeches/prepare.py (with"), ("passkey_512", "data/passkey/prepare.py (with"),
+    for name, maker in (("speeches_long", "data/speeches/prepare.py --tokenizer=bpe4096 (with"), ("passkey_512", "data/passkey/prepare.py --tokenizer=bpe4096 (with"),
                          ("mine_long", "data/text/prepare.py --input=PATH --name=mine_long"), ("plays", "data/plays/prepare.py --tokenizer")):
         with pytest.raises(BadInput, match=re.escape(maker)):
             Split(tmp_path / name / "bpe4096", "train")
