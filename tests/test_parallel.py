@@ -135,7 +135,7 @@ def cut_short(place, run, name):
     shutil.copytree(place / run, place / name)
     shutil.rmtree(place / name / "step-00000020")
     config = json.loads((place / name / "config.json").read_text())
-    config["asked"]["out_dir"] = str(place / name)
+    config["requested"]["out_dir"] = str(place / name)
     (place / name / "config.json").write_text(json.dumps(config))
 
 
