@@ -41,6 +41,7 @@ from engine.distributed import World
 from engine.run import (
     init_run_dir,
     is_finished,
+    is_restart,
     new_state,
     non_finite,
     requested_config,
@@ -79,6 +80,7 @@ class TrainConfig:
     max_steps: int | None = None        # updates; wins over minutes
     minutes: float | None = None        # wall time of the run, compiling and evaluation included
     schedule: Literal['wsd', 'cosine', 'cosine_loop', 'constant'] = 'wsd'
+                                        # of the learning rate: see wsd.py
     learning_rate: float = 0.01         # peak (paper section 3.3); matrices: divided by width_mult
     min_lr: float | None = None         # last learning rate; unset: a tenth of learning_rate
     warmup_steps: int | None = None     # unset: 2.5 % of max_steps, or 100 in a run given minutes
@@ -294,12 +296,12 @@ def train(config, batches, loss_fn, model, state=None, optimizer_tensors=None, v
                 last = i == len(micro_batches) - 1
                 distributed.sync_gradients(model, last or config.sync_micro_steps)
                 loss_sum, aux = loss_fn(forward, micro_batch)
-                loss, share = loss_sum / n_targets, len(micro_batch["idx"]) / count
+                loss, size = loss_sum / n_targets, len(micro_batch["idx"])
                 aux_loss = sum(value for name, value in aux.items() if name.endswith("_loss"))
-                scaler.scale(loss + share * aux_loss).backward()
+                scaler.scale(loss + aux_loss * size / count).backward()
                 results["loss"] += loss.detach()
                 for name, value in aux.items():
-                    results[name] = results.get(name, 0) + share * value.detach()
+                    results[name] = results.get(name, 0) + value.detach() * size / count
 
             # Clip the gradient, stop if it is not finite, update.
             scaler.unscale_(optimizer)
@@ -523,7 +525,10 @@ def launch(config, model_config, given, run):
         world = distributed.init_world(config)
         requested = requested_config(config, model_config)
         distributed.check_same_config(world, {**requested, "code": checkpoint.code_hash()})
-        start = resolve_start(config, model_config, given)
+        restarted = any(world.all_gather(is_restart()))
+        start = resolve_start(config, model_config, given, restarted)
+        if world.size == 1:             # a branch has the device of its trunk
+            world = World(device=device.pick_device(start.config.device))
         check_processes(start.config, world)
         device.check_memory(start.model_config, world.device, world.shards)
         if world.rank > 0:
@@ -577,6 +582,7 @@ def run_in_folder(start, world, loss_fn, make_source):
     if start.kind in ("resume", "branch"):
         optimizer_tensors = checkpoint.read_tensors(start.folder, "optimizer",
                                                     (world.rank, world.size))
+    world.barrier()                     # nothing is removed before every rank could start
     if world.rank == 0:
         init_run_dir(start, say)
     world.barrier()

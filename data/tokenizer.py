@@ -80,7 +80,7 @@ class Tokenizer:
 
     def encode(self, text):
         """Return the ids of a text, a list of int. Raises BadInput if the text is not UTF-8."""
-        return self.encode_batch([text])[0]
+        return self.encoding.encode_ordinary(check_utf8(text))
 
     def encode_batch(self, texts):
         """Return one list of ids per text, computed by threads."""
@@ -146,6 +146,9 @@ class ReleasedTokenizer(Tokenizer):
         self.hash = fingerprint(sorted(vocab.items()), self.bos, self.eos, self.encode(PROBE))
         model = folder / "tokenizer.model"                      # needed by llama.cpp's converter
         self.sentencepiece = model.read_bytes() if model.is_file() else None
+
+    def encode(self, text):
+        return self.encode_batch([text])[0]
 
     def encode_batch(self, texts):
         if not texts:
@@ -261,7 +264,8 @@ def download(name):
     try:
         from huggingface_hub import snapshot_download
     except ImportError:
-        raise BadInput(NEEDS_TRANSFORMERS) from None
+        raise BadInput(f"tokenizer {name!r}: there is no such folder; if it is a name on the hub: "
+                       + NEEDS_TRANSFORMERS) from None
     try:
         return Path(snapshot_download(name, allow_patterns=HUB_FILES))
     except Exception as error:                                  # its HTTP client raises many kinds

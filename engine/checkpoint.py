@@ -8,6 +8,7 @@ killed run leaves the last good one. Its meta.json lists every file with its sha
 no model. resolve, read_meta and read_weights take the folders of released models too (released.py).
 """
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -84,6 +85,9 @@ class CheckpointWriter:
                 "model": asdict(self.model.config), "keep": keep,
                 "tokenizer_hash": self.tokenizer.hash, "provenance": provenance()}
         meta = json.loads(json.dumps(meta))                # a copy: the state goes on changing
+        is_writer = not world.mesh or world.mesh.get_local_rank("replicate") == 0
+        if not is_writer:
+            return lambda: None                            # replicas are equal: one of them writes
         parts = {"model": self.model.state_dict(), "optimizer": optimizer_state(self.optimizer)}
         shards, placements = {}, {}
         for part, tensors in parts.items():
@@ -95,8 +99,6 @@ class CheckpointWriter:
                                 for name, shard in shards[part].items()}
         sharding = {}
         if world.mesh:
-            if world.mesh.get_local_rank("replicate") > 0:
-                return lambda: None                        # replicas are equal: one of them writes
             sharding = {"placements": placements, "rank": world.mesh.get_local_rank("shard"),
                         "ranks": world.shards, "attempt": world.attempt,
                         "timeout": 60 * config.timeout}
@@ -105,7 +107,10 @@ class CheckpointWriter:
             save(self.out_dir, meta["run"]["step"], shards, meta, self.tokenizer.save, **sharding)
             if world.rank == 0:
                 prune(self.out_dir, config.keep_last, config.keep_every)
-                (self.out_dir / "nonfinite.json").unlink(missing_ok=True)
+                marker = self.out_dir / "nonfinite.json"       # behind us: forget it
+                if marker.exists():
+                    if read_json(marker)["samples_seen"] < meta["run"]["samples_seen"]:
+                        marker.unlink()
         return write
 
     def close(self):
@@ -286,9 +291,11 @@ def read_meta(folder):
 
 def model_config_of(cls, meta, where):
     """Return cls(...) from a checkpoint's meta. Raises BadInput if its model config is unusable."""
-    model = meta.get("model", {})
-    lists = {name: tuple(value) for name, value in model.items() if isinstance(value, list)}
-    return from_meta(cls, {**meta, "model": {**model, **lists}}, "model", where)
+    model = meta.get("model")
+    if isinstance(model, dict):         # JSON has no tuples
+        model = {name: tuple(value) if isinstance(value, list) else value
+                 for name, value in model.items()}
+    return from_meta(cls, {"model": model}, "model", where)
 
 
 def from_meta(cls, meta, part, where):
@@ -415,6 +422,8 @@ def lock(folder):
         raise BadInput(f"{folder}: in use by another process; wait for it, or give another "
                        "folder") from None
     except (NotImplementedError, OSError) as error:
+        if getattr(error, "errno", None) in (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOENT):
+            raise
         raise BadInput(f"{folder}: can't be locked ({error}); give a folder on a file system that "
                        "has locks") from None
 

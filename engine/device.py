@@ -155,6 +155,8 @@ def choose_micro_batch(model, config, batch, device, shards=1):
         fits = MICRO_TOKENS_CPU // config.block_size
     else:
         free = USABLE * available_memory(device) - training_bytes(model, shards)
+        if shards > 1:                                     # gradients between micro-steps
+            free -= 4 * model.n_params
         fits = free // activation_bytes(model, config.block_size, config.recompute)
     return max(n for n in divisors if n <= max(1, fits))
 

@@ -164,7 +164,7 @@ def failing_ranks_exit():
         rank = int(os.environ["RANK"])
         exit_code, message = getattr(error, "exit_code", 1), str(error)
         if isinstance(error, OSError):
-            exit_code = 2
+            exit_code, message = 2, f"{error.filename or 'writing'}: {error.strerror or error}"
         elif exit_code == 1 and is_lost_peer(error):
             exit_code, message = 4, f"lost contact with the other processes ({first_line(error)})"
         elif exit_code == 1:

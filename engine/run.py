@@ -127,13 +127,14 @@ def set_horizon_from_time(config, state, log, world):
 
 # ---- where a command begins
 
-def resolve_start(config, model_config, given):
+def resolve_start(config, model_config, given, restarted=False):
     """Decide what a command does, from what out_dir holds and what the command names. Raises
     BadInput if it cannot.
 
-    given: {name: value} of the options that the command set. Returns a Start.
+    given: {name: value} of the options that the command set. restarted: torchrun or Slurm repeats
+    the command after a failure, so --overwrite does not apply again. Returns a Start.
     """
-    start_over = config.overwrite and not is_restart()
+    start_over = config.overwrite and not restarted
     done = [] if start_over else checkpoint.checkpoints(config.out_dir)
     if done:
         return resume(config, model_config, done[-1])
@@ -174,7 +175,8 @@ def resume(config, model_config, folder):
                        f"another one with --init_from={config.out_dir}")
     meta, requested = checkpoint.read_meta(folder), requested_config(config, model_config)
     defaults = requested_config(type(config)(), type(model_config)())  # options newer than the run
-    before = defaults | checkpoint.read_json(about).get("requested", {})
+    about = checkpoint.read_json(about)
+    before = defaults | about.get("requested", about.get("asked", {}))    # early versions: asked
     changed = [name for name in requested if requested[name] != before.get(name)]
     refused = [name for name in changed if name not in MAY_CHANGE]
     if refused:

@@ -359,7 +359,8 @@ def read_reference(path, fingerprint, start):
         return {}
     try:
         with safe_open(path, "pt") as file:
-            saved = json.loads(file.metadata()["reference_fingerprint"])
+            about = file.metadata()     # runs of early versions: made_from
+            saved = json.loads(about.get("reference_fingerprint") or about["made_from"])
             tables = {split: file.get_tensor(split) for split in ("train", "val")}
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
         raise BadInput(f"{path}: not a table of log-probabilities ({error}); delete it") from None

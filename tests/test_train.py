@@ -479,3 +479,37 @@ def test_a_trial_of_a_micro_batch_leaves_no_trace(fly):
     train_module.try_micro_batch(config, state, model, model, train_module.language_loss, batches, World(), 2)
     assert all(p.grad is None and torch.equal(p, before[name]) for name, p in model.named_parameters())
     assert state == new_state(config)
+
+
+# ---- found by a review
+
+def test_a_run_of_an_early_version_continues(fly):
+    """Its config.json says "asked" for "requested"."""
+    straight = curve(fly("straight", "--max_steps=20"))
+    out = fly("early", "--max_steps=10", "--decay_steps=0")
+    text = (out / "config.json").read_text().replace('"requested"', '"asked"')
+    (out / "config.json").write_text(text)
+    fly("early", "--max_steps=20", "--decay_steps=0")
+    assert len(curve(out)[0]) == len(straight[0]) == 20
+
+
+def test_a_restarted_command_does_not_overwrite_again(fly, monkeypatch):
+    out = fly("restarted", "--max_steps=10", "--decay_steps=0")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    fly("restarted", "--max_steps=12", "--decay_steps=0", "--overwrite=True")
+    assert [line["step"] for line in curve(out)[0]] == list(range(1, 13))
+
+
+def test_a_marker_of_a_later_batch_outlives_a_save(fly):
+    """With async_save a checkpoint could be finished after the marker of a non-finite loss was written, and deleted it."""
+    out = fly("marked", "--max_steps=10", "--decay_steps=0")
+    (out / "nonfinite.json").write_text(json.dumps({"samples_seen": 10 ** 6, "message": "later"}))
+    fly("marked", "--max_steps=20", "--decay_steps=0", "--skip_samples=4")
+    assert (out / "nonfinite.json").exists()
+
+
+def test_damaged_model_options_are_one_line(fly, capsys):
+    out = fly("damaged", "--max_steps=10")
+    meta = out / "step-00000010" / "meta.json"
+    meta.write_text(json.dumps({**json.loads(meta.read_text()), "model": None}))
+    assert "no usable model config" in fails(capsys, 2, f"--init_from={out}", f"--out_dir={out}-2", "--max_steps=1", "--data=one")

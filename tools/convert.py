@@ -312,7 +312,7 @@ def run_facts(meta, out_dir):
     """Return {name: value} of what a checkpoint and its run folder say about the training."""
     run, config, provenance = meta["run"], meta["train"], meta["provenance"]
     bits_per_byte = [round(line["val_bpb"], 4) for line in metrics.read(out_dir)[1]
-                     if line["step"] == meta["step"]]
+                     if line["step"] == meta["step"] and "val_bpb" in line]     # DPO has none
     return {"updates": run["step"], "tokens": run["tokens_seen"], "data": config["data"],
             "decay data": config["decay_data"], "sequence length": config["block_size"],
             "sequences per update": config["batch_size"], "schedule": config["schedule"],
