@@ -38,20 +38,25 @@ def exits_cleanly(main):
     def wrapper(argv=None):
         try:
             return main(sys.argv[1:] if argv is None else argv)
-        except OSError as error:
-            if error.filename is None and error.errno is None:
-                raise
-            print(f"{error.filename or 'writing'}: {error.strerror or error}", file=sys.stderr)
-            raise SystemExit(2) from None
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             raise SystemExit(130) from None
         except Exception as error:
-            if not hasattr(error, "exit_code"):
+            exit_code, message = expected_error(error)
+            if exit_code is None:
                 raise
-            print(error, file=sys.stderr)
-            raise SystemExit(error.exit_code) from None
+            print(message, file=sys.stderr)
+            raise SystemExit(exit_code) from None
     return wrapper
+
+
+def expected_error(error):
+    """Return (exit status, message) of bad input or a failing disk; (None, None) for a bug."""
+    if hasattr(error, "exit_code"):
+        return error.exit_code, str(error)
+    if isinstance(error, OSError) and (error.filename or error.errno):
+        return 2, f"{error.filename or 'writing'}: {error.strerror or error}"
+    return None, None
 
 
 # ---- from the command line to dataclasses

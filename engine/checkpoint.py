@@ -42,8 +42,7 @@ class CheckpointWriter:
     copies while training continues.
     """
 
-    def __init__(self, config, state, model, optimizer, scaler, tokenizer, world,
-                 log):
+    def __init__(self, config, state, model, optimizer, scaler, tokenizer, world, log):
         """tokenizer: saved in every checkpoint; None: nothing is ever written."""
         self.config, self.state, self.world, self.tokenizer = config, state, world, tokenizer
         self.model, self.optimizer, self.scaler, self.log = model, optimizer, scaler, log
@@ -85,8 +84,7 @@ class CheckpointWriter:
                 "model": asdict(self.model.config), "keep": keep,
                 "tokenizer_hash": self.tokenizer.hash, "provenance": provenance()}
         meta = json.loads(json.dumps(meta))                # a copy: the state goes on changing
-        is_writer = not world.mesh or world.mesh.get_local_rank("replicate") == 0
-        if not is_writer:
+        if world.mesh and world.mesh.get_local_rank("replicate") > 0:
             return lambda: None                            # replicas are equal: one of them writes
         parts = {"model": self.model.state_dict(), "optimizer": optimizer_state(self.optimizer)}
         shards, placements = {}, {}
@@ -104,20 +102,21 @@ class CheckpointWriter:
                         "timeout": 60 * config.timeout}
 
         def write():
-            save(self.out_dir, meta["run"]["step"], shards, meta, self.tokenizer.save, **sharding)
+            save_checkpoint(self.out_dir, meta["run"]["step"], shards, meta, self.tokenizer.save,
+                            **sharding)
             if world.rank == 0:
                 prune(self.out_dir, config.keep_last, config.keep_every)
-                marker = self.out_dir / "nonfinite.json"       # behind us: forget it
-                if marker.exists():
-                    if read_json(marker)["samples_seen"] < meta["run"]["samples_seen"]:
-                        marker.unlink()
+                marker = self.out_dir / "nonfinite.json"
+                seen = meta["run"]["samples_seen"]
+                if marker.exists() and read_json(marker)["samples_seen"] < seen:
+                    marker.unlink()                        # the run is past that batch
         return write
 
     def close(self):
         self.thread.shutdown(wait=False)                   # do not block on a dead peer
 
 
-def save(out_dir, step, tensors, meta, write_more=None, placements=None, rank=0, ranks=1,
+def save_checkpoint(out_dir, step, tensors, meta, write_more=None, placements=None, rank=0, ranks=1,
          attempt=None, timeout=600):
     """Write out_dir/step-N and return its path.
 

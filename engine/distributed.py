@@ -26,7 +26,7 @@ from dataclasses import dataclass, field
 import torch
 import torch.distributed as dist
 
-from configurator import BadInput
+from configurator import BadInput, expected_error
 from engine.device import pick_device
 
 UNDER_TORCHRUN = "LOCAL_RANK" in os.environ
@@ -162,13 +162,12 @@ def failing_ranks_exit():
         if not UNDER_TORCHRUN:
             raise
         rank = int(os.environ["RANK"])
-        exit_code, message = getattr(error, "exit_code", 1), str(error)
-        if isinstance(error, OSError):
-            exit_code, message = 2, f"{error.filename or 'writing'}: {error.strerror or error}"
-        elif exit_code == 1 and is_lost_peer(error):
-            exit_code, message = 4, f"lost contact with the other processes ({first_line(error)})"
-        elif exit_code == 1:
-            message = traceback.format_exc()
+        exit_code, message = expected_error(error)
+        if exit_code is None and is_lost_peer(error):
+            reason = str(error).splitlines()[0]
+            exit_code, message = 4, f"lost contact with the other processes ({reason})"
+        elif exit_code is None:
+            exit_code, message = 1, traceback.format_exc()
         if rank > 0 or exit_code == 4:
             time.sleep(SECONDS_FOR_OTHERS)
         for line in message.splitlines():
@@ -182,10 +181,6 @@ def is_lost_peer(error):
     if isinstance(error, dist.DistError):
         return True
     return isinstance(error, RuntimeError) and any(text in str(error) for text in LOST_PEER)
-
-
-def first_line(error):
-    return str(error).splitlines()[0]
 
 
 def check_same_config(world, values):

@@ -17,8 +17,8 @@ from pathlib import Path
 from configurator import BadInput, build
 from engine import checkpoint, metrics
 
-# default warm-up: share of max_steps; steps of a run given minutes
-WARMUP_SHARE, WARMUP_STEPS_TIMED = 0.025, 100
+WARMUP_SHARE = 0.025                    # default warm-up, as a share of max_steps
+WARMUP_STEPS_TIMED = 100                # default warm-up of a run that is given minutes
 # Options that a command may change when it continues a run.
 MAY_CHANGE = ("max_steps minutes micro_batch_size eval_interval eval_tokens log_interval "
               "save_interval keep_last keep_every sample_tokens skip_samples overwrite quiet "
@@ -27,11 +27,9 @@ MAY_CHANGE = ("max_steps minutes micro_batch_size eval_interval eval_tokens log_
 # Model options that may differ from the checkpoint a run starts from, besides rope_...
 MAY_DIFFER = ("max_position original_max_position tie_word_embeddings mup_lr balance_coef "
               "router_z_coef").split()
-# What a branch does not inherit from its trunk.
+# Options that a branch does not inherit from its trunk.
 NOT_INHERITED = ("max_steps minutes decay_steps decay_share overwrite skip_samples init_from "
                  "branch_from out_dir rewarm_steps").split()
-
-
 # Why a continued run may differ from the interrupted one, by what changed.
 CONSEQUENCES = {"code": "its rules may differ", "torch": "its kernels may differ",
                 "threads": "sums may round differently"}
@@ -51,11 +49,11 @@ class RunState:
     tokens_seen: int = 0
     seconds: float = 0.0                # wall time of the run, its earlier sessions included
     max_steps: int | None = None        # None until the horizon of a timed run is set
-    decay_steps: int = 0  # updates of the decay, at the end; meaningful once max_steps is set
+    decay_steps: int = 0                # updates of the decay, once max_steps is set
     warmup: int = 0                     # updates of the warm-up
     start: int = 0                      # step from which the warm-up counts
     plan: list = field(default_factory=list)     # data plan: [[first sample, mixture], ...]
-    skips: list = field(default_factory=list)  # [[at this many samples seen, samples skipped], ...]
+    skips: list = field(default_factory=list)    # [[samples seen by then, samples skipped], ...]
     compiled: bool | None = None        # None: not yet decided; a resume must compute as before
     micro: int = 0                      # sequences per forward; 0: not yet decided
     scaler: dict | None = None          # of float16

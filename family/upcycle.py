@@ -133,7 +133,7 @@ def upcycle(options):
               "tokenizer_hash": tokenizer.hash if tokenizer else None,
               "upcycled": {"from": str(source), "step": meta["step"], "seed": options.seed}}
     try:
-        checkpoint.save(out, 0, {}, record, write_files)
+        checkpoint.save_checkpoint(out, 0, {}, record, write_files)
     finally:
         if out.is_dir() and not any(out.iterdir()):     # nothing was written
             os.rmdir(out)

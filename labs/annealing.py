@@ -30,7 +30,6 @@ from configurator import ROOT, exits_cleanly
 from data.dataset import open_corpus
 from labs import runs
 from labs.runs import Check
-from labs.shared import group, load_model, train_stage
 from tools import evaluate
 
 PLAIN, LABELLED = "pytorch", "pytorch:0.7,instruct:0.3"     # data of the decay
@@ -60,7 +59,7 @@ class Settings:
 # %% The experiment: each stage of a model's life starts from the checkpoint of the stage before
 
 def stage(*config_files, **options):
-    return train_stage("annealing", *config_files, eval_interval=0, eval_tokens=2048,
+    return runs.train_stage("annealing", *config_files, eval_interval=0, eval_tokens=2048,
                        save_interval=500, keep_last=1, sample_tokens=0, compile=False, **options)
 
 
@@ -111,7 +110,7 @@ def adaptation(seed, start, steps, trunk, eval_tokens, shape):
 
 def exact_answers(folder, questions, shape):
     """Return {"exact": % of questions answered exactly, "families": {kind of task: %}}."""
-    model, tokenizer = load_model(folder)
+    model, tokenizer = runs.load_model(folder)
     config = evaluate.EvaluateConfig(questions=questions, batch_size=100)
     file = ROOT / shape["data_dir"] / "instruct" / "test.jsonl"
     found = evaluate.exact(model, tokenizer, config, file)
@@ -120,7 +119,7 @@ def exact_answers(folder, questions, shape):
 
 
 def bits_per_byte(folder, corpus, eval_tokens, shape):
-    model, tokenizer = load_model(folder)
+    model, tokenizer = runs.load_model(folder)
     held_out = open_corpus(shape["data_dir"], corpus, tokenizer, "val")
     config = evaluate.EvaluateConfig(eval_tokens=eval_tokens)
     return evaluate.bits_per_byte(model, held_out, tokenizer, config, 256)["bpb"]
@@ -151,8 +150,8 @@ def experiment(settings, config):
         list(runs.run(train_trunk, trunks, config.workers or os.cpu_count()))
     by_decay, decays_stale = runs.collect("annealing", labels, decays, config)
     by_place, places_stale = runs.collect("annealing", adaptation, domains, config)
-    return (group(decays, by_decay, "decay_data"),
-            group(domains, by_place, "start", "steps")), decays_stale or places_stale
+    return (runs.group(decays, by_decay, "decay_data"),
+            runs.group(domains, by_place, "start", "steps")), decays_stale or places_stale
 
 
 def exact_percent(by_decay, after_sft):

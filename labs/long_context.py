@@ -28,7 +28,6 @@ from data.dataset import open_corpus
 from family import passkey
 from labs import runs
 from labs.runs import Check
-from labs.shared import load_model, train_stage
 from tools import evaluate
 
 SHORT, LONG = 256, 1024                     # block_size in config/laptop_long_256.py and _1024.py
@@ -71,8 +70,8 @@ def prepare(data_dir):
 
 
 def stage(config_file, steps, data_dir, **options):
-    return train_stage("long_context", f"config/{config_file}", max_steps=steps, data_dir=data_dir,
-                       sample_tokens=0, eval_tokens=4096, **options)
+    return runs.train_stage("long_context", f"config/{config_file}", max_steps=steps,
+                            data_dir=data_dir, sample_tokens=0, eval_tokens=4096, **options)
 
 
 def train_short(code_steps, short_steps, data_dir):
@@ -91,7 +90,7 @@ def extend(variant, seed, code_steps, short_steps, long_steps, lengths, depths, 
     ckpt, rope = train_short(code_steps, short_steps, data_dir), VARIANTS[variant]
     if seed is not None:
         ckpt = stage("laptop_long_1024.py", long_steps, data_dir, init_from=ckpt, seed=seed, **rope)
-    model, tokenizer = load_model(ckpt)
+    model, tokenizer = runs.load_model(ckpt)
     evaluate.change_rope(model, evaluate.EvaluateConfig(**rope))
     filler = passkey.open_filler(data_dir, "speeches", tokenizer, "val")
     speeches = open_corpus(data_dir, "speeches", tokenizer, "val")

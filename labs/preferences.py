@@ -36,7 +36,6 @@ from engine import checkpoint, metrics
 from family import dpo
 from labs import runs
 from labs.runs import Check
-from labs.shared import group, load_model, train_stage
 from tools import evaluate
 
 QUESTIONS = ROOT / "data" / "instruct" / "test.jsonl"
@@ -75,12 +74,12 @@ def start_folder(start):
     if "weights" in start:
         return runs.folder("preferences", start)
     width = start["width"]
-    trunk = train_stage(
+    trunk = runs.train_stage(
         "preferences", "config/laptop.py", minutes=None, max_steps=start["trunk_steps"],
         decay_share=0.4, decay_data="pytorch:0.7,instruct:0.3", n_embd=width,
         n_head=max(1, width // 64), n_ff=width * 5 // 2, sample_tokens=0, eval_tokens=16384,
         **COMMON)
-    return train_stage("preferences", "config/laptop_sft.py", init_from=trunk,
+    return runs.train_stage("preferences", "config/laptop_sft.py", init_from=trunk,
                        max_steps=start["sft_steps"], **COMMON)
 
 
@@ -101,7 +100,7 @@ def keep_copy(ckpt):
 
 def answers(folder, questions):
     """Return {"exact": share of right answers to held-out questions, "tokens": mean per answer}."""
-    model, tokenizer = load_model(folder)
+    model, tokenizer = runs.load_model(folder)
     config = evaluate.EvaluateConfig(questions=questions)
     found = evaluate.exact(model, tokenizer, config, QUESTIONS)
     return {"exact": found["exact"], "tokens": found["answer_tokens"]}
@@ -114,7 +113,7 @@ def divergence(folder, start, questions):
     Answers are sampled from the policy; the divergence at each of their tokens, the stop token
     included, is exact.
     """
-    (policy, tokenizer), (reference, _) = load_model(folder), load_model(start)
+    (policy, tokenizer), (reference, _) = runs.load_model(folder), runs.load_model(start)
     asked = itertools.islice(packing.read_questions(QUESTIONS), questions)
     prompts = [chat_ids(tokenizer, messages, generate=True)[0] for messages, _, _ in asked]
     nats = []
@@ -177,7 +176,7 @@ def experiment(settings, config):
     if not config.draw and runs.missing_jobs("preferences", aligned, jobs, config):
         start_folder(start)     # parallel jobs would otherwise train it at the same time
     results, after_stale = runs.collect("preferences", aligned, jobs, config)
-    return (before, group(jobs, results, "sft_coef", "beta")), before_stale or after_stale
+    return (before, runs.group(jobs, results, "sft_coef", "beta")), before_stale or after_stale
 
 
 def values(after, sft_coef, name):

@@ -21,6 +21,7 @@ import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
@@ -32,8 +33,7 @@ from data.corpus import prepare_missing
 from data.dataset import open_data
 from data.tokenizer import load_tokenizer
 from engine import checkpoint, metrics
-from engine.run import RunState
-from engine.run import is_finished as has_its_last_evaluation
+from engine.run import RunState, is_finished
 from model import MiniCPM, MiniCPMConfig, init_weights
 
 NON_FINITE = 3                  # exit status of train.py after a NaN or infinite loss or gradient
@@ -319,7 +319,7 @@ def finish(script, *words, out_dir, **knobs):
     A run that is done is not repeated. Returns False if the loss became NaN or infinite, else True.
     raises  KeyboardInterrupt if a signal stopped the run, which has saved its state
     """
-    if is_finished(out_dir):
+    if run_is_done(out_dir):
         return True
     try:
         script([*words, "--quiet=True", *options(out_dir=out_dir, **knobs)])
@@ -327,17 +327,43 @@ def finish(script, *words, out_dir, **knobs):
         if error.code != NON_FINITE:
             raise
         return False
-    if not is_finished(out_dir):
+    if not run_is_done(out_dir):
         raise KeyboardInterrupt
     return True
 
 
-def is_finished(out_dir):
+def run_is_done(out_dir):
     """Return whether the run in out_dir has made its last update and its last evaluation."""
     if not checkpoint.checkpoints(out_dir):
         return False
     meta = checkpoint.read_meta(checkpoint.resolve(out_dir))
-    return has_its_last_evaluation(out_dir, RunState(**meta["run"]))
+    return is_finished(out_dir, RunState(**meta["run"]))
+
+
+def train_stage(lab, *config_files, **options):
+    """Train one stage of a model with train.py and return its run folder.
+
+    A finished stage is not trained again, an interrupted one continues. Raises BadInput if the
+    loss diverges.
+    """
+    out_dir = folder(lab, [config_files, options])
+    if not finish(train.main, *config_files, out_dir=out_dir, **options):
+        raise BadInput(f"{out_dir}: the loss is NaN or infinite; lower this stage's learning_rate")
+    return out_dir
+
+
+def load_model(folder):
+    """Return (model in evaluation mode, its tokenizer) of a run folder or checkpoint."""
+    tokenizer = load_tokenizer(str(checkpoint.resolve(folder)))
+    return MiniCPM.from_pretrained(folder).eval(), tokenizer
+
+
+def group(jobs, results, *names):
+    """Return {job[name], or a tuple of these for several names: [results, one per seed]}."""
+    key, groups = itemgetter(*names), {}
+    for job, result in zip(jobs, results):
+        groups.setdefault(key(job), []).append(result)
+    return groups
 
 
 def read_run_folders(pattern):

@@ -15,7 +15,7 @@ TENSORS = {"model": {"a": torch.arange(600.).view(20, 30), "b": torch.ones(3, dt
 
 
 def save(out_dir, *steps, **meta):
-    return [checkpoint.save(out_dir, step, TENSORS, meta) for step in steps][-1]
+    return [checkpoint.save_checkpoint(out_dir, step, TENSORS, meta) for step in steps][-1]
 
 
 def names(out_dir):
@@ -23,14 +23,14 @@ def names(out_dir):
 
 
 def test_what_is_saved_is_read(tmp_path):
-    path = checkpoint.save(tmp_path, 3, TENSORS, {"run": {"é": 1}}, lambda folder: (folder / "words.txt").write_text("kept"))
+    path = checkpoint.save_checkpoint(tmp_path, 3, TENSORS, {"run": {"é": 1}}, lambda folder: (folder / "words.txt").write_text("kept"))
     assert path == tmp_path / "step-00000003" and names(tmp_path) == ["step-00000003"]
     assert (meta := checkpoint.read_meta(path))["step"] == 3 and meta["run"] == {"é": 1} and sorted(meta["files"]) == ["model.safetensors", "optimizer.safetensors", "words.txt"]
     for part, tensors in TENSORS.items():
         read = dict(checkpoint.read_tensors(path, part))
         assert read.keys() == tensors.keys() and all(torch.equal(read[k], t) and read[k].dtype == t.dtype for k, t in tensors.items())
     view = {"model": {"t": torch.arange(6.).view(2, 3).T, "row": torch.eye(4, requires_grad=True)[1]}}
-    assert dict(checkpoint.read_tensors(checkpoint.save(tmp_path, 4, view, {}), "model"))["t"].tolist() == [[0, 3], [1, 4], [2, 5]]
+    assert dict(checkpoint.read_tensors(checkpoint.save_checkpoint(tmp_path, 4, view, {}), "model"))["t"].tolist() == [[0, 3], [1, 4], [2, 5]]
 
 
 def test_a_run_folder_means_its_latest_checkpoint(tmp_path):

@@ -34,7 +34,7 @@ def write_model(folder, seed):
                            dim_model_base=16)
     model = MiniCPM(config)
     init_weights(model, seed)
-    checkpoint.save(folder, 0, {"model": model.state_dict()}, {"model": asdict(config)}, load_tokenizer("bytes").save)
+    checkpoint.save_checkpoint(folder, 0, {"model": model.state_dict()}, {"model": asdict(config)}, load_tokenizer("bytes").save)
     return folder
 
 

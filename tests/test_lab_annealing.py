@@ -8,7 +8,7 @@ from data.corpus import write_corpus
 from data.packing import write_rows
 from data.tokenizer import load_tokenizer
 from engine import checkpoint, metrics
-from labs import annealing, runs, shared
+from labs import annealing, runs
 
 TALKS = [("train" if i % 4 else "val", [{"role": "user", "content": f"Repeat: {i}"}, {"role": "assistant", "content": str(i)}]) for i in range(80)]
 
@@ -34,7 +34,7 @@ def test_the_quick_run_goes_from_corpora_to_checks_and_trains_nothing_twice(tmp_
     out = capsys.readouterr().out
     assert out.count("% exact") == 2 and "4 updates" in out and (tmp_path / "annealing.png").exists()
 
-    monkeypatch.setattr(shared.train, "main", lambda words: pytest.fail(f"trained again: {words}"))
+    monkeypatch.setattr(runs.train, "main", lambda words: pytest.fail(f"trained again: {words}"))
     monkeypatch.setattr(annealing, "draw", lambda *a: None)
     annealing.main([*words, "--draw=True"])                              # from the results
     (tmp_path / "annealing.jsonl").unlink()
@@ -45,7 +45,7 @@ def test_the_quick_run_goes_from_corpora_to_checks_and_trains_nothing_twice(tmp_
 
 def test_a_run_that_was_stopped_is_no_result(tmp_path, monkeypatch):
     monkeypatch.setattr(runs, "folder", lambda lab, job: str(tmp_path / "run"))
-    monkeypatch.setattr(shared.train, "main", lambda words: None)        # as after Ctrl-C: it has saved and returned
+    monkeypatch.setattr(runs.train, "main", lambda words: None)        # as after Ctrl-C: it has saved and returned
     with pytest.raises(KeyboardInterrupt):
         annealing.stage("config/laptop.py")
 

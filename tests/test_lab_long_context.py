@@ -7,7 +7,7 @@ from test_prepare import script
 from data.corpus import write_corpus
 from data.tokenizer import load_tokenizer
 from engine import metrics
-from labs import long_context, runs, shared
+from labs import long_context, runs
 from labs.long_context import LONG, SHORT, VARIANTS
 
 
@@ -30,7 +30,7 @@ def test_the_quick_run_goes_from_corpora_to_checks_and_trains_nothing_twice(tmp_
     long_context.main(words)
     out = capsys.readouterr().out
     assert out.count("holds    |") + out.count("DOES NOT |") == 7 and (tmp_path / "long_context.png").exists()
-    monkeypatch.setattr(shared.train, "main", lambda words: pytest.fail(f"trained again: {words}"))
+    monkeypatch.setattr(runs.train, "main", lambda words: pytest.fail(f"trained again: {words}"))
     monkeypatch.setattr(long_context, "draw", lambda *a: None)
     (tmp_path / "long_context.jsonl").unlink()
     long_context.main(words)                                             # from the finished runs
@@ -39,7 +39,7 @@ def test_the_quick_run_goes_from_corpora_to_checks_and_trains_nothing_twice(tmp_
 
 def test_a_run_that_was_stopped_is_no_result(tmp_path, monkeypatch):
     monkeypatch.setattr(runs, "folder", lambda lab, job: str(tmp_path / "run"))
-    monkeypatch.setattr(shared.train, "main", lambda words: None)        # as after Ctrl-C: it has saved and returned
+    monkeypatch.setattr(runs.train, "main", lambda words: None)        # as after Ctrl-C: it has saved and returned
     with pytest.raises(KeyboardInterrupt):
         long_context.stage("laptop.py", 3, "data")
 

@@ -38,7 +38,7 @@ def test_a_given_checkpoint_is_identified_by_its_weights(place):
     model, starts = MiniCPM(config), []
     for name, seed in (("one", 0), ("the same", 0), ("other", 1)):
         init_weights(model, seed)
-        checkpoint.save(place / name, 0, {"model": model.state_dict()}, {"model": asdict(config)}, load_tokenizer("bytes").save)
+        checkpoint.save_checkpoint(place / name, 0, {"model": model.state_dict()}, {"model": asdict(config)}, load_tokenizer("bytes").save)
         starts.append(preferences.keep_copy(str(place / name)))
     assert starts[0] == starts[1] != starts[2]
     assert MiniCPM.from_pretrained(preferences.start_folder(starts[2])).config == config

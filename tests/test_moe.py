@@ -271,7 +271,7 @@ def save(out_dir, model, step=0, run=None):
     """A checkpoint of a run folder, with the byte tokenizer."""
     tokenizer = load_tokenizer("bytes")
     meta = {"model": dataclasses.asdict(model.config), "tokenizer_hash": tokenizer.hash} | ({"run": {"step": step, **run}} if run else {})
-    return checkpoint.save(out_dir, step, {"model": model.state_dict()}, meta, tokenizer.save)
+    return checkpoint.save_checkpoint(out_dir, step, {"model": model.state_dict()}, meta, tokenizer.save)
 
 
 def run(*argv):

@@ -46,7 +46,7 @@ def make(changes):
 def save(folder, model, tokenizer=None):
     """A run folder with one checkpoint that holds the model."""
     meta = {"model": dataclasses.asdict(model.config), "tokenizer_hash": tokenizer and tokenizer.hash}
-    checkpoint.save(folder, 1, {"model": model.state_dict()}, meta, tokenizer and tokenizer.save)
+    checkpoint.save_checkpoint(folder, 1, {"model": model.state_dict()}, meta, tokenizer and tokenizer.save)
     return folder
 
 

@@ -436,7 +436,7 @@ def from_hf(folder, options):
     tokenizer = find_tokenizer(folder, options, model.config)
     meta = {"model": asdict(model.config), "provenance": checkpoint.provenance(), "keep": True,
             "tokenizer_hash": tokenizer.hash if tokenizer else None}
-    checkpoint.save(out_dir, 0, {"model": model.state_dict()}, meta,
+    checkpoint.save_checkpoint(out_dir, 0, {"model": model.state_dict()}, meta,
                     tokenizer.save if tokenizer else None)
     return f"{dtype_name(model.wte.weight.dtype)}, {model.config.n_params:,} parameters"
 
