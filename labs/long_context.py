@@ -24,6 +24,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from configurator import ROOT, exits_cleanly
+from data import passkeys
 from data.dataset import open_corpus
 from family import passkey
 from labs import runs
@@ -92,7 +93,7 @@ def extend(variant, seed, code_steps, short_steps, long_steps, lengths, depths, 
         ckpt = stage("laptop_long_1024.py", long_steps, data_dir, init_from=ckpt, seed=seed, **rope)
     model, tokenizer = runs.load_model(ckpt)
     evaluate.change_rope(model, evaluate.EvaluateConfig(**rope))
-    filler = passkey.open_filler(data_dir, "speeches", tokenizer, "val")
+    filler = passkeys.open_filler(data_dir, "speeches", tokenizer, "val")
     speeches = open_corpus(data_dir, "speeches", tokenizer, "val")
     keys = passkey.retrieval(model, tokenizer, filler, lengths, depths, questions, 1337, 2 * LONG)
     positions = passkey.loss_by_position(model, speeches, tokenizer, LONG, windows * LONG)

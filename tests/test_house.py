@@ -34,8 +34,6 @@ def wrong_imports(root):
         for name, line in imports_of(path):
             if (owner, name) in ALLOWED_ASIDE or name == owner and owner in SAME_ROW:
                 continue
-            if owner == "data" and path.name == "prepare.py" and name == "family":
-                continue                                   # data/passkey writes the documents of family/passkey.py
             if row_of(name) <= row_of(owner):
                 wrong.append(f"{path.relative_to(root)}:{line} imports {name}")
     return wrong

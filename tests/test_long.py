@@ -10,6 +10,7 @@ from test_prepare import error_of, script
 
 import sample
 from configurator import ROOT, BadInput, configure
+from data import passkeys
 from data.corpus import write_corpus
 from data.dataset import ANSWER, PADDING, Split, open_corpus
 from data.tokenizer import load_tokenizer
@@ -37,18 +38,18 @@ def key_of(statement):
 
 
 def test_keys_are_disjoint_and_each_word_is_one_token():
-    train, val = map(set, passkey.KEYS.values())
-    assert not train & val and len(train | val) == len(passkey.WORDS) ** 2 and 0.05 < passkey.CHANCE * len(val) < 0.15
-    assert all(len(BPE.encode(" " + word)) == 1 for word in passkey.NAMES + passkey.WORDS)
-    assert not set(passkey.NAMES) & set(passkey.WORDS)
+    train, val = map(set, passkeys.KEYS.values())
+    assert not train & val and len(train | val) == len(passkeys.WORDS) ** 2 and 0.05 < passkeys.CHANCE * len(val) < 0.15
+    assert all(len(BPE.encode(" " + word)) == 1 for word in passkeys.NAMES + passkeys.WORDS)
+    assert not set(passkeys.NAMES) & set(passkeys.WORDS)
 
 
 @pytest.mark.parametrize("length", [100, 256])
 @pytest.mark.parametrize("depths", [[0], [0.4], [1], [0.2, 0.9], [0.5, 0.1, 0.5]])
 def test_a_document_has_its_length_its_keys_at_their_depths_and_the_answers_at_its_end(length, depths):
     filler = np.array(BPE.encode(TEXT))
-    ids, asked_for = passkey.make_document(np.random.default_rng(1), "val", filler, BPE, length, depths)
-    again, _ = passkey.make_document(np.random.default_rng(1), "val", filler, BPE, length, depths)
+    ids, asked_for = passkeys.make_document(np.random.default_rng(1), "val", filler, BPE, length, depths)
+    again, _ = passkeys.make_document(np.random.default_rng(1), "val", filler, BPE, length, depths)
     assert len(ids) == length and ids[0] == BPE.bos and (ids == again).all()
     parts = BPE.decode(ids[1:].tolist()).split("What is it? ")
     body, asked = parts[0], parts[1:]
@@ -59,7 +60,7 @@ def test_a_document_has_its_length_its_keys_at_their_depths_and_the_answers_at_i
         statement = text.strip().rstrip(".") + ".\n"
         before = body[:body.index(statement)]
         place = len(BPE.encode(before)) - before.count("pass key") * 10
-        assert key_of(statement) in passkey.KEYS["val"] and abs(place - depth * filler_tokens) <= 3
+        assert key_of(statement) in passkeys.KEYS["val"] and abs(place - depth * filler_tokens) <= 3
 
 
 def test_prepare_writes_answers_whose_keys_and_filler_are_the_split_s_own(data_dir, capsys):
@@ -78,7 +79,7 @@ def test_prepare_writes_answers_whose_keys_and_filler_are_the_split_s_own(data_d
             stated = [line for line in text.split("\n") if line.startswith("The pass key of")] + \
                 ([text[3:].split("\n")[0]] if text.startswith("<s>The pass key of") else [])
             asked = [line.removeprefix("What is it? ") for line in text.split("\n") if line.startswith("What is it?")]
-            assert sorted(stated) == sorted(asked) and all(key_of(line) in passkey.KEYS[split] for line in asked)
+            assert sorted(stated) == sorted(asked) and all(key_of(line) in passkeys.KEYS[split] for line in asked)
             most = max(most, len(asked))
     assert len(texts["train"]) == 50 and most > 1
     assert "software" not in "".join(texts["val"]) and "SOFTWARE" in "".join(texts["val"])
@@ -112,7 +113,7 @@ def test_a_model_that_finds_every_key_scores_1_and_one_that_repeats_a_word_score
     filler = np.array(BPE.encode(TEXT))
     ask = lambda answer: passkey.retrieval(Stub(answer), BPE, filler, (64, 100), (0, 1), 12, 1, 512)     # noqa: E731
     assert ask(copied) == {64: [1, 1], 100: [1, 1]}
-    word = BPE.encode(passkey.KEYS["val"][0])[0]
+    word = BPE.encode(passkeys.KEYS["val"][0])[0]
     shares = ask(lambda idx: torch.full_like(idx, word))
     assert max(map(max, shares.values())) == 0
     half = ask(lambda idx: torch.where(torch.arange(idx.shape[1]) == idx.shape[1] - 2, copied(idx), 0))  # the first word alone

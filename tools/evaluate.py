@@ -13,7 +13,7 @@ exact      greedy answers to the questions of DATA_DIR/DATA/test.jsonl, or to th
            any conversations. An answer is right if it equals the given one; "The answer is 7." and
            "7" are equal. In all and by family, with the number of tokens per answer
 passkey    share of held-out keys that are found in running text, by length of the text and depth of
-           the key (see family/passkey.py)
+           the key (see data/passkeys.py)
 positions  nats per token by position in a window, in held-out documents longer than a window
 all        those of the first three that suit the corpus
 
@@ -32,7 +32,7 @@ import numpy as np
 import torch
 
 from configurator import ROOT, BadInput, build, configure, exits_cleanly, must_be_positive
-from data import packing
+from data import packing, passkeys
 from data.dataset import check_block_size, held_out_loss, open_corpus
 from data.tokenizer import chat_ids, load_for_model
 from engine import checkpoint
@@ -196,7 +196,7 @@ def find_keys(model, corpus, tokenizer, config):
     Draws the figure if one is asked for.
     """
     questions = config.questions or 40
-    filler = passkey.open_filler(config.data_dir, corpus.folder.parent.name, tokenizer, "val")
+    filler = passkeys.open_filler(config.data_dir, corpus.folder.parent.name, tokenizer, "val")
     table = passkey.retrieval(model, tokenizer, filler, config.lengths, config.depths, questions,
                               config.seed, config.batch_size * 256)
     if config.figure:
@@ -251,7 +251,7 @@ def print_result(result):
             print(f"    {family:12}{100 * share:6.1f} +- {100 * error:.1f} % of {count}")
     if "passkey" in result:
         print(f"  keys found (%) by length and depth, {result['questions']} questions each "
-              f"(chance {100 * passkey.CHANCE:.2f})")
+              f"(chance {100 * passkeys.CHANCE:.2f})")
         print(f"  {'tokens':>10}  " + "".join(f"{depth:>7g}" for depth in result["depths"]))
         for length, shares in result["passkey"].items():
             print(f"  {length:>10,}  " + "".join(f"{100 * share:7.1f}" for share in shares))

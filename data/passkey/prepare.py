@@ -1,4 +1,4 @@
-"""Retrieval documents (family/passkey.py): keys within running text, and questions at the end.
+"""Retrieval documents (data/passkeys.py): keys within running text, and questions at the end.
 
     python data/speeches/prepare.py
     python data/passkey/prepare.py --block_size=256 [--documents=8000] [--filler=speeches]
@@ -20,11 +20,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))             # the p
 import numpy as np  # noqa: E402
 
 from configurator import BadInput, configure, exits_cleanly, must_be_positive  # noqa: E402
-from data import packing  # noqa: E402
+from data import packing, passkeys  # noqa: E402
 from data.corpus import PrepareOptions  # noqa: E402
 from data.dataset import ANSWER, PADDING, TEXT  # noqa: E402
 from data.tokenizer import load_tokenizer  # noqa: E402
-from family import passkey  # noqa: E402
 
 VAL_DOCUMENTS = 200
 MAX_KEYS = 16               # per document
@@ -41,22 +40,22 @@ class PasskeyOptions:
         return must_be_positive(self, "block_size documents")
 
 
-def documents(options, passkeys):
+def documents(options, sizes):
     """Yield (split, [(id, class), ...]): all tokens are targets, except the <s>."""
     tokenizer = load_tokenizer(options.tokenizer)
-    end = tokenizer.encode(passkey.END) + [tokenizer.eos]
-    shortest, longest = passkey.shortest(tokenizer), passkeys.block_size + 1 - len(end)
+    end = tokenizer.encode(passkeys.END) + [tokenizer.eos]
+    shortest, longest = passkeys.shortest(tokenizer), sizes.block_size + 1 - len(end)
     if longest < shortest:
-        raise BadInput(f"--block_size={passkeys.block_size}: key, question and answer take up to "
+        raise BadInput(f"--block_size={sizes.block_size}: key, question and answer take up to "
                        f"{shortest + len(end)} tokens of {tokenizer.name}")
-    for split, count in (("train", passkeys.documents), ("val", VAL_DOCUMENTS)):
-        filler = passkey.open_filler(options.data_dir, passkeys.filler, tokenizer, split)
-        rng = np.random.default_rng([passkeys.seed, split == "val"])
+    for split, count in (("train", sizes.documents), ("val", VAL_DOCUMENTS)):
+        filler = passkeys.open_filler(options.data_dir, sizes.filler, tokenizer, split)
+        rng = np.random.default_rng([sizes.seed, split == "val"])
         for _ in range(count):
             length = math.exp(rng.uniform(math.log(shortest), math.log(longest)))
             max_keys = max(1, min(MAX_KEYS, length // (3 * shortest)))
             depths = rng.beta(0.5, 0.5, int(rng.integers(1, 1 + max_keys)))
-            ids, is_answer = passkey.make_document(rng, split, filler, tokenizer, round(length),
+            ids, is_answer = passkeys.make_document(rng, split, filler, tokenizer, round(length),
                                                    depths)
             classes = [ANSWER if answer else TEXT for answer in is_answer] + [TEXT] * len(end)
             classes[0] = PADDING        # what precedes a document in its row is random
@@ -65,9 +64,9 @@ def documents(options, passkeys):
 
 @exits_cleanly
 def main(argv):
-    (options, passkeys), _ = configure(argv, PrepareOptions, PasskeyOptions, usage=__doc__)
-    packing.prepare(f"passkey_{passkeys.block_size}", documents(options, passkeys),
-                    passkeys.block_size, options, fit=lambda tokenizer, pairs, row: (pairs, 0))
+    (options, sizes), _ = configure(argv, PrepareOptions, PasskeyOptions, usage=__doc__)
+    packing.prepare(f"passkey_{sizes.block_size}", documents(options, sizes),
+                    sizes.block_size, options, fit=lambda tokenizer, pairs, row: (pairs, 0))
 
 
 if __name__ == "__main__":
