@@ -241,19 +241,28 @@ train.main(sys.argv[1:])
     assert process.returncode and "rank 1: " in said and "shard is missing" in said and "Traceback" not in said
 
 
-def test_a_loss_that_is_no_number_stops_all_ranks(place):
-    (place / "poisoned.py").write_text(f"""
-import os, sys
+def with_loss(place, name, statement):
+    """A script that trains with the usual loss and a statement in it, which sees `loss` and the number of `calls` so far."""
+    script = place / f"{name}.py"
+    script.write_text(f"""
+import os, sys, time
 sys.path.insert(0, {str(ROOT)!r})
 import train
-def poisoned(model, batch, calls=[]):
+def other(model, batch, calls=[]):
     calls.append(1)
-    nll, aux = model(batch["idx"], batch["targets"])
-    return nll.sum() * (float("nan") if len(calls) == 12 and os.environ["RANK"] == "1" else 1.0), aux
-train.run_training.__defaults__ = (poisoned, *train.run_training.__defaults__[1:])
+    loss, aux = train.language_loss(model, batch){statement}
+    return loss, aux
+train.run_training.__defaults__ = (other, *train.run_training.__defaults__[1:])
 train.main(sys.argv[1:])
 """)
-    process = launch(2, place / "poisoned.py", *options(place, "poisoned"))
+    return script
+
+
+def test_a_loss_that_is_no_number_stops_all_ranks(place):
+    script = with_loss(place, "poisoned", """
+    if len(calls) == 12 and os.environ["RANK"] == "1":
+        loss = loss * float("nan")""")
+    process = launch(2, script, *options(place, "poisoned"))
     said = process.communicate(timeout=120)[0]
     assert process.returncode and "exitcode  : 3" in said
     assert said.count("step 12: loss nan") == 1 and "step-00000010" in said          # rank 0 says it, and the last good checkpoint
@@ -262,41 +271,22 @@ train.main(sys.argv[1:])
 
 def test_an_error_on_one_rank_ends_all_and_names_it(place):
     """A rank that raises must not wait for its peers, nor they for it: each would be inside a collective."""
-    (place / "broken.py").write_text(f"""
-import os, sys
-sys.path.insert(0, {str(ROOT)!r})
-import train
-def broken(model, batch, calls=[]):
-    calls.append(1)
+    script = with_loss(place, "broken", """
     if len(calls) == 5 and os.environ["RANK"] == "1":
-        raise RuntimeError("a bug")
-    return train.language_loss(model, batch)
-train.run_training.__defaults__ = (broken, *train.run_training.__defaults__[1:])
-train.main(sys.argv[1:])
-""")
+        raise RuntimeError("a bug")""")
     began = time.monotonic()
-    process = launch(2, place / "broken.py", *options(place, "broken"))
+    process = launch(2, script, *options(place, "broken"))
     said = process.communicate(timeout=60)[0]
     assert process.returncode and "rank 1: RuntimeError: a bug" in said and time.monotonic() - began < 30
 
 
 @pytest.mark.slow
 def test_a_silent_peer_ends_in_an_error(place):
-    (place / "silent.py").write_text(f"""
-import os, sys, time
-sys.path.insert(0, {str(ROOT)!r})
-import train
-def silent(model, batch, calls=[]):
-    calls.append(1)
+    script = with_loss(place, "silent", """
     if len(calls) == 5 and os.environ["RANK"] == "1":
-        time.sleep(600)
-    nll, aux = model(batch["idx"], batch["targets"])
-    return nll.sum(), aux
-train.run_training.__defaults__ = (silent, *train.run_training.__defaults__[1:])
-train.main(sys.argv[1:])
-""")
+        time.sleep(600)""")
     began = time.monotonic()
-    process = launch(2, place / "silent.py", *options(place, "silent", "--timeout=0.05"))
+    process = launch(2, script, *options(place, "silent", "--timeout=0.05"))
     said = process.communicate(timeout=120)[0]
     assert process.returncode and "rank 0: lost contact with the other processes" in said
     assert time.monotonic() - began < 60

@@ -12,6 +12,7 @@ import time
 
 import pytest
 import torch
+from test_golden import TINY
 
 import train as train_module
 from configurator import ROOT, BadInput, build
@@ -41,27 +42,13 @@ def data_dir(tmp_path_factory):
 def fly(data_dir, tmp_path):
     """fly(out, *options) runs main in-process on a tiny model and returns its folder."""
     config = tmp_path / "tiny.py"
-    config.write_text(f"""
+    config.write_text(TINY + f'''
 data_dir = {str(data_dir)!r}
 data = "one"
-tokenizer = "bytes"
-n_layer = 2
-n_head = 2
-n_kv_head = 1
-n_embd = 32
-n_ff = 48
-dim_model_base = 16
-block_size = 16
-batch_size = 4
-min_lr = 0.001
-log_interval = 1
 save_interval = 10
-eval_interval = 0
-eval_tokens = 200
 sample_tokens = 5
-dtype = "float32"
-device = "cpu"
-""", encoding="utf-8")
+quiet = False
+''', encoding="utf-8")
 
     def run(out, *options):
         main([str(config), f"--out_dir={tmp_path / out}", *options])
