@@ -61,12 +61,14 @@ def expected_error(error):
 
 # ---- from the command line to dataclasses
 
-def configure(argv, *classes, usage):
+def configure(argv, *classes, usage, check_later=lambda given: ()):
     """Read config files and options into one instance of each dataclass.
 
     argv     list of str: config files and --key=value, in the order in which they count
     classes  dataclasses with distinct field names; their problems() may return a list of lines
     usage    text that --help prints above the options
+    check_later  check_later(given) -> classes whose problems() are not asked for here, because the
+             caller completes their values first
     returns  (instances, given): given maps each name that was set to its value
     raises   BadInput with every problem found
     """
@@ -91,7 +93,7 @@ def configure(argv, *classes, usage):
             problems.append(f"{where} {error}")
             unread.add(name)
     try:
-        instances = build(classes, given)
+        instances = build(classes, given, check_later(given))
     except BadInput as error:                              # leave out problems caused by those
         problems += [line for line in error.args
                      if not unread.intersection(re.findall(r"--(\w+)", line))]
@@ -121,13 +123,15 @@ def settings(argv, problems, unread, names):
             problems.append(f"{word}: neither a config file (.py) nor --key=value")
 
 
-def build(classes, values):
-    """Return one instance of each dataclass from a flat dict. BadInput lists all problems."""
+def build(classes, values, unchecked=()):
+    """Return one instance of each dataclass from a flat dict. BadInput lists all problems, but for
+    the classes that are left unchecked."""
     instances, problems = [], []
     for cls in classes:
         fields = [field.name for field in dataclasses.fields(cls)]
         instance = cls(**{name: value for name, value in values.items() if name in fields})
-        problems += instance.problems() if hasattr(instance, "problems") else []
+        if cls not in unchecked and hasattr(instance, "problems"):
+            problems += instance.problems()
         instances.append(instance)
     if problems:
         raise BadInput(*problems)

@@ -39,6 +39,7 @@ from data.tokenizer import has_tokenizer, load_tokenizer
 from engine import checkpoint, device, distributed, metrics
 from engine.distributed import World
 from engine.run import (
+    fall_start,
     init_run_dir,
     is_finished,
     is_restart,
@@ -83,12 +84,14 @@ class TrainConfig:
                                         # of the learning rate: see wsd.py
     learning_rate: float = 0.01         # peak (paper section 3.3); matrices: divided by width_mult
     min_lr: float | None = None         # last learning rate; unset: a tenth of learning_rate
-    warmup_steps: int | None = None     # unset: 2.5 % of max_steps, or 100 in a run given minutes
+    cosine_period: int | None = None    # T of a cosine, in updates; unset: the whole run
+    warmup_steps: int | None = None     # unset: 2.5 % of the run, with minutes at most 100
     decay: Literal['exponential', 'linear', 'cosine', '1-sqrt'] = 'exponential'  # shape
     decay_share: float | None = None    # share of the run in the decay; unset: 0.2 or decay_steps
     decay_steps: int | None = None      # updates of the decay, instead of its share; 0: no decay
     half_life: float | None = None      # updates that halve the rate; unset: ends at min_lr
-    rewarm_steps: int = 0               # warm-up of a branch from a decayed checkpoint
+    rewarm_steps: int = 0               # warm-up of a branch, before its decay; allows a branch
+                                        # from a checkpoint that has decayed
     # ---- optimizer
     weight_decay: float = 0.1           # AdamW's, on matrices only
     beta1: float = 0.9                  # AdamW
@@ -125,8 +128,8 @@ class TrainConfig:
     def problems(self):
         """Return one line per impossible value or combination."""
         problems = must_be_positive(
-            self, "max_steps minutes batch_size block_size learning_rate half_life eval_tokens "
-                  "log_interval keep_last timeout")
+            self, "max_steps minutes batch_size block_size learning_rate half_life cosine_period "
+                  "eval_tokens log_interval keep_last timeout")
         problems += must_not_be_negative(
             self, "micro_batch_size min_lr warmup_steps decay_steps rewarm_steps weight_decay "
                   "grad_clip eval_interval save_interval keep_every sample_tokens skip_samples "
@@ -161,9 +164,14 @@ class TrainConfig:
         if self.decay_share is not None and self.decay_steps is not None:
             problems.append("--decay_share and --decay_steps: give one of them")
         timed = self.max_steps is None and self.minutes is not None
-        if timed and self.schedule.startswith("cosine"):
+        if timed and self.is_cosine:
             problems.append(f"--schedule={self.schedule}: needs its horizon from the start, so "
                             "--max_steps; wsd needs none")
+        if self.schedule == "cosine_loop" and self.cosine_period is None:
+            problems.append("--schedule=cosine_loop: rises again after --cosine_period; give it")
+        if self.cosine_period is not None and not self.is_cosine:
+            problems.append(f"--cosine_period={self.cosine_period}: only with --schedule=cosine or "
+                            "cosine_loop")
         exponential = self.schedule == "wsd" and self.decay == "exponential"
         if exponential and self.floor == 0 and self.half_life is None:
             problems.append("--min_lr=0: an exponential decay never reaches it; give --half_life "
@@ -189,6 +197,10 @@ class TrainConfig:
             problems.append(f"--batch_schedule={self.batch_schedule}: is STEP:SEQUENCES,... from "
                             "step 0 on, as in 0:480,50000:960")
         return problems
+
+    @property
+    def is_cosine(self):                # falls from the end of the warm-up on
+        return self.schedule in ("cosine", "cosine_loop")
 
     @property
     def floor(self):                    # last learning rate
@@ -225,7 +237,8 @@ def learning_rate_at(config, state):
     return lr_at(state.step, peak=config.learning_rate, floor=config.floor, warmup=state.warmup,
                  start=state.start, schedule=config.schedule, decay=config.decay,
                  max_steps=math.inf if state.max_steps is None else state.max_steps,
-                 decay_steps=state.decay_steps, half_life=config.half_life)
+                 decay_steps=state.decay_steps, half_life=config.half_life,
+                 period=config.cosine_period)
 
 
 # ---- the loop
@@ -281,7 +294,8 @@ def train(config, batches, loss_fn, model, state=None, optimizer_tensors=None, v
                 group["lr"] = lr * group["lr_scale"]
 
             # Gradient of the mean loss per target of the whole batch. FSDP averages gradients over
-            # ranks, so each rank divides by the mean number of targets per rank.
+            # ranks, so each rank divides by the mean number of targets per rank. (Packed rows may
+            # have none at all: then the loss is 0.)
             log.start_step()
             batch_size = batch_size_at(config, state.step)
             count = batch_size // world.size
@@ -296,7 +310,7 @@ def train(config, batches, loss_fn, model, state=None, optimizer_tensors=None, v
                 last = i == len(micro_batches) - 1
                 distributed.sync_gradients(model, last or config.sync_micro_steps)
                 loss_sum, aux = loss_fn(forward, micro_batch)
-                loss, size = loss_sum / n_targets, len(micro_batch["idx"])
+                loss, size = loss_sum / (n_targets or 1), len(micro_batch["idx"])
                 aux_loss = sum(value for name, value in aux.items() if name.endswith("_loss"))
                 scaler.scale(loss + aux_loss * size / count).backward()
                 results["loss"] += loss.detach()
@@ -329,10 +343,10 @@ def train(config, batches, loss_fn, model, state=None, optimizer_tensors=None, v
             if is_due(config.save_interval, state.step):
                 saver.save()
 
-        # Save before evaluating: the last checkpoint is the costliest to lose. Without a decay it
-        # is the end of the stable stage, from which runs branch.
+        # Save before evaluating: the last checkpoint is the costliest to lose. If the rate has not
+        # fallen it is the end of the stable stage, from which runs branch.
         if state.step == state.max_steps:
-            saver.save(keep=state.decay_steps == 0)
+            saver.save(keep=state.step <= fall_start(config.schedule, state))
             run_validation(model, validate, state, log)
         saver.finish()
     finally:
@@ -512,11 +526,18 @@ def read_config(argv, *tool_classes, usage=__doc__):
     if not names_a_start:
         argv = ["config/laptop.py", *argv]
     (*options, config, model_config), given = configure(
-        argv, *tool_classes, TrainConfig, MiniCPMConfig, usage=usage)
+        argv, *tool_classes, TrainConfig, MiniCPMConfig, usage=usage, check_later=from_checkpoint)
     if "vocab_size" not in given and not (config.init_from or config.branch_from):
         vocab_size = load_tokenizer(config.tokenizer).n_vocab
         model_config = dataclasses.replace(model_config, vocab_size=vocab_size)
     return config, model_config, given, *options
+
+
+def from_checkpoint(given):
+    """Return the config classes that a checkpoint completes, so that options beside it are checked
+    against the checkpoint's shape (engine.run.merge_model_config) and not against the defaults."""
+    starts = given.get("init_from") or given.get("branch_from")
+    return [MiniCPMConfig] if starts else []
 
 
 def launch(config, model_config, given, run):

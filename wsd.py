@@ -3,8 +3,8 @@
     python wsd.py [--out=schedules.png]        draws all of them
 
 Step s means that s updates are done: update s + 1 uses lr_at(s). A run of max_steps updates uses
-steps 0 to max_steps - 1. If the run decays, its last update uses the floor (with half_life: at
-least the floor).
+steps 0 to max_steps - 1. If the run decays, its last update uses the floor (with half_life or
+period: at least the floor); engine/run.py refuses a warm-up that leaves no room for that.
 """
 import math
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ DECAYS = ("exponential", "linear", "cosine", "1-sqrt")
 
 
 def lr_at(step, *, peak, floor, warmup, max_steps, decay_steps, schedule="wsd",
-          decay="exponential", half_life=None, start=0):
+          decay="exponential", half_life=None, period=None, start=0):
     """Return the learning rate of the update after `step` updates.
 
     peak, floor  highest and last learning rate
@@ -25,19 +25,30 @@ def lr_at(step, *, peak, floor, warmup, max_steps, decay_steps, schedule="wsd",
     decay_steps  updates of the decay at the end of a WSD run; 0: none
     decay        form of that decay, see wsd_decay
     half_life    updates in which an exponential decay halves the rate; None: it ends at the floor
+    period       T of a cosine, in updates from `start`; None: all updates of the run
     """
     if step - start < warmup:
         return peak * (step - start + 1) / warmup
     if schedule == "constant":
         return peak
-    if schedule == "cosine":
-        return cosine(step, peak, floor, max_steps)
-    if schedule == "cosine_loop":
-        return cosine_loop(step, peak, floor, max_steps)
+    if schedule in ("cosine", "cosine_loop"):
+        curve = cosine if schedule == "cosine" else cosine_loop
+        return curve(step - start, peak, floor, period or max_steps - start)
     decay_start = max_steps - decay_steps
     if step < decay_start:
         return peak
     return wsd_decay(step - decay_start, peak, floor, decay_steps, decay, half_life)
+
+
+def falls_from(warmup, max_steps, decay_steps, schedule="wsd", start=0):
+    """Return the step from which the rate falls: it has fallen after more than so many updates.
+
+    Between warm-up and this step a run is stable: it can be continued, branched and given another
+    horizon. math.inf if the rate never falls. A cosine falls as soon as its warm-up ends.
+    """
+    if schedule in ("cosine", "cosine_loop"):
+        return start + warmup
+    return max_steps - decay_steps if schedule == "wsd" and decay_steps else math.inf
 
 
 def wsd_decay(k, peak, floor, decay_steps, decay, half_life=None):
@@ -64,20 +75,21 @@ def wsd_decay(k, peak, floor, decay_steps, decay, half_life=None):
     return floor + (peak - floor) * remaining
 
 
-def cosine(step, peak, floor, max_steps):
-    """Return Cosine(T) of appendix B.1 with T = max_steps: from peak to floor, then the floor.
+def cosine(step, peak, floor, period):
+    """Return Cosine(T) of appendix B.1 with T = period: from peak to floor, then the floor.
 
     The paper prints 0.9 cos(pi s / T) + 0.1, which becomes negative; this is the usual form with
-    the same ends.
+    the same ends. Like the paper's it counts from the first update, not from the end of the
+    warm-up: after a warm-up of a share w of T it starts below the peak, at cosine(w T).
     """
-    if step >= max_steps - 1:
+    if step >= period - 1:
         return floor
-    return cosine_loop(step, peak, floor, max_steps)
+    return cosine_loop(step, peak, floor, period)
 
 
-def cosine_loop(step, peak, floor, max_steps):
+def cosine_loop(step, peak, floor, period):
     """Return CosineLoop(T) of appendix B.1: like cosine, but it rises again after T."""
-    return floor + (peak - floor) * 0.5 * (1 + math.cos(math.pi * step / max(1, max_steps - 1)))
+    return floor + (peak - floor) * 0.5 * (1 + math.cos(math.pi * step / max(1, period - 1)))
 
 
 # ---- the figure
@@ -101,9 +113,10 @@ def draw(path):
     common = dict(peak=1e-2, floor=1e-3, warmup=50)
     curves = {f"WSD, {decay} decay": dict(max_steps=1000, decay_steps=200, decay=decay)
               for decay in DECAYS}
-    for schedule, horizon in (("cosine", 1000), ("cosine_loop", 500), ("constant", 1000)):
-        curves[f"{schedule}, T = {horizon}"] = dict(max_steps=horizon, decay_steps=0,
-                                                    schedule=schedule)
+    for schedule, period in (("cosine", 1000), ("cosine_loop", 500)):
+        curves[f"{schedule}, T = {period}"] = dict(max_steps=1000, decay_steps=0,
+                                                   schedule=schedule, period=period)
+    curves["constant"] = dict(max_steps=1000, decay_steps=0, schedule="constant")
     styles = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 3)))
     for (label, options), style in zip(curves.items(), styles):
         left.plot([lr_at(step, **common, **options) for step in range(1000)], linestyle=style,

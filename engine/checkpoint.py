@@ -302,8 +302,8 @@ def from_meta(cls, meta, part, where):
     try:
         return cls(**meta[part])
     except (KeyError, TypeError) as error:
-        raise BadInput(f"{where}/meta.json: no usable {part} config ({error}); it was written by "
-                       "another version") from None
+        raise BadInput(f"{where}: no usable {part} config ({error}); it was written by another "
+                       "version") from None
 
 
 def read_weights(folder, dtype=None, share=(0, 1)):

@@ -14,22 +14,26 @@ import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from configurator import BadInput, build
+from configurator import ROOT, BadInput, build
 from engine import checkpoint, metrics
+from wsd import falls_from
 
-WARMUP_SHARE = 0.025                    # default warm-up, as a share of max_steps
-WARMUP_STEPS_TIMED = 100                # default warm-up of a run that is given minutes
+WARMUP_SHARE = 0.025                    # default warm-up, as a share of the run
+WARMUP_STEPS_TIMED = 100                # most updates of it in a run that is given minutes
 # Options that a command may change when it continues a run.
 MAY_CHANGE = ("max_steps minutes micro_batch_size eval_interval eval_tokens log_interval "
               "save_interval keep_last keep_every sample_tokens skip_samples overwrite quiet "
               "tensorboard wandb async_save timeout replicate shard recompute "
               "sync_micro_steps").split()
+# Options that name files: two spellings of one path are one value.
+PATHS = ("data_dir", "init_from", "branch_from", "tokenizer", "pairs", "val_pairs")
 # Model options that may differ from the checkpoint a run starts from, besides rope_...
-MAY_DIFFER = ("max_position original_max_position tie_word_embeddings mup_lr balance_coef "
-              "router_z_coef").split()
+MAY_DIFFER = ("max_position", "original_max_position", "tie_word_embeddings")
+# How fast the model learns comes from the command. A new run never takes it from a checkpoint.
+LEARNING = ("mup_lr", "balance_coef", "router_z_coef")
 # Options that a branch does not inherit from its trunk.
-NOT_INHERITED = ("max_steps minutes decay_steps decay_share overwrite skip_samples init_from "
-                 "branch_from out_dir rewarm_steps").split()
+NOT_INHERITED = ("max_steps minutes decay_steps decay_share cosine_period overwrite skip_samples "
+                 "init_from branch_from out_dir rewarm_steps").split()
 # Why a continued run may differ from the interrupted one, by what changed.
 CONSEQUENCES = {"code": "its rules may differ", "torch": "its kernels may differ",
                 "threads": "sums may round differently"}
@@ -56,6 +60,7 @@ class RunState:
     skips: list = field(default_factory=list)    # [[samples seen by then, samples skipped], ...]
     compiled: bool | None = None        # None: not yet decided; a resume must compute as before
     micro: int = 0                      # sequences per forward; 0: not yet decided
+    corpora: dict = field(default_factory=dict)  # {source: corpus_sha256}, see note_corpora
     scaler: dict | None = None          # of float16
     overflows: int = 0                  # of float16, in a row
 
@@ -82,13 +87,15 @@ class Start:
 # ---- horizon
 
 def new_state(config):
-    """Return the RunState at step 0, with the horizon if it is known."""
+    """Return the RunState at step 0, with the horizon if it is known. Raises BadInput if the
+    warm-up does not fit."""
     state = RunState(plan=[[0, config.data]], warmup=WARMUP_STEPS_TIMED)
     if config.max_steps is not None:
         set_horizon(config, state, config.max_steps)
-        state.warmup = int(WARMUP_SHARE * config.max_steps)
+        state.warmup = min(int(WARMUP_SHARE * config.max_steps), last_warmup_step(config, state))
     if config.warmup_steps is not None:
         state.warmup = config.warmup_steps
+    check_warmup(config, state)
     return state
 
 
@@ -104,9 +111,27 @@ def set_horizon(config, state, max_steps):
     state.decay_steps = min(decay_steps, max_steps - state.step)
 
 
+def last_warmup_step(config, state):
+    """Return the step at which the warm-up must have ended: where the decay begins, or one update
+    before the end of a cosine, which is its floor."""
+    return state.decay_start - 1 if config.is_cosine else state.decay_start
+
+
+def check_warmup(config, state):
+    """Raise BadInput if the warm-up goes on when the rate should fall."""
+    end, last = state.start + state.warmup, last_warmup_step(config, state)
+    if end > last:
+        option = "rewarm_steps" if state.start else "warmup_steps"
+        stage = "run" if state.decay_start == state.max_steps else "stable stage"
+        raise BadInput(f"--{option}={state.warmup}: the warm-up would end at step {end}, but the "
+                       f"{stage} ends at step {state.decay_start}; give at most "
+                       f"--{option}={max(0, last - state.start)}, or more --max_steps")
+
+
 def set_horizon_from_time(config, state, log, world):
     """Set the horizon of a timed run once the stable share of its time is spent: the decay gets the
-    updates that fit in the rest. Rank 0's clock decides."""
+    updates that fit in the rest. Until then the warm-up follows the measured speed. Rank 0's clock
+    decides."""
     seconds, seconds_per_step = log.run_seconds(), log.seconds_per_step()
     if seconds_per_step is None:
         return
@@ -120,7 +145,15 @@ def set_horizon_from_time(config, state, log, world):
     elif seconds >= (1 - config.share) * budget:
         state.decay_steps = max(1, round((budget - seconds) / seconds_per_step))
         state.max_steps = state.step + state.decay_steps
-    state.max_steps, state.decay_steps = world.from_rank0((state.max_steps, state.decay_steps))
+    if config.warmup_steps is None and state.step < state.warmup:
+        updates = state.step + (budget - seconds) / seconds_per_step        # of the whole run
+        state.warmup = max(1, min(WARMUP_STEPS_TIMED, round(WARMUP_SHARE * updates)))
+    state.max_steps, state.decay_steps, state.warmup = world.from_rank0(
+        (state.max_steps, state.decay_steps, state.warmup))
+    if state.warmup > state.decay_start:
+        log.say(f"step {state.step}: the stable share of --minutes={config.minutes:g} ends within "
+                f"the warm-up of {state.warmup} updates, so the warm-up ends here")
+        state.warmup = state.decay_start
 
 
 # ---- where a command begins
@@ -148,7 +181,8 @@ def resolve_start(config, model_config, given, restarted=False):
         theirs = checkpoint.model_config_of(type(model_config), meta, folder)
         if "tokenizer" not in given:
             config = dataclasses.replace(config, tokenizer=str(folder))
-        model_config = merge_model_config(theirs, given, folder)
+        own = {name: getattr(model_config, name) for name in LEARNING}
+        model_config = merge_model_config(theirs, {**own, **given}, folder)
         return Start(config, model_config, new_state(config), folder, "init", requested)
     return Start(config, model_config, new_state(config), None, "scratch", requested)
 
@@ -175,59 +209,102 @@ def resume(config, model_config, folder):
     defaults = requested_config(type(config)(), type(model_config)())  # options newer than the run
     about = checkpoint.read_json(about)
     before = defaults | about.get("requested", about.get("asked", {}))    # early versions: asked
-    changed = [name for name in requested if requested[name] != before.get(name)]
+    before["out_dir"] = requested["out_dir"]            # a run is where it was found
+    changed = [name for name in requested if requested[name] != before.get(name)
+               and not same_path(name, requested[name], before.get(name), about.get("cwd", "."))]
     refused = [name for name in changed if name not in MAY_CHANGE]
     if refused:
         raise BadInput(*[f"--{name}={requested[name]}: the run in {config.out_dir} was begun with "
                          f"{before.get(name)}; repeat its command, or give --overwrite=True or "
                          "another --out_dir" for name in refused])
     state = checkpoint.from_meta(RunState, meta, "run", folder)
-    new_values = {name: getattr(config, name) for name in changed}
-    saved_config = checkpoint.from_meta(type(config), meta, "train", folder)
-    config = dataclasses.replace(saved_config, **new_values)
-    if "max_steps" in changed and config.max_steps is not None:
+    # config.json has what an earlier repeat changed, even if it was killed before it saved.
+    latest = checkpoint.from_meta(type(config), about, "train", config.out_dir)
+    new_values = {name: getattr(config, name) for name in [*changed, "out_dir", "data_dir"]}
+    config, saved = dataclasses.replace(latest, **new_values), meta["train"]
+    if config.max_steps != saved["max_steps"] or (config.max_steps is None
+                                                  and config.minutes != saved["minutes"]):
         change_horizon(config, state)
     skip_nonfinite(config, state)
     model_config = checkpoint.model_config_of(type(model_config), meta, folder)
     return Start(config, model_config, state, folder, "resume", requested)
 
 
+def same_path(name, now, before, cwd):
+    """Return whether two values of an option name one file or folder.
+
+    cwd: the current folder of the command that gave the value `before`
+    """
+    if name not in PATHS or not isinstance(now, str) or not isinstance(before, str):
+        return False
+    here, there = (ROOT, ROOT) if name == "data_dir" else (Path.cwd(), Path(cwd))
+    return Path(here, now).resolve() == Path(there, before).resolve()
+
+
 def change_horizon(config, state):
-    """Give a resumed run another --max_steps. Raises BadInput if it is too late for that."""
-    if state.max_steps is not None and state.decay_steps and state.step > state.decay_start:
-        raise BadInput(f"--max_steps={config.max_steps}: the run in {config.out_dir} is in its "
-                       "decay; branch from its stable checkpoint instead "
-                       f"(--branch_from={config.out_dir})")
+    """Give a resumed run another --max_steps or --minutes. Raises BadInput if it is too late for
+    that."""
+    option = "minutes" if config.max_steps is None else "max_steps"
+    what = f"--{option}={getattr(config, option)}: the run in {config.out_dir}"
+    falls = fall_start(config.schedule, state)
+    if state.step > falls and not config.cosine_period:
+        remedy = "begin another run in a new --out_dir"
+        if config.schedule == "wsd":
+            remedy = f"branch from its stable checkpoint (--branch_from={config.out_dir})"
+        raise BadInput(f"{what} is at step {state.step}, and its learning rate falls from step "
+                       f"{falls} on; {remedy}")
+    if config.max_steps is None:        # the clock sets the horizon anew
+        state.max_steps, state.decay_steps = None, 0
+        return
     if config.max_steps < state.step:
-        raise BadInput(f"--max_steps={config.max_steps}: the run in {config.out_dir} has "
-                       f"{state.step} steps already")
+        raise BadInput(f"{what} has {state.step} steps already")
     set_horizon(config, state, config.max_steps)
+    check_warmup(config, state)
 
 
 def skip_nonfinite(config, state):
     """Skip the samples at which the run stopped, as requested. Raises NonFinite if nothing was
-    requested."""
+    requested.
+
+    The marker also keeps the skips made since the last checkpoint, which would meet them again.
+    """
     marker = Path(config.out_dir) / "nonfinite.json"
     if marker.exists():
         note = checkpoint.read_json(marker)
         if not config.skip_samples:
             raise NonFinite(note["message"])
-        state.skips.append([note["samples_seen"], config.skip_samples])
+        skips = note.get("skips", state.skips)              # early versions: none
+        state.skips = [*skips, [note["samples_seen"], config.skip_samples]]
 
 
-def in_decay(meta):
-    """Return whether a checkpoint was saved after the first update of the decay."""
-    return "run" in meta and meta["run"]["step"] > RunState(**meta["run"]).decay_start
+def fall_start(schedule, state):
+    """Return the step from which the learning rate falls; math.inf: never, or not known yet."""
+    max_steps = math.inf if state.max_steps is None else state.max_steps
+    return falls_from(state.warmup, max_steps, state.decay_steps, schedule, state.start)
+
+
+def why_not_stable(meta):
+    """Return why runs should not branch from a checkpoint, None if it is a stable one: past the
+    warm-up, and not yet on a falling rate. A checkpoint of weights only counts as stable."""
+    if "run" not in meta:
+        return None
+    schedule, state = meta["train"]["schedule"], RunState(**meta["run"])
+    if state.step < state.start + state.warmup:
+        return f"in its warm-up (until step {state.start + state.warmup})"
+    if state.step > fall_start(schedule, state):
+        where = "its decay" if schedule == "wsd" else f"the fall of its {schedule}"
+        return f"in {where} (stable until step {fall_start(schedule, state)})"
+    return None
 
 
 def latest_stable(path):
-    """Return the checkpoint that a path means; for a run folder the latest before its decay, if
-    there is one."""
+    """Return the checkpoint that a path means; for a run folder the latest stable one, if there is
+    one."""
     folder = checkpoint.resolve(path)
     if folder == Path(path):
         return folder
     stable = [each for each in checkpoint.checkpoints(path)
-              if not in_decay(checkpoint.read_meta(each))]
+              if why_not_stable(checkpoint.read_meta(each)) is None]
     return stable[-1] if stable else folder
 
 
@@ -240,16 +317,16 @@ def branch(config, model_class, given, requested):
     if "run" not in meta:
         raise BadInput(f"{folder}: holds weights only, no optimizer state or data position to "
                        "continue from; use --init_from")
-    state = RunState(**meta["run"])
-    if in_decay(meta) and not config.rewarm_steps:
-        raise BadInput(f"{folder}: is in its decay (stable until step {state.decay_start}); branch "
-                       "from a stable checkpoint, or give --rewarm_steps")
+    state = checkpoint.from_meta(RunState, meta, "run", folder)
+    if why_not_stable(meta) and not config.rewarm_steps:
+        raise BadInput(f"{folder}: is {why_not_stable(meta)}; branch from a stable checkpoint, or "
+                       "give --rewarm_steps")
     if "out_dir" not in given or Path(config.out_dir).resolve() == folder.parent.resolve():
         raise BadInput("--out_dir: a branch needs a folder of its own")
     config = inherit_config(config, given, meta["train"])
-    set_branch_horizon(config, state)
     if config.rewarm_steps:
         state.start, state.warmup = state.step, config.rewarm_steps
+    set_branch_horizon(config, state)
     if config.data != state.plan[-1][1]:
         state.plan.append([state.position, config.data])
     state.seconds, state.compiled, state.micro = 0.0, None, 0
@@ -274,38 +351,43 @@ def inherit_config(config, given, trunk):
 
 def set_branch_horizon(config, state):
     """Set where a branch ends and its decay begins, from --max_steps, --decay_steps and
-    --decay_share."""
-    end = config.max_steps
-    if config.decay_steps is not None:
-        state.decay_steps = config.decay_steps
-    elif end is not None:
-        state.decay_steps = min(end - state.step, round(config.share * end))
-    else:                               # the decay has its share of the whole run
-        state.decay_steps = max(1, round(state.step * config.share / (1 - config.share)))
-    if end is None and not state.decay_steps:
-        raise BadInput("--decay_steps=0: a branch without a decay needs --max_steps")
-    state.max_steps = state.step + state.decay_steps if end is None else end
+    --decay_share. The warm-up of --rewarm_steps comes before the decay."""
+    first, end = state.step + config.rewarm_steps, config.max_steps     # earliest start of a decay
     if config.schedule != "wsd":
-        state.decay_steps = 0
+        decay_steps = 0
+    elif config.decay_steps is not None:
+        decay_steps = config.decay_steps
+    elif end is not None:
+        decay_steps = max(0, min(end - first, round(config.share * end)))
+    else:                               # the decay has its share of the whole run
+        decay_steps = round(first * config.share / (1 - config.share))
+    if end is None and not decay_steps:
+        raise BadInput("--max_steps: a branch without a decay needs it")
+    state.max_steps = first + decay_steps if end is None else end
+    state.decay_steps = decay_steps
     if state.max_steps <= state.step or state.decay_start < state.step:
         raise BadInput(f"--max_steps={state.max_steps}, --decay_steps={state.decay_steps}: the "
                        f"checkpoint is at step {state.step} already")
+    check_warmup(config, state)
 
 
 def merge_model_config(theirs, given, folder):
     """Return a checkpoint's model config with what may differ taken from the command. BadInput
     lists what may not."""
-    names = {f.name for f in dataclasses.fields(theirs)}
+    values = asdict(theirs)
+    explicit = {**values, "n_kv_head": theirs.kv_heads, "head_dim": theirs.head_size}
     changed = {name: value for name, value in given.items()
-               if name in names and value != getattr(theirs, name)}
-    refused = sorted(name for name in changed
-                     if name not in MAY_DIFFER and not name.startswith("rope_"))
+               if name in values and value not in (values[name], explicit[name])}
+    refused = sorted(name for name in changed if name not in (*MAY_DIFFER, *LEARNING)
+                     and not name.startswith("rope_"))
     if not theirs.tie_word_embeddings and "tie_word_embeddings" in changed:
         refused.append("tie_word_embeddings")
     if refused:
-        raise BadInput(*[f"--{name}={given[name]}: {folder} has {getattr(theirs, name)}"
+        raise BadInput(*[f"--{name}={given[name]}: {folder} has {explicit[name]}"
                          for name in refused])
-    return build([type(theirs)], {**asdict(theirs), **changed})[0]
+    if theirs.rope_scaling == "longrope" and "rope_scaling" in changed:     # switched off
+        values |= {"rope_short_factor": (), "rope_long_factor": (), "original_max_position": None}
+    return build([type(theirs)], {**values, **changed})[0]
 
 
 # ---- a run's folder, and how a run ends
@@ -327,7 +409,8 @@ def init_run_dir(start, say):
         if start.folder:
             say(f"starting {out_dir} from {start.folder}")
     checkpoint.write_json(out_dir / "config.json", {
-        "requested": start.requested, "command": sys.argv, "train": asdict(config),
+        "requested": start.requested, "command": sys.argv, "cwd": os.getcwd(),
+        "train": asdict(config),
         "model": asdict(start.model_config), "provenance": now})
 
 
@@ -353,7 +436,8 @@ def non_finite(out_dir, state, batch_size, loss, grad_norm, rank):
                     "--learning_rate in a new run, or repeat the command with "
                     f"--skip_samples={batch_size} to skip this batch")
         if rank == 0:
-            marker = {"samples_seen": state.samples_seen, "message": message}
+            marker = {"samples_seen": state.samples_seen, "message": message,
+                      "skips": state.skips}
             checkpoint.write_json(Path(out_dir) / "nonfinite.json", marker)
     return NonFinite(message)
 

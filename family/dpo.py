@@ -55,6 +55,7 @@ from model import MiniCPMConfig
 from train import (
     TrainConfig,
     batch_size_at,
+    from_checkpoint,
     launch,
     no_output,
     open_tokenizer,
@@ -445,7 +446,8 @@ def train_dpo(start, world):
 @exits_cleanly
 def main(argv):
     argv = ["--mup_lr=False", *argv]                        # the default here
-    (config, model), given = configure(argv, DPOConfig, MiniCPMConfig, usage=__doc__)
+    (config, model), given = configure(argv, DPOConfig, MiniCPMConfig, usage=__doc__,
+                                       check_later=from_checkpoint)
     launch(config, model, given, train_dpo)
 
 

@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from configurator import BadInput, configure, exits_cleanly
 from data.tokenizer import has_tokenizer, load_tokenizer
 from engine import checkpoint
-from engine.run import in_decay, latest_stable
+from engine.run import latest_stable, why_not_stable
 from model import MiniCPM, MiniCPMConfig, mup_table, seeded_normal
 
 
@@ -61,9 +61,10 @@ class UpcycleConfig:
 def choose_source(ckpt):
     """Return the checkpoint to upcycle. Raises BadInput if a run folder has only decayed ones."""
     source = latest_stable(ckpt)
-    if in_decay(checkpoint.read_meta(source)) and source != Path(ckpt):
-        raise BadInput(f"{ckpt}: all checkpoints are from the decay; upcycling takes one from the "
-                       f"stable stage, or the one you name: --ckpt={source}")
+    reason = why_not_stable(checkpoint.read_meta(source))
+    if reason and source != Path(ckpt):
+        raise BadInput(f"{ckpt}: has no stable checkpoint, the last one is {reason}; upcycling "
+                       f"takes a stable one, or the one you name: --ckpt={source}")
     return source
 
 

@@ -19,7 +19,6 @@ data. All runs of a seed start with the same weights and read the same text in t
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from unittest import mock
 
 import numpy as np
 import torch
@@ -30,7 +29,7 @@ from engine import checkpoint, metrics
 from engine.device import pick_dtype
 from labs import runs
 from labs.runs import Check
-from wsd import DECAYS, lr_at
+from wsd import DECAYS
 
 MARGIN = 0.01                   # nats per byte by which runs with the same settings may differ
 
@@ -141,15 +140,13 @@ def loss_of_mean(folders, common):
 def cosine(common, T, loop, horizons, every):
     """Return [[step, val_loss], ...]; loop: the learning rate rises again after T."""
     model, updates, validate = runs.begin(
-        "config/lab.py", **common, schedule="cosine_loop" if loop else "cosine",
+        "config/lab.py", **common, schedule="cosine_loop" if loop else "cosine", cosine_period=T,
         max_steps=horizons[-1])
     rows = []
-    with mock.patch.object(train, "lr_at",
-                           lambda step, **known: lr_at(step, **{**known, "max_steps": T})):
-        for update in updates:
-            if update.step % every == 0 or update.step in horizons:
-                rows.append([update.step, validate()["val_loss"]])
-                model.train()
+    for update in updates:
+        if update.step % every == 0 or update.step in horizons:
+            rows.append([update.step, validate()["val_loss"]])
+            model.train()
     return rows
 
 

@@ -1,7 +1,48 @@
+"""What several test files use: a tiny model on small corpora, trained in this process."""
 import os
 import sys
 from pathlib import Path
 
+import pytest
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"     # one thread per worker, also in the processes of a test
+
+
+@pytest.fixture(scope="session")
+def data_dir(tmp_path_factory):
+    """Two small corpora as bytes, 'one' and 'two', and 'one' with bpe4096 as well."""
+    from configurator import ROOT
+    from data.corpus import write_corpus
+    from data.tokenizer import load_tokenizer
+    folder, text = tmp_path_factory.mktemp("data"), (ROOT / "LICENSE").read_text(encoding="utf-8")
+    tokenizer = load_tokenizer("bytes")
+    for name, train in (("one", text * 4), ("two", text[::-1] * 4)):
+        documents = [("train", train), ("val", text[:700])]
+        write_corpus(folder / name / "bytes", tokenizer, documents)
+    write_corpus(folder / "one" / "bpe4096", load_tokenizer("bpe4096"),
+                 [("train", text * 4), ("val", text)])
+    return folder
+
+
+@pytest.fixture
+def train_tiny(data_dir, tmp_path):
+    """train_tiny(out, *options) trains a tiny model in this process and returns the run's folder."""
+    from test_golden import TINY
+
+    from train import main
+    config = tmp_path / "tiny.py"
+    config.write_text(TINY + f'''
+data_dir = {str(data_dir)!r}
+data = "one"
+save_interval = 10
+sample_tokens = 5
+quiet = False
+''', encoding="utf-8")
+
+    def run(out, *options):
+        main([str(config), f"--out_dir={tmp_path / out}", *options])
+        return tmp_path / out
+    run.config, run.tmp_path = config, tmp_path
+    return run

@@ -270,7 +270,7 @@ def test_two_processes_are_one(dtype, recompute, tmp_path):
 def save(out_dir, model, step=0, run=None):
     """A checkpoint of a run folder, with the byte tokenizer."""
     tokenizer = load_tokenizer("bytes")
-    meta = {"model": dataclasses.asdict(model.config), "tokenizer_hash": tokenizer.hash} | ({"run": {"step": step, **run}} if run else {})
+    meta = {"model": dataclasses.asdict(model.config), "tokenizer_hash": tokenizer.hash} | ({"run": {"step": step, **run}, "train": {"schedule": "wsd"}} if run else {})
     return checkpoint.save_checkpoint(out_dir, step, {"model": model.state_dict()}, meta, tokenizer.save)
 
 

@@ -12,49 +12,16 @@ import time
 
 import pytest
 import torch
-from test_golden import TINY
 
 import train as train_module
 from configurator import ROOT, BadInput, build
 from data import dataset
-from data.corpus import write_corpus
 from data.tokenizer import load_tokenizer
 from engine import checkpoint, device, metrics
 from engine.distributed import World
 from engine.run import RunState, new_state
 from model import MiniCPM, MiniCPMConfig, init_weights
 from train import TrainConfig, main, train
-
-TEXT = (ROOT / "LICENSE").read_text(encoding="utf-8")
-
-
-@pytest.fixture(scope="session")
-def data_dir(tmp_path_factory):
-    """Two small corpora as bytes, 'one' and 'two', and 'one' with bpe4096 as well."""
-    folder = tmp_path_factory.mktemp("data")
-    for name, text in (("one", TEXT * 4), ("two", TEXT[::-1] * 4)):
-        write_corpus(folder / name / "bytes", load_tokenizer("bytes"), [("train", text), ("val", TEXT[:700])])
-    write_corpus(folder / "one" / "bpe4096", load_tokenizer("bpe4096"), [("train", TEXT * 4), ("val", TEXT)])
-    return folder
-
-
-@pytest.fixture
-def fly(data_dir, tmp_path):
-    """fly(out, *options) runs main in-process on a tiny model and returns its folder."""
-    config = tmp_path / "tiny.py"
-    config.write_text(TINY + f'''
-data_dir = {str(data_dir)!r}
-data = "one"
-save_interval = 10
-sample_tokens = 5
-quiet = False
-''', encoding="utf-8")
-
-    def run(out, *options):
-        main([str(config), f"--out_dir={tmp_path / out}", *options])
-        return tmp_path / out
-    run.config, run.tmp_path = config, tmp_path
-    return run
 
 
 def curve(out):
@@ -86,7 +53,7 @@ class Interrupt(Exception):
     pass
 
 
-def interrupted(monkeypatch, fly, at, out, *options):
+def interrupted(monkeypatch, train_tiny, at, out, *options):
     """The run, broken off by force after `at` updates: nothing is saved beyond its intervals."""
     plain = train_module.train
 
@@ -97,17 +64,17 @@ def interrupted(monkeypatch, fly, at, out, *options):
             yield update
     monkeypatch.setattr(train_module, "train", breaking)
     with pytest.raises(Interrupt):
-        fly(out, *options)
+        train_tiny(out, *options)
     monkeypatch.setattr(train_module, "train", plain)
-    return fly.tmp_path / out
+    return train_tiny.tmp_path / out
 
 
 # ---- the loop
 
-def test_micro_batches_do_not_change_the_update(fly):
-    whole = curve(fly("whole", "--max_steps=5", "--micro_batch_size=4"))[0]
+def test_micro_batches_do_not_change_the_update(train_tiny):
+    whole = curve(train_tiny("whole", "--max_steps=5", "--micro_batch_size=4"))[0]
     for size in (1, 3):
-        parts = curve(fly(f"parts{size}", "--max_steps=5", f"--micro_batch_size={size}"))[0]
+        parts = curve(train_tiny(f"parts{size}", "--max_steps=5", f"--micro_batch_size={size}"))[0]
         assert [x["loss"] for x in parts] == pytest.approx([x["loss"] for x in whole], abs=1e-4)
 
 
@@ -129,31 +96,31 @@ def test_train_is_a_generator_that_shows_gradients(data_dir, tmp_path):
     assert not (tmp_path / "none").exists()
 
 
-def test_batch_schedule_counts_samples(fly):
-    out = fly("schedule", "--max_steps=6", "--batch_schedule=0:2,3:5")
+def test_batch_schedule_counts_samples(train_tiny):
+    out = train_tiny("schedule", "--max_steps=6", "--batch_schedule=0:2,3:5")
     run = checkpoint.read_meta(checkpoint.resolve(out))["run"]
     assert run["samples_seen"] == 3 * 2 + 3 * 5 and run["tokens_seen"] == 21 * 16
 
 
-def test_decay_data_begins_with_the_decay(fly, capsys):
-    out = fly("mix", "--max_steps=10", "--decay_steps=4", "--decay_data=one:0.5,two:0.5")
+def test_decay_data_begins_with_the_decay(train_tiny, capsys):
+    out = train_tiny("mix", "--max_steps=10", "--decay_steps=4", "--decay_data=one:0.5,two:0.5")
     assert checkpoint.read_meta(checkpoint.resolve(out))["run"]["plan"] == [[0, "one"], [6 * 4, "one:0.5,two:0.5"]]
-    other = fly("pure", "--max_steps=10", "--decay_steps=4")
+    other = train_tiny("pure", "--max_steps=10", "--decay_steps=4")
     a, b = curve(out)[0], curve(other)[0]
     assert a[:6] == b[:6] and all(x["loss"] != y["loss"] for x, y in zip(a[6:], b[6:]))
     # The metrics mark the switch, once, also in a branch and where a run resumes at that very step.
     marks = lambda out: [x for x in metrics.read_jsonl(out / "metrics.jsonl") if "decay_steps" in x]            # noqa: E731
-    branch = fly("mixed-branch", f"--branch_from={other / 'step-00000006'}", "--decay_steps=3", "--decay_data=two")
+    branch = train_tiny("mixed-branch", f"--branch_from={other / 'step-00000006'}", "--decay_steps=3", "--decay_data=two")
     assert marks(branch) == [{"step": 6, "decay_steps": 3, "data": "two"}]
     assert checkpoint.read_meta(checkpoint.resolve(branch))["run"]["plan"][-1] == [6 * 4, "two"]
     for later in checkpoint.checkpoints(out)[1:]:
         shutil.rmtree(later)
-    assert marks(fly("mix", "--max_steps=10", "--decay_steps=4", "--decay_data=one:0.5,two:0.5")) == \
+    assert marks(train_tiny("mix", "--max_steps=10", "--decay_steps=4", "--decay_data=one:0.5,two:0.5")) == \
         [{"step": 6, "decay_steps": 4, "data": "one:0.5,two:0.5"}] and [x["loss"] for x in curve(out)[0]] == [x["loss"] for x in a]
 
 
-def test_a_timed_run_settles_its_horizon_and_decays(fly):
-    out = fly("timed", "--minutes=0.06")
+def test_a_timed_run_settles_its_horizon_and_decays(train_tiny):
+    out = train_tiny("timed", "--minutes=0.06")
     meta = checkpoint.read_meta(checkpoint.resolve(out))
     run, training = meta["run"], curve(out)[0]
     assert run["step"] == run["max_steps"] and 0.05 < run["decay_steps"] / run["max_steps"] < 0.6
@@ -165,31 +132,31 @@ def test_a_timed_run_settles_its_horizon_and_decays(fly):
 
 # ---- resume
 
-def test_an_interrupted_run_resumes_to_the_bit(fly, monkeypatch):
+def test_an_interrupted_run_resumes_to_the_bit(train_tiny, monkeypatch):
     options = ("--max_steps=40", "--decay_steps=10", "--eval_interval=10")
-    straight = fly("straight", *options)
+    straight = train_tiny("straight", *options)
     for at in (3, 14, 33):                                                 # before any checkpoint, stable, in the decay
-        broken = interrupted(monkeypatch, fly, at, f"broken{at}", *options)
+        broken = interrupted(monkeypatch, train_tiny, at, f"broken{at}", *options)
         assert curve(broken)[0][-1]["step"] == at
-        fly(f"broken{at}", *options)
+        train_tiny(f"broken{at}", *options)
         assert curve(broken) == curve(straight) and same(weights(broken), weights(straight))
         assert same(dict(checkpoint.read_tensors(checkpoint.resolve(broken), "optimizer")), dict(checkpoint.read_tensors(checkpoint.resolve(straight), "optimizer")))
 
 
-def test_a_timed_run_resumes_to_the_bit_from_the_end_of_its_stable_stage(fly, monkeypatch):
-    out = fly("timed", "--minutes=0.05", "--keep_last=99")
+def test_a_timed_run_resumes_to_the_bit_from_the_end_of_its_stable_stage(train_tiny, monkeypatch):
+    out = train_tiny("timed", "--minutes=0.05", "--keep_last=99")
     run = checkpoint.read_meta(checkpoint.resolve(out))["run"]
     before, final = curve(out), weights(out)
     for path in checkpoint.checkpoints(out):
         if int(path.name[5:]) > run["max_steps"] - run["decay_steps"]:
             shutil.rmtree(path)
-    fly("timed", "--minutes=0.05", "--keep_last=99")
+    train_tiny("timed", "--minutes=0.05", "--keep_last=99")
     assert curve(out) == before and same(weights(out), final)
 
 
-def spawn(fly, out, *options):
-    return subprocess.Popen([sys.executable, str(ROOT / "train.py"), str(fly.config), f"--out_dir={fly.tmp_path / out}", *options],
-                            cwd=fly.tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+def spawn(train_tiny, out, *options):
+    return subprocess.Popen([sys.executable, str(ROOT / "train.py"), str(train_tiny.config), f"--out_dir={train_tiny.tmp_path / out}", *options],
+                            cwd=train_tiny.tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 def wait_for_step(out, step):
@@ -205,113 +172,113 @@ def wait_for_step(out, step):
 LONG = ("--max_steps=400", "--save_interval=7", "--compile=False")
 
 
-def test_kill_minus_nine_then_repeat_equals_the_undisturbed_run(fly):
-    undisturbed = fly("undisturbed", *LONG)
+def test_kill_minus_nine_then_repeat_equals_the_undisturbed_run(train_tiny):
+    undisturbed = train_tiny("undisturbed", *LONG)
     for step in (30, 101):
-        process = spawn(fly, "killed", *LONG)
-        wait_for_step(fly.tmp_path / "killed", step)
+        process = spawn(train_tiny, "killed", *LONG)
+        wait_for_step(train_tiny.tmp_path / "killed", step)
         process.kill()
         process.communicate()
-    killed = fly("killed", *LONG)
+    killed = train_tiny("killed", *LONG)
     assert curve(killed) == curve(undisturbed) and same(weights(killed), weights(undisturbed))
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGTERM for other processes")
-def test_sigterm_saves_says_how_to_continue_and_exits_zero(fly):
-    process = spawn(fly, "stopped", *LONG)
-    wait_for_step(fly.tmp_path / "stopped", 20)
+def test_sigterm_saves_says_how_to_continue_and_exits_zero(train_tiny):
+    process = spawn(train_tiny, "stopped", *LONG)
+    wait_for_step(train_tiny.tmp_path / "stopped", 20)
     process.send_signal(signal.SIGTERM)
     said, _ = process.communicate(timeout=60)
     assert process.returncode == 0 and re.search(r"stopped at step \d+ and saved; the same command continues", said)
-    assert curve(fly("stopped", *LONG)) == curve(fly("undisturbed", *LONG))
+    assert curve(train_tiny("stopped", *LONG)) == curve(train_tiny("undisturbed", *LONG))
 
 
-def test_a_run_folder_serves_one_process(fly, capsys):
-    process = spawn(fly, "shared", "--max_steps=100000", "--compile=False")
-    wait_for_step(fly.tmp_path / "shared", 2)
-    said = fails(capsys, 2, fly.config, f"--out_dir={fly.tmp_path / 'shared'}", "--max_steps=100000", "--compile=False")
+def test_a_run_folder_serves_one_process(train_tiny, capsys):
+    process = spawn(train_tiny, "shared", "--max_steps=100000", "--compile=False")
+    wait_for_step(train_tiny.tmp_path / "shared", 2)
+    said = fails(capsys, 2, train_tiny.config, f"--out_dir={train_tiny.tmp_path / 'shared'}", "--max_steps=100000", "--compile=False")
     process.kill()
     process.communicate()
     assert "in use by another process" in said
 
 
-def test_repeating_a_finished_run_says_so(fly, capsys, monkeypatch):
-    fly("done", "--max_steps=3")
+def test_repeating_a_finished_run_says_so(train_tiny, capsys, monkeypatch):
+    train_tiny("done", "--max_steps=3")
     capsys.readouterr()
-    fly("done", "--max_steps=3")
+    train_tiny("done", "--max_steps=3")
     said = capsys.readouterr().out
     assert "is finished (3 steps): --overwrite=True" in said and "code has changed" not in said
     monkeypatch.setattr(checkpoint, "code_hash", lambda: "edited")
-    fly("done", "--max_steps=3")
+    train_tiny("done", "--max_steps=3")
     assert "code has changed since" in capsys.readouterr().out
 
 
-def test_overwrite_starts_again_and_spares_other_files(fly):
-    out = fly("again", "--max_steps=3", "--seed=1")
+def test_overwrite_starts_again_and_spares_other_files(train_tiny):
+    out = train_tiny("again", "--max_steps=3", "--seed=1")
     first = curve(out)
     (out / "notes.txt").write_text("mine")
-    fly("again", "--max_steps=4", "--seed=2", "--overwrite=True")
+    train_tiny("again", "--max_steps=4", "--seed=2", "--overwrite=True")
     assert curve(out)[0][0] != first[0][0] and len(curve(out)[0]) == 4 and (out / "notes.txt").read_text() == "mine"
 
 
-def test_other_settings_are_refused_by_name_and_intervals_are_not(fly, capsys):
-    out = fly("run", "--max_steps=20", "--decay_steps=0")
-    said = fails(capsys, 2, fly.config, f"--out_dir={out}", "--max_steps=20", "--decay_steps=0", "--learning_rate=0.02", "--n_ff=64")
+def test_other_settings_are_refused_by_name_and_intervals_are_not(train_tiny, capsys):
+    out = train_tiny("run", "--max_steps=20", "--decay_steps=0")
+    said = fails(capsys, 2, train_tiny.config, f"--out_dir={out}", "--max_steps=20", "--decay_steps=0", "--learning_rate=0.02", "--n_ff=64")
     assert len(said.splitlines()) == 2 and "--learning_rate=0.02" in said and "--n_ff=64" in said
-    fly("run", "--max_steps=24", "--decay_steps=0", "--save_interval=2", "--log_interval=2", "--keep_last=1")
+    train_tiny("run", "--max_steps=24", "--decay_steps=0", "--save_interval=2", "--log_interval=2", "--keep_last=1")
     assert [p.name[-2:] for p in checkpoint.checkpoints(out)] == ["20", "24"]     # both ended a stable stage
 
 
 # ---- trunk and branch
 
-def test_a_trunk_continued_equals_one_long_trunk(fly):
-    long = fly("long", "--max_steps=30", "--decay_steps=0", "--warmup_steps=3")
-    short = fly("short", "--max_steps=20", "--decay_steps=0", "--warmup_steps=3")
-    fly("short", "--max_steps=30", "--decay_steps=0", "--warmup_steps=3")
+def test_a_trunk_continued_equals_one_long_trunk(train_tiny):
+    long = train_tiny("long", "--max_steps=30", "--decay_steps=0", "--warmup_steps=3")
+    short = train_tiny("short", "--max_steps=20", "--decay_steps=0", "--warmup_steps=3")
+    train_tiny("short", "--max_steps=30", "--decay_steps=0", "--warmup_steps=3")
     assert curve(short)[0] == curve(long)[0] and same(weights(short), weights(long))
 
 
-def test_a_branch_equals_the_run_that_decayed_without_stopping(fly):
-    whole = fly("whole", "--max_steps=30", "--decay_steps=10", "--warmup_steps=3")
-    trunk = fly("trunk", "--max_steps=20", "--decay_steps=0", "--warmup_steps=3")
-    branch = fly.tmp_path / "branch"
+def test_a_branch_equals_the_run_that_decayed_without_stopping(train_tiny):
+    whole = train_tiny("whole", "--max_steps=30", "--decay_steps=10", "--warmup_steps=3")
+    trunk = train_tiny("trunk", "--max_steps=20", "--decay_steps=0", "--warmup_steps=3")
+    branch = train_tiny.tmp_path / "branch"
     main([f"--branch_from={trunk}", f"--out_dir={branch}", "--decay_steps=10"])
     assert curve(branch)[0] == curve(whole)[0][20:] and same(weights(branch), weights(whole))
     # The stable checkpoint of the finished run is found by itself, and carries its own trunk further.
-    again, further = fly.tmp_path / "again", fly.tmp_path / "further"
+    again, further = train_tiny.tmp_path / "again", train_tiny.tmp_path / "further"
     main([f"--branch_from={whole}", f"--out_dir={again}", "--decay_steps=10"])
     assert same(weights(again), weights(whole))
     main([f"--branch_from={whole}", f"--out_dir={further}", "--decay_steps=0", "--max_steps=26"])
     assert {x["lr"] for x in curve(further)[0]} == {0.01}
 
 
-def test_branches_that_make_no_sense_are_refused(fly, capsys):
-    whole = fly("whole", "--max_steps=30", "--decay_steps=10")
+def test_branches_that_make_no_sense_are_refused(train_tiny, capsys):
+    whole = train_tiny("whole", "--max_steps=30", "--decay_steps=10")
     last = checkpoint.resolve(whole)
-    new = f"--out_dir={fly.tmp_path / 'new'}"
+    new = f"--out_dir={train_tiny.tmp_path / 'new'}"
     assert "is in its decay" in fails(capsys, 2, f"--branch_from={last}", new, "--decay_steps=5")
     assert "folder of its own" in fails(capsys, 2, f"--branch_from={whole}", f"--out_dir={whole}", "--overwrite=True")
     assert "already" in fails(capsys, 2, f"--branch_from={whole}", new, "--max_steps=10")
     assert "--n_head=4" in fails(capsys, 2, f"--branch_from={whole}", new, "--n_head=4")
-    assert not (fly.tmp_path / "new").exists()
+    assert not (train_tiny.tmp_path / "new").exists()
     main([f"--branch_from={last}", new, "--rewarm_steps=4", "--max_steps=50", "--decay_steps=10"])
-    rates = {x["step"]: x["lr"] for x in curve(fly.tmp_path / "new")[0]}
+    rates = {x["step"]: x["lr"] for x in curve(train_tiny.tmp_path / "new")[0]}
     assert rates[31] == 0.0025 and rates[34] == rates[40] == 0.01 and rates[50] == 0.001
 
 
-def test_a_branch_on_new_data(fly):
-    trunk = fly("trunk", "--max_steps=10", "--decay_steps=0")
-    branch = fly.tmp_path / "branch"
+def test_a_branch_on_new_data(train_tiny):
+    trunk = train_tiny("trunk", "--max_steps=10", "--decay_steps=0")
+    branch = train_tiny.tmp_path / "branch"
     main([f"--branch_from={trunk}", f"--out_dir={branch}", "--decay_steps=5", "--data=two"])
     assert checkpoint.read_meta(checkpoint.resolve(branch))["run"]["plan"] == [[0, "one"], [40, "two"]]
 
 
-def test_init_from_takes_the_weights_and_the_model(fly, capsys):
-    trunk = fly("trunk", "--max_steps=10")
-    tuned = fly.tmp_path / "tuned"
+def test_init_from_takes_the_weights_and_the_model(train_tiny, capsys):
+    trunk = train_tiny("trunk", "--max_steps=10")
+    tuned = train_tiny.tmp_path / "tuned"
     common = [f"--init_from={trunk}", f"--out_dir={tuned}", "--data=one", "--tokenizer=bytes", "--max_steps=1", "--block_size=16",
-              "--batch_size=2", f"--data_dir={fly.config.parent}"]
-    data_dir = re.search(r"data_dir = '(.*)'", fly.config.read_text())[1]
+              "--batch_size=2", f"--data_dir={train_tiny.config.parent}"]
+    data_dir = re.search(r"data_dir = '(.*)'", train_tiny.config.read_text())[1]
     common[-1] = f"--data_dir={data_dir}"
     assert "--n_embd=64" in fails(capsys, 2, *common, "--n_embd=64")
     main([*common, "--rope_theta=50000", "--tie_word_embeddings=False", "--learning_rate=1e-9", "--min_lr=1e-10"])
@@ -339,15 +306,15 @@ def poisoned(monkeypatch, at):
     monkeypatch.setattr(dataset, "make_batches", make)
 
 
-def test_a_non_finite_loss_stops_with_three_and_can_be_gone_round(fly, capsys, monkeypatch):
+def test_a_non_finite_loss_stops_with_three_and_can_be_gone_round(train_tiny, capsys, monkeypatch):
     poisoned(monkeypatch, at=4 * 15 + 2)                                   # update 16
-    argv = (fly.config, f"--out_dir={fly.tmp_path / 'nan'}", "--max_steps=20", "--decay_steps=0")
+    argv = (train_tiny.config, f"--out_dir={train_tiny.tmp_path / 'nan'}", "--max_steps=20", "--decay_steps=0")
     said = fails(capsys, 3, *argv)
     assert "step 16" in said and "samples 60 to 63" in said and "step-00000010" in said and "--skip_samples" in said
-    assert checkpoint.resolve(fly.tmp_path / "nan").name == "step-00000010"
+    assert checkpoint.resolve(train_tiny.tmp_path / "nan").name == "step-00000010"
     assert "step 16" in fails(capsys, 3, *argv)                            # an agent that restarts it does not loop
     main([*map(str, argv), "--skip_samples=4"])
-    assert curve(fly.tmp_path / "nan")[0][-1]["step"] == 20
+    assert curve(train_tiny.tmp_path / "nan")[0][-1]["step"] == 20
 
 
 BAD = {
@@ -373,31 +340,31 @@ BAD = {
 
 
 @pytest.mark.parametrize("option, expected", BAD.items())
-def test_bad_input_is_one_line_and_exit_two(fly, capsys, option, expected):
-    said = fails(capsys, 2, fly.config, f"--out_dir={fly.tmp_path / 'bad'}", "--max_steps=2", option)
+def test_bad_input_is_one_line_and_exit_two(train_tiny, capsys, option, expected):
+    said = fails(capsys, 2, train_tiny.config, f"--out_dir={train_tiny.tmp_path / 'bad'}", "--max_steps=2", option)
     assert expected in said and len(said.splitlines()) == 1
 
 
-def test_all_problems_come_at_once(fly, capsys):
-    said = fails(capsys, 2, fly.config, "--max_steps=x", "--n_hed=2", "--dtype=int8")
+def test_all_problems_come_at_once(train_tiny, capsys):
+    said = fails(capsys, 2, train_tiny.config, "--max_steps=x", "--n_hed=2", "--dtype=int8")
     assert len(said.splitlines()) == 3
 
 
-def test_data_of_another_tokenizer_is_refused(fly, capsys, data_dir, tmp_path):
+def test_data_of_another_tokenizer_is_refused(train_tiny, capsys, data_dir, tmp_path):
     shutil.copytree(data_dir, tmp_path / "data")
     meta = json.loads((tmp_path / "data/one/bytes/meta.json").read_text())
     (tmp_path / "data/one/bytes/meta.json").write_text(json.dumps({**meta, "tokenizer_hash": "0" * 64}))
-    said = fails(capsys, 2, fly.config, f"--out_dir={tmp_path / 'bad'}", "--max_steps=2", f"--data_dir={tmp_path / 'data'}")
+    said = fails(capsys, 2, train_tiny.config, f"--out_dir={tmp_path / 'bad'}", "--max_steps=2", f"--data_dir={tmp_path / 'data'}")
     assert "prepared with another" in said
 
 
-def test_a_folder_that_cannot_be_written(fly, capsys):
-    (fly.tmp_path / "file").write_text("")
-    said = fails(capsys, 2, fly.config, f"--out_dir={fly.tmp_path / 'file' / 'run'}", "--max_steps=2")
+def test_a_folder_that_cannot_be_written(train_tiny, capsys):
+    (train_tiny.tmp_path / "file").write_text("")
+    said = fails(capsys, 2, train_tiny.config, f"--out_dir={train_tiny.tmp_path / 'file' / 'run'}", "--max_steps=2")
     assert "file" in said and len(said.splitlines()) == 1
 
 
-def test_a_full_disk_leaves_the_last_good_checkpoint(fly, capsys, monkeypatch):
+def test_a_full_disk_leaves_the_last_good_checkpoint(train_tiny, capsys, monkeypatch):
     plain, calls = checkpoint.save_file, itertools.count()
 
     def full(tensors, path):
@@ -405,26 +372,26 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(fly, capsys, monkeypatch):
             raise OSError(28, "No space left on device", str(path))
         plain(tensors, path)
     monkeypatch.setattr(checkpoint, "save_file", full)
-    said = fails(capsys, 2, fly.config, f"--out_dir={fly.tmp_path / 'full'}", "--max_steps=30")
+    said = fails(capsys, 2, train_tiny.config, f"--out_dir={train_tiny.tmp_path / 'full'}", "--max_steps=30")
     assert "No space left" in said and len(said.splitlines()) == 1
     monkeypatch.setattr(checkpoint, "save_file", plain)
-    assert [p.name for p in checkpoint.checkpoints(fly.tmp_path / "full")] == ["step-00000010"]
-    assert curve(fly("full", "--max_steps=30")) == curve(fly("straight", "--max_steps=30"))
+    assert [p.name for p in checkpoint.checkpoints(train_tiny.tmp_path / "full")] == ["step-00000010"]
+    assert curve(train_tiny("full", "--max_steps=30")) == curve(train_tiny("straight", "--max_steps=30"))
 
 
 @pytest.mark.parametrize("damage", ["truncated", "missing", "flipped"])
-def test_a_damaged_checkpoint_is_named(fly, capsys, damage):
-    out = fly("run", "--max_steps=20", "--decay_steps=0")
+def test_a_damaged_checkpoint_is_named(train_tiny, capsys, damage):
+    out = train_tiny("run", "--max_steps=20", "--decay_steps=0")
     path = checkpoint.resolve(out) / "model.safetensors"
     raw = bytearray(path.read_bytes())
     raw[-3] ^= 1
     {"truncated": lambda: path.write_bytes(raw[:1000]), "missing": path.unlink, "flipped": lambda: path.write_bytes(raw)}[damage]()
-    said = fails(capsys, 2, fly.config, f"--out_dir={out}", "--max_steps=30", "--decay_steps=0")
+    said = fails(capsys, 2, train_tiny.config, f"--out_dir={out}", "--max_steps=30", "--decay_steps=0")
     assert "model.safetensors" in said and len(said.splitlines()) == 1
 
 
-def test_a_model_too_large_for_the_machine_is_refused_before_it_is_built(fly, capsys):
-    said = fails(capsys, 2, fly.config, f"--out_dir={fly.tmp_path / 'big'}", "--max_steps=2", "--n_layer=40000", "--n_embd=4096", "--n_ff=10240")
+def test_a_model_too_large_for_the_machine_is_refused_before_it_is_built(train_tiny, capsys):
+    said = fails(capsys, 2, train_tiny.config, f"--out_dir={train_tiny.tmp_path / 'big'}", "--max_steps=2", "--n_layer=40000", "--n_embd=4096", "--n_ff=10240")
     assert "GiB" in said and len(said.splitlines()) == 1
 
 
@@ -456,8 +423,8 @@ def test_the_estimate_for_a_gpu_follows_its_memory_and_divides_the_batch(monkeyp
     assert all(60 % micro == 0 for micro in chosen)
 
 
-def test_a_trial_of_a_micro_batch_leaves_no_trace(fly):
-    config, shape, _ = train_module.read_config([str(fly.config), "--max_steps=5"])
+def test_a_trial_of_a_micro_batch_leaves_no_trace(train_tiny):
+    config, shape, _ = train_module.read_config([str(train_tiny.config), "--max_steps=5"])
     batches, _ = dataset.open_data(config, load_tokenizer("bytes"))
     model = MiniCPM(shape)
     init_weights(model, 0)
@@ -470,33 +437,33 @@ def test_a_trial_of_a_micro_batch_leaves_no_trace(fly):
 
 # ---- found by a review
 
-def test_a_run_of_an_early_version_continues(fly):
+def test_a_run_of_an_early_version_continues(train_tiny):
     """Its config.json says "asked" for "requested"."""
-    straight = curve(fly("straight", "--max_steps=20"))
-    out = fly("early", "--max_steps=10", "--decay_steps=0")
+    straight = curve(train_tiny("straight", "--max_steps=20"))
+    out = train_tiny("early", "--max_steps=10", "--decay_steps=0")
     text = (out / "config.json").read_text().replace('"requested"', '"asked"')
     (out / "config.json").write_text(text)
-    fly("early", "--max_steps=20", "--decay_steps=0")
+    train_tiny("early", "--max_steps=20", "--decay_steps=0")
     assert len(curve(out)[0]) == len(straight[0]) == 20
 
 
-def test_a_restarted_command_does_not_overwrite_again(fly, monkeypatch):
-    out = fly("restarted", "--max_steps=10", "--decay_steps=0")
+def test_a_restarted_command_does_not_overwrite_again(train_tiny, monkeypatch):
+    out = train_tiny("restarted", "--max_steps=10", "--decay_steps=0")
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    fly("restarted", "--max_steps=12", "--decay_steps=0", "--overwrite=True")
+    train_tiny("restarted", "--max_steps=12", "--decay_steps=0", "--overwrite=True")
     assert [line["step"] for line in curve(out)[0]] == list(range(1, 13))
 
 
-def test_a_marker_of_a_later_batch_outlives_a_save(fly):
+def test_a_marker_of_a_later_batch_outlives_a_save(train_tiny):
     """With async_save a checkpoint could be finished after the marker of a non-finite loss was written, and deleted it."""
-    out = fly("marked", "--max_steps=10", "--decay_steps=0")
+    out = train_tiny("marked", "--max_steps=10", "--decay_steps=0")
     (out / "nonfinite.json").write_text(json.dumps({"samples_seen": 10 ** 6, "message": "later"}))
-    fly("marked", "--max_steps=20", "--decay_steps=0", "--skip_samples=4")
+    train_tiny("marked", "--max_steps=20", "--decay_steps=0", "--skip_samples=4")
     assert (out / "nonfinite.json").exists()
 
 
-def test_damaged_model_options_are_one_line(fly, capsys):
-    out = fly("damaged", "--max_steps=10")
+def test_damaged_model_options_are_one_line(train_tiny, capsys):
+    out = train_tiny("damaged", "--max_steps=10")
     meta = out / "step-00000010" / "meta.json"
     meta.write_text(json.dumps({**json.loads(meta.read_text()), "model": None}))
     assert "no usable model config" in fails(capsys, 2, f"--init_from={out}", f"--out_dir={out}-2", "--max_steps=1", "--data=one")
