@@ -55,7 +55,7 @@ class RunState:
     max_steps: int | None = None        # None until the horizon of a timed run is set
     decay_steps: int = 0                # updates of the decay, once max_steps is set
     warmup: int = 0                     # updates of the warm-up
-    start: int = 0                      # step from which the warm-up counts
+    start: int = 0                      # step from which warm-up and cosine count
     plan: list = field(default_factory=list)     # data plan: [[first sample, mixture], ...]
     skips: list = field(default_factory=list)    # [[samples seen by then, samples skipped], ...]
     compiled: bool | None = None        # None: not yet decided; a resume must compute as before
@@ -323,8 +323,11 @@ def branch(config, model_class, given, requested):
                        "give --rewarm_steps")
     if "out_dir" not in given or Path(config.out_dir).resolve() == folder.parent.resolve():
         raise BadInput("--out_dir: a branch needs a folder of its own")
+    if given.get("warmup_steps", meta["train"]["warmup_steps"]) != meta["train"]["warmup_steps"]:
+        raise BadInput(f"--warmup_steps={config.warmup_steps}: {folder} has done its warm-up; "
+                       "--rewarm_steps warms up again")
     config = inherit_config(config, given, meta["train"])
-    if config.rewarm_steps:
+    if config.rewarm_steps or config.is_cosine:         # the schedule begins again here
         state.start, state.warmup = state.step, config.rewarm_steps
     set_branch_horizon(config, state)
     if config.data != state.plan[-1][1]:

@@ -79,6 +79,18 @@ def test_rewarming_comes_before_the_decay(train_tiny, capsys):
     assert "--rewarm_steps=30: the warm-up would end at step 60, but the stable stage ends" in said
 
 
+def test_a_branch_decays_by_a_cosine_from_the_peak_on(train_tiny, capsys):
+    trunk = train_tiny("trunk", "--max_steps=10", "--decay_steps=0", "--warmup_steps=2")
+    branch = [f"--branch_from={trunk}", f"--out_dir={train_tiny.tmp_path / 'branch'}"]
+    assert "--max_steps: a branch without a decay" in fails(capsys, 2, *branch, "--schedule=cosine")
+    said = fails(capsys, 2, *branch, "--decay_steps=5", "--warmup_steps=4")
+    assert "has done its warm-up; --rewarm_steps" in said
+    main([*branch, "--schedule=cosine", "--max_steps=16"])
+    found = rates(train_tiny.tmp_path / "branch")
+    assert len(found) == 6 and found[0] == pytest.approx(0.01) and found[-1] == 0.001
+    assert found == sorted(found, reverse=True)
+
+
 class Clock:
     """What a timed run asks of its log, with updates that take a constant time."""
 
