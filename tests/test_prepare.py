@@ -207,10 +207,10 @@ def test_few_documents_give_their_ends_to_validation(text, tmp_path):
 @pytest.mark.parametrize("content, message", [
     (b'{"text": "fine"}\n{"text": \n', "rows.jsonl:2: not a JSON object"),
     (b'{"txt": "fine"}\n', "rows.jsonl:1: not a JSON object"),
-    (b'["text"]\n', "rows.jsonl:1: not a JSON object"),
+    (b'["text"]\n', "rows.jsonl, item 1: not a JSON object"),
     (b'{"text": 5}\n', "rows.jsonl:1: not a JSON object"),
     (b'{"text": "\\ud800"}\n', "rows.jsonl:1: not a JSON object"),
-    (b'{"text": "caf\xe9"}\n', "rows.jsonl: not UTF-8"),
+    (b'{"text": "caf\xe9"}\n', "rows.jsonl:1: 'utf-8' codec can't decode byte 0xe9"),
     (b"\n\n", "hold no text"),
 ])
 def test_bad_rows_are_named(text, content, message, tmp_path, capsys):
@@ -239,7 +239,8 @@ def test_parquet_names_what_is_missing(text, tmp_path, monkeypatch):
     (["--input=here", "--name=plays"], "none of the shipped"),
     (["--input=here", "--name=../up"], "letters, digits"),
     (["--input=here", "--name=mine", "--val_share=1"], "val_share=1.0"),
-    (["--input=no/such/place", "--name=mine"], "no .txt"),
+    (["--input=no/such/place", "--name=mine"], "no/such/place: no such file or folder"),
+    ([f"--input={ROOT / 'ruff.toml'}", "--name=mine"], "ruff.toml: no .txt, .md, .jsonl, .parquet file there"),
     (["--input=no/such/place", "--name=mine", "--tokeniser=bytes"], "did you mean --tokenizer"),
 ])
 def test_bad_options_take_one_line(text, arguments, message, tmp_path, capsys):
