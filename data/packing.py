@@ -56,7 +56,7 @@ PARTS = {
 }
 SHAPES = {
     "conversation": ("turns", "system", "question"),
-    "exchange": ("question", "context", "answer", "system", "history"),
+    "single exchange": ("question", "context", "answer", "system", "history"),
     "preference pair": ("chosen", "rejected", "turns", "question", "context", "system", "history"),
     "turn": ("role", "content", "learn"),
     "part of the content": ("type", "text"),
@@ -139,7 +139,7 @@ def parse_conversation(record):
         if not holds(messages, normalize(asked_turns(parts))):
             raise ValueError("its prompt is not in its messages")
     elif any(key in record for key in PARTS["question"]):
-        parts = read_parts(record, "exchange")
+        parts = read_parts(record, "single exchange")
         messages = normalize([*asked_turns(parts), *as_turns(parts.get("answer"), "assistant")])
     else:
         raise ValueError("holds neither messages, conversations, nor instruction and output; it "
@@ -228,8 +228,8 @@ def read_parts(record, shape):
     for key, value in record.items():
         if key not in names:
             if value not in (None, "", [], {}) and key not in HARMLESS:
-                raise ValueError(f"the key {key!r} of a {shape} is not understood (it may be "
-                                 f"{', '.join(names)} or one of HARMLESS in data/packing.py)")
+                raise ValueError(f"the key {key!r} is not understood in a {shape}, which may have "
+                                 f"{', '.join(names)} (and HARMLESS in data/packing.py)")
         elif value not in (None, "") and parts.setdefault(names[key], value) != value:
             raise ValueError(f"{' and '.join(k for k in PARTS[names[key]] if k in record)} differ")
     return parts
@@ -355,7 +355,7 @@ def token_classes(messages, is_answer):
     classes[0] = PADDING
     learn = [turn.get("learn", True) for turn in messages if turn["role"] == "assistant"]
     if not all(learn):
-        number = (mask & ~np.roll(mask, 1)).cumsum()        # of the run, from 1; mask[0] is False
+        number = (mask & ~np.insert(mask[:-1], 0, False)).cumsum()      # of the run, from 1
         if number[-1] != len(learn):
             raise BadInput("answers that follow each other cannot be told apart, so one of them "
                            "cannot be left unlearned")
