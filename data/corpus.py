@@ -223,11 +223,11 @@ def write_meta(folder, tokenizer, sha256, splits, row=None):
     """
     for split in SPLITS:
         if not splits[split]["tokens"]:
-            reason = "; a corpus needs both train and val"
+            size, option = "", "--min_doc_tokens and --max_doc_tokens"
             if row:
-                reason = (f" of at most {row} tokens{reason}: take a larger --block_size, or "
-                          "another --val_share to hold out others")
-            raise BadInput(f"no {split} documents{reason}")
+                size, option = f" of at most {row} tokens", "--block_size"
+            raise BadInput(f"no {split} documents{size}; a corpus needs both train and val: change "
+                           f"{option}, or --val_share, which decides what is held out")
     meta = {} if row is None else {"row": row}
     meta |= {"tokenizer": tokenizer.name, "tokenizer_hash": tokenizer.hash,
              "vocab_size": tokenizer.n_vocab, "corpus_sha256": sha256, "splits": splits}

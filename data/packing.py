@@ -229,7 +229,7 @@ def read_parts(record, shape):
         if key not in names:
             if value not in (None, "", [], {}) and key not in HARMLESS:
                 raise ValueError(f"the key {key!r} is not understood in a {shape}, which may have "
-                                 f"{', '.join(names)} (and HARMLESS in data/packing.py)")
+                                 f"{', '.join(names)} and what HARMLESS in {__name__} lists")
         elif value not in (None, "") and parts.setdefault(names[key], value) != value:
             raise ValueError(f"{' and '.join(k for k in PARTS[names[key]] if k in record)} differ")
     return parts

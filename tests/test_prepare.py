@@ -305,8 +305,8 @@ def test_a_conversation_that_does_not_fit_or_cannot_be_encoded_is_named_and_coun
     (held,) = [q for split, q, _ in conversations(tmp_path, *((f"q{i}", "a") for i in range(8))) if split == "val"]
     conversations(tmp_path, *((f"q{i}", "a" * (40 if f"q{i}" == held else 1)) for i in range(8)))
     error = error_of(chat, [*arguments, "--block_size=16"], capsys)
-    assert error == ("no val documents of at most 17 tokens; a corpus needs both train and val: take a larger --block_size, or another "
-                     "--val_share to hold out others")
+    assert error == ("no val documents of at most 17 tokens; a corpus needs both train and val: change --block_size, or --val_share, "
+                     "which decides what is held out")
     conversations(tmp_path, *((f"q{i}", "a") for i in range(8)))
 
     def fit(tokenizer, messages, row):

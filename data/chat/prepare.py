@@ -48,8 +48,8 @@ class ChatOptions:
         return lines
 
 
-def read_all(options, say=print):
-    """Yield (place in the files, messages) of all conversations."""
+def read_all(options, say):
+    """Yield (place in the files, messages) of all conversations; see packing.read_records."""
     for file in find_files(options.input, RECORD_SUFFIXES):
         yield from packing.read_records(file, packing.parse_conversation, options.skip_bad, say)
 
@@ -65,16 +65,16 @@ def conversations(options):
 
     Reads the files twice, to make sure that no split is empty. BadInput if that cannot be.
     """
-    for identity in (first_question, json.dumps):
+    for identity, say in ((first_question, print), (json.dumps, no_output)):
         fractions = [hash_fraction(identity(messages).encode("utf-8"))
-                     for _, messages in read_all(options, say=no_output)]
+                     for _, messages in read_all(options, say)]
         if len(set(fractions)) > 1:
             break
     else:
         raise BadInput(f"--input={options.input}: holds {len(fractions)} conversations, no two of "
                        "them different; a corpus needs one for training and one to hold out")
     limit = hold_out_limit(fractions, options.val_share)
-    for (place, messages), fraction in zip(read_all(options), fractions):
+    for (place, messages), fraction in zip(read_all(options, no_output), fractions):
         yield "val" if fraction < limit else "train", messages, place
 
 

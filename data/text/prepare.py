@@ -3,9 +3,10 @@
     python data/text/prepare.py --input=PATH[,PATH ...] --name=NAME [--val_share=0.05]
     python train.py --data=NAME
 
-A document is a file; in .jsonl and .parquet files it is a row. Documents are held out by a hash of
-their text, so copies of a document are in the same split. If there are fewer than 1 / val_share
-documents, the last val_share of each document is held out instead.
+A document is a file; in .jsonl and .parquet files it is a row, of which only the text is read.
+Documents are held out by a hash of their text, so copies of a document are in the same split. If
+there are fewer than 1 / val_share documents, the last val_share of each document is held out
+instead.
 """
 import re
 import sys
