@@ -63,14 +63,16 @@ SHAPES = {
 }
 # Keys that say where a record is from or what it is about, and change nothing of its text.
 HARMLESS = frozenset(
-    "_id avatarUrl category categories chosen_model chosen_rating chosen_score conversation_hash "
-    "conversation_id created created_at data_source dataset dataset_name date difficulty domain "
-    "family generator hash id idx index instruction_id lang language license margin message_id "
+    "_id avatarUrl categories category chosen-model chosen-rating chosen-score chosen_model "
+    "chosen_rating chosen_score conversation_hash conversation_id country created created_at "
+    "data_source dataset dataset_name date detoxify_moderation difficulty domain family generator "
+    "hash hashed_ip header id idx index instruction_id lang language license margin message_id "
     "meta metadata model model_name n_turns num_tokens num_turns openai_moderation origin "
-    "prompt_id quality question_id rating record_id redacted rejected_model rejected_rating "
-    "rejected_score sample_id score score_chosen score_rejected scores source source_id sources "
-    "split subject tag tags task task_name task_type timestamp title topic topics toxic turn_id "
-    "uid url user_id uuid version views".split())
+    "prompt_id quality question_id rating record_id redacted rejected-model rejected-rating "
+    "rejected-score rejected_model rejected_rating rejected_score sample_id score score_chosen "
+    "score_rejected scores source source_id sources split state subject tag tags task task_name "
+    "task_type timestamp title topic topics toxic turn turn_id turn_identifier uid url user_id "
+    "uuid version views".split())
 ROLES = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant",
          "system": "system"}
 TRANSCRIPT = re.compile(r"\n\n(Human|Assistant):")          # HH-RLHF's form of a conversation
@@ -229,7 +231,7 @@ def read_parts(record, shape):
         if key not in names:
             if value not in (None, "", [], {}) and key not in HARMLESS:
                 raise ValueError(f"the key {key!r} is not understood in a {shape}, which may have "
-                                 f"{', '.join(names)} and what HARMLESS in {__name__} lists")
+                                 f"{', '.join(names)} or one of HARMLESS in data/packing.py")
         elif value not in (None, "") and parts.setdefault(names[key], value) != value:
             raise ValueError(f"{' and '.join(k for k in PARTS[names[key]] if k in record)} differ")
     return parts
