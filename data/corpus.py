@@ -223,8 +223,11 @@ def write_meta(folder, tokenizer, sha256, splits, row=None):
     """
     for split in SPLITS:
         if not splits[split]["tokens"]:
-            fitting = f" of at most {row} tokens" if row else ""
-            raise BadInput(f"no {split} documents{fitting}; a corpus needs both train and val")
+            size, option = "", "--min_doc_tokens and --max_doc_tokens"
+            if row:
+                size, option = f" of at most {row} tokens", "--block_size"
+            raise BadInput(f"no {split} documents{size}; a corpus needs both train and val: change "
+                           f"{option}, or --val_share, which decides what is held out")
     meta = {} if row is None else {"row": row}
     meta |= {"tokenizer": tokenizer.name, "tokenizer_hash": tokenizer.hash,
              "vocab_size": tokenizer.n_vocab, "corpus_sha256": sha256, "splits": splits}
@@ -388,6 +391,15 @@ def exit_with_parent():
 def held_out(identity, share):
     """Return whether a document belongs to the validation split, decided by its name alone."""
     return hash_fraction(identity.encode("utf-8")) < share
+
+
+def hold_out_limit(fractions, share):
+    """Return the fraction below which documents are held out: the share, or what is next to it so
+    that neither split is empty.
+
+    fractions: the hash_fraction of each document's identity; not all the same
+    """
+    return min(max(share, math.nextafter(min(fractions), 1)), max(fractions))
 
 
 def hash_fraction(data):

@@ -40,7 +40,8 @@ HEADER = struct.Struct("<8sIIQQ")
 MAGIC, VERSION = b"nanoCPM\0", 1
 EVAL_TOKENS_PER_FORWARD = 8192          # at most
 PADDING, TEXT, ANSWER = 0, 1, 2         # classes of the tokens of packed rows
-MIXTURE_PERIOD = 1000       # number of samples after which the shares of a mixture are exact
+PERIODS = (1000, 10_000, 100_000, 1_000_000)    # see samples_per_period
+SHARE_ERROR = 0.05          # a source's share differs from the one asked for by at most this part
 PREPARE_AGAIN = "delete the folder and prepare it again"
 
 
@@ -50,7 +51,7 @@ def parse_mixture(text, option="data"):
     """Turn "pytorch:0.7,speeches:0.3" into {"pytorch": 0.7, "speeches": 0.3}.
 
     Weights are normalized to sum to 1. A single name needs no weight. Raises BadInput, which names
-    the option that the text is from.
+    the option that the text is from; also if a share is too small to be kept.
     """
     shares = {}
     for part in text.split(","):
@@ -65,38 +66,66 @@ def parse_mixture(text, option="data"):
                            "distinct names and weights above 0")
         shares[name] = share
     total = sum(shares.values())
-    return {name: share / total for name, share in shares.items()}
+    shares = {name: share / total for name, share in shares.items()}
+    if not samples_per_period(tuple(shares.values())):
+        name = min(shares, key=shares.get)
+        raise BadInput(f"--{option}: the share of {name}, {100 * shares[name]:.2g} %, is too small "
+                       f"to be kept to {100 * SHARE_ERROR:.0f} % within {PERIODS[-1]:,} samples; "
+                       "raise it or leave it out")
+    return shares
 
 
 @functools.lru_cache(maxsize=64)
-def samples_per_period(mixture):
-    """Return {name: samples of it per period}: shares by largest remainder, at least 1 each."""
-    exact = {name: share * MIXTURE_PERIOD for name, share in parse_mixture(mixture).items()}
-    counts = {name: max(1, math.floor(n)) for name, n in exact.items()}
-    by_remainder = sorted(exact, key=lambda name: math.floor(exact[name]) - exact[name])
-    for name in by_remainder[:max(0, MIXTURE_PERIOD - sum(counts.values()))]:
-        counts[name] += 1
-    # If the minimum of 1 made the sum too large, the largest source gives up samples.
-    counts[max(counts, key=counts.get)] += MIXTURE_PERIOD - sum(counts.values())
-    return counts
+def samples_per_period(shares):
+    """Return the number of samples of each source per period, a tuple whose sum is the period.
+
+    Sources draw their shares of every period of samples, rounded by largest remainder. The period
+    is the shortest of PERIODS in which each share is kept to SHARE_ERROR (relative); () if none is.
+    shares: tuple of the sources' shares, whose sum is 1
+    """
+    for period in PERIODS:
+        exact = [share * period for share in shares]
+        counts = [math.floor(n) for n in exact]
+        by_remainder = sorted(range(len(exact)), key=lambda i: counts[i] - exact[i])
+        for i in by_remainder[:period - sum(counts)]:
+            counts[i] += 1
+        if all(abs(count - n) <= SHARE_ERROR * n for count, n in zip(counts, exact)):
+            return tuple(counts)
+    return ()
 
 
 @functools.lru_cache(maxsize=64)
+def mixture_sources(mixture):
+    """Return (names of the sources of a mixture, their samples per period), two tuples."""
+    shares = parse_mixture(mixture)
+    return tuple(shares), samples_per_period(tuple(shares.values()))
+
+
+@functools.lru_cache(maxsize=8)
 def source_order(mixture, seed, period):
-    """Return the source of every sample of a period, shuffled: (MIXTURE_PERIOD,) source numbers."""
-    counts = list(samples_per_period(mixture).values())
+    """Return the shuffled samples of a period, two arrays of its length.
+
+    The first has the number of each sample's source, the second how many samples of the period
+    before it come from the same source.
+    """
+    _, counts = mixture_sources(mixture)
     rng = np.random.default_rng([seed % 2 ** 64, period])
-    return rng.permutation(np.repeat(np.arange(len(counts)), counts))
+    sources = rng.permutation(np.repeat(np.arange(len(counts)), counts))
+    earlier = np.empty_like(sources)
+    earlier[sources.argsort(kind="stable")] = np.concatenate([np.arange(n) for n in counts])
+    return sources, earlier
 
 
+@functools.lru_cache(maxsize=4096)
 def samples_drawn(name, mixture, seed, n):
     """Return how many of the first n samples of a mixture come from the source `name`."""
-    counts = samples_per_period(mixture)
-    if name not in counts:
+    names, counts = mixture_sources(mixture)
+    if name not in names:
         return 0
-    periods, rest = divmod(n, MIXTURE_PERIOD)
-    last = source_order(mixture, seed, periods)[:rest]
-    return periods * counts[name] + int(np.count_nonzero(last == list(counts).index(name)))
+    source = names.index(name)
+    period, rest = divmod(n, sum(counts))
+    sources, _ = source_order(mixture, seed, period)
+    return period * counts[source] + int(np.count_nonzero(sources[:rest] == source))
 
 
 def locate(plan, seed, index):
@@ -107,12 +136,14 @@ def locate(plan, seed, index):
     """
     current = max(i for i, (first, _) in enumerate(plan) if first <= index)
     first, mixture = plan[current]
-    period, position = divmod(index - first, MIXTURE_PERIOD)
-    name = list(samples_per_period(mixture))[source_order(mixture, seed, period)[position]]
-    segment_ends = [segment_start for segment_start, _ in plan[1:current + 1]] + [index]
-    drawn = [samples_drawn(name, segment_mixture, seed, segment_end - segment_start)
-             for (segment_start, segment_mixture), segment_end in zip(plan, segment_ends)]
-    return name, sum(drawn)
+    names, counts = mixture_sources(mixture)
+    period, position = divmod(index - first, sum(counts))
+    sources, earlier = source_order(mixture, seed, period)
+    source = sources[position]
+    drawn = period * counts[source] + int(earlier[position])
+    for (start, past_mixture), (end, _) in zip(plan[:current], plan[1:]):
+        drawn += samples_drawn(names[source], past_mixture, seed, end - start)
+    return names[source], drawn
 
 
 # ---- source -> offset: which tokens are sample `index` of a source?
@@ -186,7 +217,8 @@ def make_batches(open_source, seed, block_size, bos=None, answers_only=True):
     first, count  global sample indices first, first + 1, ..., first + count - 1
     batch         {"idx", "targets"} and with bos "doc_ids" (documents of a sample counted from its
                   start): int64 (count, block_size) each; targets of -100 have no loss
-    n             number of targets that are not -100: the divisor of the summed loss
+    n             number of targets that are not -100: the divisor of the summed loss. It may be 0,
+                  because a packed row need not have a target
     """
     open_source = functools.cache(open_source)
 
@@ -236,8 +268,9 @@ def held_out_loss(model, split, token_bytes, block_size, max_tokens, batch_size,
 
     token_bytes  (vocab_size,) number of bytes of each token
     bos          token id that opens a document, if attention stays within documents
+    raises       BadInput if no window has a target that stands for text
     """
-    rows = []
+    rows = [np.empty((0, 3))]
     for batch in held_out_windows(split, block_size, max_tokens, batch_size):
         idx, targets = batch["idx"].to(device), batch["targets"].to(device)
         doc_ids = None if bos is None else (idx == bos).cumsum(1)
@@ -247,7 +280,12 @@ def held_out_loss(model, split, token_bytes, block_size, max_tokens, batch_size,
         n_bytes = (token_bytes[np.where(valid, targets, 0)] * valid).sum(1)
         nats = nll.sum(1).cpu().double().numpy()
         rows.append(np.stack([nats, valid.sum(1), n_bytes], axis=1)[valid.any(1)])
-    return np.concatenate(rows).T
+    sums = np.concatenate(rows).T
+    if not sums[2].any():
+        raise BadInput(f"{split.folder}: nothing to measure: no token of the {split.split} windows "
+                       "is both text and a target (packed rows: part of an answer); take another "
+                       "--val_share to hold out other documents")
+    return sums
 
 
 # ---- reading a corpus
@@ -261,6 +299,7 @@ class Split:
 
     n_tokens         tokens in all shards
     row              length of a packed row, None if the corpus is running text
+    corpus_sha256    hash of the documents of the corpus, None if an early version prepared it
     starts           (shards + 1,) position of the first token of each shard, and n_tokens
     tokenizer_hash, vocab_size    of the tokenizer that the corpus was prepared with
     """
@@ -273,7 +312,7 @@ class Split:
         self.folder, self.split = Path(folder), split
         meta, entry = read_meta(self.folder, split)
         self.tokenizer_hash, self.vocab_size = meta["tokenizer_hash"], meta["vocab_size"]
-        self.row = meta.get("row")
+        self.row, self.corpus_sha256 = meta.get("row"), meta.get("corpus_sha256")
         self.shards, self.n_tokens = entry["shards"], entry["tokens"]
         present = set(os.listdir(folder))
         for name in self.shards:
@@ -416,20 +455,30 @@ def check_block_size(split, block_size):
                        f"{split.row - 1}; use that, or prepare {name} again with "
                        f"--block_size={block_size} --overwrite=True")
     if split.n_tokens <= block_size:
+        larger = " or prepare it with a larger --val_share" if split.split == "val" else ""
         raise BadInput(f"--block_size={block_size}: the {split.split} split of {name} has only "
-                       f"{split.n_tokens} tokens")
+                       f"{split.n_tokens} tokens; lower --block_size{larger}")
+
+
+def corpus_hashes(data_dir, names, tokenizer):
+    """Return {name: the corpus_sha256 of that corpus} (see Split)."""
+    return {name: open_corpus(data_dir, name, tokenizer, "train").corpus_sha256 for name in names}
 
 
 def open_data(config, tokenizer):
     """Return (batches, validate) for a TrainConfig: its batch source, and what measures a model.
 
-    Raises BadInput if a corpus is missing, too short, or of another tokenizer.
+    Prints a note if conversations are to be trained on without doc_mask. Raises BadInput if a
+    corpus is missing, too short, or of another tokenizer.
     """
     shares = parse_mixture(config.data)
     for name in {**shares, **parse_mixture(config.decay_data or config.data)}:
         for split in ("train", "val"):
             corpus = open_corpus(config.data_dir, name, tokenizer, split)
             check_block_size(corpus, config.block_size)
+        if corpus.row and not config.doc_mask and not config.quiet:
+            print(f"note: the documents of a row of {name} attend to each other; "
+                  "--doc_mask=True keeps them apart")
     bos = tokenizer.bos if config.doc_mask else None
     held_out = {name: open_corpus(config.data_dir, name, tokenizer, "val") for name in shares}
     token_bytes = tokenizer.token_bytes()

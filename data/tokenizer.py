@@ -28,6 +28,7 @@ import numpy as np
 import tiktoken
 
 from configurator import ROOT, BadInput, configure, exits_cleanly
+from data.files import TEXT_SUFFIXES, find_files, read_texts
 
 BUILT_IN = ("bpe4096", "bytes", "gpt2", "cl100k_base")
 SPECIALS = ("<s>", "</s>", "<用户>", "<AI>", "<|im_start|>", "<|im_end|>",
@@ -474,8 +475,8 @@ def render(tokenizer, messages, generate):
 
 @dataclass
 class TrainOptions:
-    input: str = "pytorch,plays,speeches"   # these corpora, .txt, .md or .py files, or folders of
-                                            # them, separated by commas
+    input: str = "pytorch,plays,speeches"   # these corpora, or .txt, .md, .jsonl and .parquet
+                                            # files or folders of them, separated by commas
     vocab_size: int = 4096                  # all ids: 256 bytes, the merges, and 8 special tokens
     out_dir: str = "out/tokenizer"          # folder to write; its last part names the tokenizer
     overwrite: bool = False                 # replace the tokenizer in out_dir
@@ -497,18 +498,8 @@ def training_texts(source):
         corpus = importlib.import_module(f"data.{source}.prepare")
         yield from (text for split, text in corpus.documents() if split == "train")
         return
-    path = Path(source)
-    files = [path]
-    if not path.is_file():
-        files = sorted(p for p in path.rglob("*") if p.suffix in (".txt", ".md", ".py"))
-    if not files:
-        raise BadInput(f"--input: {source}: no such corpus, file, or folder with .txt, .md or .py "
-                       "files")
-    for file in files:
-        try:
-            yield file.read_text(encoding="utf-8")
-        except UnicodeDecodeError:
-            raise BadInput(f"{file}: not UTF-8 text") from None
+    for file in find_files(source, TEXT_SUFFIXES):
+        yield from read_texts(file)
 
 
 def train(name, texts, vocab_size):

@@ -38,7 +38,6 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from configurator import (
-    ROOT,
     BadInput,
     configure,
     exits_cleanly,
@@ -46,6 +45,7 @@ from configurator import (
     must_not_be_negative,
 )
 from data import packing
+from data.corpus import hold_out_limit
 from data.dataset import permute
 from data.tokenizer import chat_ids
 from engine import checkpoint
@@ -199,36 +199,40 @@ def load_pairs(config, tokenizer, say):
     if not train:
         raise BadInput(f"{config.pairs}: no pair for training {limit}")
     if not val:
-        hint = "; give --val_pairs" if hold_out else ""
-        raise BadInput(f"{config.val_pairs or config.pairs}: no pair for validation {limit}{hint}")
+        raise BadInput(f"{config.val_pairs}: no pair for validation {limit}")
     return {"train": train, "val": val}
 
 
 def read_file(name, config, tokenizer, say, hold_out=False, max_pairs=None):
     """Return (pairs, held-out pairs) of a file; the latter only with hold_out.
 
-    It stops reading at max_pairs of the former, and prints how many were too long to be used.
+    Pairs are held out by a hash of their prompt, so all pairs of a prompt are in the same split. It
+    stops reading at max_pairs of the former, and prints how many were too long to be used.
     """
-    pairs, held_out, too_long = [], [], 0
-    for messages, *answers in packing.read_pairs(find(name), config.skip_bad):
-        pair = encode(tokenizer, messages, answers, config.block_size)
+    def convert(messages, *answers):
+        return prompt_hash(messages), encode(tokenizer, messages, answers, config.block_size)
+
+    limit = HELD_OUT if hold_out else 0
+    pairs, hashes, too_long, n_train = [], [], 0, 0
+    for fraction, pair in packing.read_pairs(name, config.skip_bad, convert, say):
         if pair is None:
             too_long += 1
-        elif hold_out and is_held_out(messages):
-            held_out.append(pair)
-        else:
-            pairs.append(pair)
-        if len(pairs) == max_pairs:
+            continue
+        pairs.append(pair)
+        hashes.append(fraction)
+        n_train += fraction >= limit
+        if n_train == max_pairs:
             break
     if too_long:
         say(f"{name}: {too_long:,} pairs left out, longer than "
             f"--block_size={config.block_size} tokens")
-    return pairs, held_out
-
-
-def find(name):
-    """Return the path of a file that is named from here or from the project."""
-    return next((path for path in (Path(name), ROOT / name) if path.is_file()), Path(name))
+    if hold_out and pairs:
+        if len(set(hashes)) == 1:
+            raise BadInput(f"{name}: its pairs ({len(pairs)}) all have one prompt, so none can be "
+                           "held out; give --val_pairs")
+        limit = hold_out_limit(hashes, HELD_OUT)
+    train = [pair for pair, fraction in zip(pairs, hashes) if fraction >= limit]
+    return train, [pair for pair, fraction in zip(pairs, hashes) if fraction < limit]
 
 
 def hash_int(text):
@@ -236,9 +240,9 @@ def hash_int(text):
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little")
 
 
-def is_held_out(messages):
-    """Return whether a prompt's pairs, which are never split, are for validation."""
-    return hash_int(json.dumps(messages)) % 2 ** 32 < HELD_OUT * 2 ** 32
+def prompt_hash(messages):
+    """Return a hash of a prompt, from 0 to below 1."""
+    return hash_int(json.dumps(messages)) % 2 ** 32 / 2 ** 32
 
 
 def make_batch(pairs, index, block_size):

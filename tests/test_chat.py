@@ -80,7 +80,7 @@ BAD = [(read_conversations, record, says) for record, says in [
 
 @pytest.mark.parametrize("read, record, says", BAD)
 def test_bad_records_are_named_by_file_and_line_and_skipped_only_on_request(tmp_path, capsys, read, record, says):
-    good = {"prompt": "p", "chosen": "c", "rejected": "r", "messages": talk("a", "b")}
+    good = {"prompt": "p", "chosen": "c", "rejected": "r"} if read is read_pairs else {"messages": talk("a", "b")}
     path = write(tmp_path / "x.jsonl", good, "", record, good)
     with pytest.raises(BadInput) as caught:
         list(read(path))
@@ -220,7 +220,7 @@ def test_the_block_size_must_be_that_of_the_packed_corpus(tmp_path, capsys):
              r"--block_size=128: mine is packed in rows for --block_size=64; use that, or prepare mine again with --block_size=128 --ov"),
             (script("chat").main, [*prepare, "--block_size=128"], r"--block_size=128: .*mine.bytes was prepared with 64; --overwrite=True prepares it again"),
             (script("chat").main, [*prepare[:1], "--name=instruct"], "--name=instruct: .* none of the shipped"),
-            (script("chat").main, [f"--input={tmp_path / 'bytes'}", *prepare[1:], "--overwrite=True"], "--input: .*bytes: no .jsonl or .json file there")):
+            (script("chat").main, [f"--input={tmp_path / 'bytes'}", *prepare[1:], "--overwrite=True"], "--input: .*bytes: no .jsonl, .json, .parquet file there")):
         (tmp_path / "bytes").mkdir(exist_ok=True)
         with pytest.raises(SystemExit) as stop:
             main(argv)

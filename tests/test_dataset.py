@@ -1,4 +1,5 @@
 """Corpora and batches: an epoch reads every token once, a batch depends on its index alone, damage is reported."""
+import hashlib
 import json
 import os
 import time
@@ -9,21 +10,30 @@ import numpy as np
 import pytest
 import torch
 
-from configurator import BadInput
+from configurator import BadInput, build
 from data.corpus import write_corpus, write_shard
 from data.dataset import (
     HEADER,
     MAGIC,
+    PADDING,
+    TEXT,
     VERSION,
     Split,
+    check_block_size,
+    corpus_hashes,
+    held_out_loss,
     held_out_windows,
     locate,
     make_batches,
     open_corpus,
+    open_data,
     parse_mixture,
     permute,
     samples_drawn,
 )
+from data.packing import write_rows
+from data.tokenizer import load_tokenizer
+from train import TrainConfig
 
 
 class Numbers:
@@ -76,13 +86,31 @@ def test_mixtures_keep_their_shares_exactly_and_segments_continue_where_the_last
     assert all(Counter(name for name, _ in seen[i:i + 1000]) == {"b": 750, "c": 250} for i in (1300, 2300)) and seen != other
     for name in "abc":
         assert [index for n, index in seen if n == name] == list(range(sum(n == name for n, _ in seen))), "repeated or left out"
-    for mixture in ("a:0.7,b:0.29,c:0.01", "a:0.9999,b:0.0001", "a:1,b:1,c:1"):
+    digest = hashlib.sha256(repr(seen).encode()).hexdigest()
+    assert digest.startswith("ca1e8c00c3fcfce5"), "the order of runs that exist has changed"
+    for mixture in ("a:0.7,b:0.29,c:0.01", "a:1,b:1,c:1"):
         names = parse_mixture(mixture)
-        counts = [samples_drawn(name, mixture, 5, 1000) for name in names]
-        assert sum(counts) == 1000 and min(counts) > 0
         located = Counter(locate([[0, mixture]], 5, i)[0] for i in range(1234))
         assert located == {name: samples_drawn(name, mixture, 5, 1234) for name in names}
     assert [samples_drawn(name, "a:0.7,b:0.29,c:0.01", 5, 3000) for name in "abcd"] == [2100, 870, 30, 0]
+
+
+def test_small_shares_and_many_sources_are_kept_and_the_order_is_found_without_state():
+    """A share of 0.01 % was 0.1 % once, and the largest of 1,500 sources had a negative number of samples."""
+    many = ",".join(f"s{i}:{1 + i % 5}" for i in range(1500))
+    for mixture, period in (("a:0.7,b:0.29,c:0.01", 1000), ("a:0.9999,b:0.0001", 10_000), ("a:0.9985,b:0.0015", 10_000),
+                            ("a:0.99999,b:0.00001", 100_000), (many, 100_000)):
+        drawn = {name: samples_drawn(name, mixture, 5, 3 * period) for name in parse_mixture(mixture)}
+        assert sum(drawn.values()) == 3 * period
+        for name, share in parse_mixture(mixture).items():
+            assert drawn[name] / (3 * period) == pytest.approx(share, rel=0.05), (name, mixture)
+        for first in (0, 2 * period - 500):
+            seen = [locate([[0, mixture]], 5, i) for i in range(first, first + 1000)]
+            for name, index in seen[::-97]:                             # found without what came before
+                before = samples_drawn(name, mixture, 5, first) + sum(n == name for n, _ in seen[:seen.index((name, index))])
+                assert index == before
+    with pytest.raises(BadInput, match=r"--data: the share of b, 1e-05 %, is too small to be kept to 5 % within 1,000,000 samples"):
+        parse_mixture("a:1,b:0.0000001")
 
 
 def test_a_batch_depends_on_seed_plan_and_index_alone(tmp_path):
@@ -111,6 +139,51 @@ def test_held_out_windows_have_one_shape(tmp_path):
         idx, targets = (torch.cat([batch[key] for batch in batches]) for key in ("idx", "targets"))
         assert (idx[:len(starts), 1] - 3).tolist() == list(starts) and torch.equal(targets[:len(starts), :-1], idx[:len(starts), 1:])
         assert (targets[len(starts):] == -100).all() and (targets[:len(starts)] >= 0).all()
+
+
+def test_a_split_that_cannot_be_used_says_what_to_do(tmp_path):
+    """A split without a target ended in a ZeroDivisionError; --val_share was not mentioned."""
+    check_block_size(val := Split(corpus(tmp_path).folder, "val"), 101)
+    with pytest.raises(BadInput, match="--block_size=102: the val split of a has only 102 tokens; lower --block_size or .* a larger --val_share"):
+        check_block_size(val, 102)
+    with pytest.raises(BadInput, match="the train split of a has only 203 tokens; lower --block_size$"):
+        check_block_size(Split(val.folder, "train"), 300)
+
+    def model(idx, targets, doc_ids):
+        return torch.zeros(idx.shape), {}
+    token_bytes = np.zeros(Numbers.n_vocab, np.int64)
+    with pytest.raises(BadInput, match="a.numbers: nothing to measure: no token of the val windows is both text and a target"):
+        held_out_loss(model, val, token_bytes, 8, 96, 4, "cpu")
+    tok = load_tokenizer("bytes")
+    text = [(split, [(tok.bos, PADDING), (5, TEXT), (tok.eos, TEXT)]) for split in ("train", "val")]
+    write_rows(tmp_path / "b" / "bytes", tok, text, 7, fit=lambda tokenizer, pairs, row: (pairs, 0))
+    train = open_corpus(tmp_path, "b", tok, "train")
+    with pytest.raises(BadInput, match="b.bytes: nothing to measure: .* part of an answer"):
+        held_out_loss(model, train, tok.token_bytes(), 7, 96, 4, "cpu")
+    assert make_batches(lambda name: train, 1, 7)([[0, "b"]], 0, 2)[1] == 0
+
+
+def test_the_hash_of_a_corpus_tells_whether_it_was_prepared_anew_from_the_same_documents(tmp_path):
+    first = {name: corpus(tmp_path, name, n).corpus_sha256 for name, n in (("a", 203), ("b", 211))}
+    assert corpus_hashes(tmp_path, ["b", "a"], Numbers()) == first and len({*first.values()}) == 2
+    assert corpus(tmp_path / "again").corpus_sha256 == first["a"]
+    meta = json.loads((path := tmp_path / "a" / "numbers" / "meta.json").read_text())
+    del meta["corpus_sha256"]                                            # as early versions wrote it
+    path.write_text(json.dumps(meta))
+    assert corpus_hashes(tmp_path, ["a", "b"], Numbers()) == {**first, "a": None}
+
+
+def test_packed_rows_without_doc_mask_are_noted(tmp_path, capsys):
+    tok = load_tokenizer("bytes")
+    messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    write_rows(tmp_path / "talk" / "bytes", tok, [("train", messages), ("val", messages)], 16)
+    write_corpus(tmp_path / "text" / "bytes", tok, [(split, "plain words " * 9) for split in ("train", "val")])
+    for options, noted in (({}, True), ({"doc_mask": True}, False), ({"quiet": True}, False), ({"data": "text"}, False),
+                           ({"data": "text", "decay_data": "text:0.5,talk:0.5"}, True)):
+        (config,) = build([TrainConfig], {"data": "talk", "max_steps": 2, "block_size": 16, "data_dir": str(tmp_path)} | options)
+        open_data(config, tok)
+        said = capsys.readouterr().out
+        assert ("of a row of talk attend to each other; --doc_mask=True" in said) == noted and said.count("\n") == noted
 
 
 def test_a_failing_write_leaves_nothing_behind(tmp_path):

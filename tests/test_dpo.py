@@ -229,6 +229,36 @@ def test_pairs_of_a_twentieth_of_the_prompts_are_held_out_and_long_ones_counted(
         dpo.load_pairs(build([dpo.DPOConfig], asdict(config) | {"block_size": 2})[0], load_tokenizer("bytes"), said.append)
 
 
+def test_few_prompts_leave_no_split_empty_and_one_prompt_says_why(tmp_path):
+    """Few pairs ended in "no pair for validation of at most --block_size tokens", which was not the reason."""
+    path, said = tmp_path / "few.jsonl", []
+    (config,) = build([dpo.DPOConfig], {"init_from": "x", "pairs": str(path)})
+    for prompts in ("pq", "ppqr", "pqrstuvw"):
+        path.write_text("\n".join(json.dumps({"prompt": p, "chosen": "c", "rejected": "r"}) for p in prompts))
+        splits = dpo.load_pairs(config, load_tokenizer("bytes"), said.append)
+        assert len(splits["train"]) + len(splits["val"]) == len(prompts) and splits["train"] and splits["val"]
+    path.write_text('{"prompt": "p", "chosen": "c", "rejected": "r"}\n' * 3)
+    with pytest.raises(BadInput, match=r"few.jsonl: its pairs \(3\) all have one prompt, so none can be held out; give --val_pairs"):
+        dpo.load_pairs(config, load_tokenizer("bytes"), said.append)
+
+
+def test_a_pair_that_cannot_be_encoded_is_named_and_counted(tmp_path, monkeypatch):
+    path, said, plain = tmp_path / "pairs.jsonl", [], dpo.encode
+    path.write_text("\n".join(json.dumps({"prompt": p, "chosen": "c", "rejected": "r"}) for p in "pqrs"))
+
+    def encode(tokenizer, messages, answers, block_size):
+        if messages[0]["content"] == "q":
+            raise BadInput("the template knows no such turn")
+        return plain(tokenizer, messages, answers, block_size)
+    monkeypatch.setattr(dpo, "encode", encode)
+    (config,) = build([dpo.DPOConfig], {"init_from": "x", "pairs": str(path)})
+    with pytest.raises(BadInput, match="pairs.jsonl:2: the template knows no such turn; correct it, or"):
+        dpo.load_pairs(config, load_tokenizer("bytes"), said.append)
+    config.skip_bad = True
+    assert sum(map(len, dpo.load_pairs(config, load_tokenizer("bytes"), said.append).values())) == 3
+    assert said == [f"skipped 1 of 4; the first: {path}:2: the template knows no such turn"]
+
+
 def test_bad_input_is_one_line_each(place, capsys):
     said = refused(capsys, "--beta=0", "--epochs=-1", "--label_smoothing=0.5", "--sft_coef=-1", "--minutes=5", "--max_pairs=0")
     lines = said.splitlines()

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from configurator import ROOT, BadInput
-from data import tokenizer
+from data import packing, tokenizer
 from data.dataset import open_corpus
 
 
@@ -207,10 +207,10 @@ def test_few_documents_give_their_ends_to_validation(text, tmp_path):
 @pytest.mark.parametrize("content, message", [
     (b'{"text": "fine"}\n{"text": \n', "rows.jsonl:2: not a JSON object"),
     (b'{"txt": "fine"}\n', "rows.jsonl:1: not a JSON object"),
-    (b'["text"]\n', "rows.jsonl:1: not a JSON object"),
+    (b'["text"]\n', "rows.jsonl, item 1: not a JSON object"),
     (b'{"text": 5}\n', "rows.jsonl:1: not a JSON object"),
     (b'{"text": "\\ud800"}\n', "rows.jsonl:1: not a JSON object"),
-    (b'{"text": "caf\xe9"}\n', "rows.jsonl: not UTF-8"),
+    (b'{"text": "caf\xe9"}\n', "rows.jsonl:1: 'utf-8' codec can't decode byte 0xe9"),
     (b"\n\n", "hold no text"),
 ])
 def test_bad_rows_are_named(text, content, message, tmp_path, capsys):
@@ -239,7 +239,8 @@ def test_parquet_names_what_is_missing(text, tmp_path, monkeypatch):
     (["--input=here", "--name=plays"], "none of the shipped"),
     (["--input=here", "--name=../up"], "letters, digits"),
     (["--input=here", "--name=mine", "--val_share=1"], "val_share=1.0"),
-    (["--input=no/such/place", "--name=mine"], "no .txt"),
+    (["--input=no/such/place", "--name=mine"], "no/such/place: no such file or folder"),
+    ([f"--input={ROOT / 'ruff.toml'}", "--name=mine"], "ruff.toml: no .txt, .md, .jsonl, .parquet file there"),
     (["--input=no/such/place", "--name=mine", "--tokeniser=bytes"], "did you mean --tokenizer"),
 ])
 def test_bad_options_take_one_line(text, arguments, message, tmp_path, capsys):
@@ -270,6 +271,78 @@ def test_a_failed_overwrite_keeps_the_old_corpus(text, tmp_path, capsys):
     with pytest.raises(SystemExit):
         run_text(text, tmp_path / "a.txt", tmp_path, "--overwrite=True")
     assert json.loads((tmp_path / "data" / "mine" / "bytes" / "meta.json").read_text(encoding="utf-8")) == first
+
+
+# ---- data/chat
+
+def conversations(tmp_path, *questions_and_answers, val_share=0.05):
+    """Return [(split, question, answer)] as data/chat/prepare.py reads and splits conversations."""
+    lines = [json.dumps({"instruction": q, "output": a}) for q, a in questions_and_answers]
+    (tmp_path / "talk.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    chat = script("chat")
+    made = chat.conversations(chat.ChatOptions(input=str(tmp_path / "talk.jsonl"), name="x", val_share=val_share))
+    return [(split, *(turn["content"] for turn in messages)) for split, messages, place in made]
+
+
+def test_few_conversations_or_one_first_question_leave_no_split_empty(tmp_path):
+    """They ended in "no val documents", without a reason."""
+    for n in (2, 3, 10):
+        for questions in ([f"q{i}" for i in range(n)], ["q"] * n):
+            made = conversations(tmp_path, *((q, f"a{i}") for i, q in enumerate(questions)))
+            splits = [split for split, *_ in made]
+            assert [answer for *_, answer in made] == [f"a{i}" for i in range(n)] and splits.count("val") == 1, (n, questions)
+    many = [(f"q{i % 300}", f"a{i}") for i in range(600)]
+    for split, question, _ in conversations(tmp_path, *many):            # as it always was
+        assert (split == "val") == (int.from_bytes(hashlib.sha256(question.encode()).digest()[:6], "big") < 0.05 * 2 ** 48)
+    assert {split for split, *_ in conversations(tmp_path, *many[:9], val_share=0.999)} == {"train", "val"}
+    for same in ([("q", "a")], [("q", "a")] * 5):
+        with pytest.raises(BadInput, match=rf"--input=.*talk.jsonl: holds {len(same)} conversations, no two of them different; a corpus needs one"):
+            conversations(tmp_path, *same)
+
+
+def test_a_conversation_that_does_not_fit_or_cannot_be_encoded_is_named_and_counted(tmp_path, capsys):
+    chat, arguments = script("chat"), [f"--input={tmp_path / 'talk.jsonl'}", "--name=mine", "--tokenizer=bytes", f"--data_dir={tmp_path}"]
+    (held,) = [q for split, q, _ in conversations(tmp_path, *((f"q{i}", "a") for i in range(8))) if split == "val"]
+    conversations(tmp_path, *((f"q{i}", "a" * (40 if f"q{i}" == held else 1)) for i in range(8)))
+    error = error_of(chat, [*arguments, "--block_size=16"], capsys)
+    assert error == ("no val documents of at most 17 tokens; a corpus needs both train and val: change --block_size, or --val_share, "
+                     "which decides what is held out")
+    conversations(tmp_path, *((f"q{i}", "a") for i in range(8)))
+
+    def fit(tokenizer, messages, row):
+        if messages[0]["content"] == "q3":
+            raise BadInput("the template knows no such turn")
+        return packing.fit_conversation(tokenizer, messages, row)
+    for skip_bad in (False, True):
+        made = chat.conversations(chat.ChatOptions(input=str(tmp_path / "talk.jsonl"), name="x"))
+        try:
+            meta = packing.write_rows(tmp_path / "rows", tokenizer.load_tokenizer("bytes"), made, 16, fit, skip_bad=skip_bad)
+        except BadInput as error:
+            assert not skip_bad and str(error) == f"{tmp_path / 'talk.jsonl'}:4: the template knows no such turn"
+    assert sum(meta["splits"][split]["documents"] for split in ("train", "val")) == 7
+    assert f"skipped 1 of 8; the first: {tmp_path / 'talk.jsonl'}:4: the template knows" in capsys.readouterr().out
+
+
+# ---- files that the tokenizer's training reads too
+
+def test_a_tokenizer_is_trained_on_the_texts_of_jsonl_files_and_not_on_their_lines(tmp_path, capsys):
+    """JSON's escapes became merges once: 0.99 bytes per token where the same texts as .txt give 1.66."""
+    pytest.importorskip("rustbpe")
+    rng, found = random.Random(0), {}
+    texts = ["".join(rng.choices("春江潮水连海平海上明月共潮生", k=200)) for _ in range(60)]
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts), encoding="utf-8")
+    (tmp_path / "b").mkdir()
+    for i, text in enumerate(texts):
+        (tmp_path / "b" / f"{i:02d}.txt").write_text("\ufeff" + text, encoding="utf-8")           # its mark is no text
+    for source in ("a.jsonl", "b"):
+        tokenizer.main(["train", f"--input={tmp_path / source}", "--vocab_size=300", f"--out_dir={tmp_path / 'out' / source}"])
+        found[source] = tokenizer.load_tokenizer(str(tmp_path / "out" / source))
+    assert found["a.jsonl"].hash == found["b"].hash
+    assert sum(len(text.encode()) for text in texts) / sum(len(found["b"].encode(text)) for text in texts) > 1.5
+    (tmp_path / "page.html").write_text("<p>", encoding="utf-8")
+    (tmp_path / "bad.jsonl").write_text('{"txt": 1}', encoding="utf-8")
+    for name, says in (("page.html", "page.html: no .txt, .md, .jsonl, .parquet file there"), ("bad.jsonl", "bad.jsonl:1: not a JSON object with")):
+        assert says in error_of(tokenizer, ["train", f"--input={tmp_path / name}", f"--out_dir={tmp_path / 'none'}"], capsys)
 
 
 # ---- units of work

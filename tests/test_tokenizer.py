@@ -174,7 +174,7 @@ def test_training_merges_the_commonest_pairs_and_is_repeatable(tmp_path, capsys)
     (["train", "--vocab_size=264"], "must be above 264"),
     (["train", "--out_dir=out/bytes"], "names the tokenizer"),
     (["train", "--vocab=300"], "did you mean --vocab_size"),
-    (["train", "--input=no/such/path", "--out_dir=out/never"], "no such corpus"),
+    (["train", "--input=no/such/path", "--out_dir=out/never"], "no such file or folder"),
 ])
 def test_command_line_errors_take_one_line(arguments, message, capsys):
     pytest.importorskip("rustbpe")

@@ -1,4 +1,4 @@
-"""A corpus of your own conversations: local .jsonl or .json files in the common shapes.
+"""A corpus of your own conversations: .jsonl, .json or .parquet files in the common shapes.
 
     python data/chat/prepare.py --input=PATH[,PATH ...] --name=NAME [--block_size=256]
 
@@ -7,8 +7,10 @@ Train on it with --data=NAME --doc_mask=True. data/packing.py describes the shap
 Whole conversations are packed into rows of block_size + 1 tokens, so a model is trained on them
 with that block_size. A conversation that is longer loses exchanges from its end; it is dropped if
 its first exchange is longer. Both are counted. Conversations are held out by a hash of the user's
-first turn, so that all answers to one question are in the same split.
+first turn, so that all answers to one question are in the same split; by a hash of the whole
+conversation if all begin with the same question.
 """
+import json
 import re
 import sys
 from dataclasses import dataclass
@@ -16,14 +18,17 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))    # the project
 
-from configurator import ROOT, BadInput, configure, exits_cleanly, must_be_positive  # noqa: E402
+from configurator import BadInput, configure, exits_cleanly, must_be_positive  # noqa: E402
 from data import packing  # noqa: E402
-from data.corpus import PrepareOptions, held_out  # noqa: E402
+from data.corpus import PrepareOptions, hash_fraction, hold_out_limit  # noqa: E402
+from data.dataset import shipped_corpora  # noqa: E402
+from data.files import RECORD_SUFFIXES, find_files  # noqa: E402
 
 
 @dataclass
 class ChatOptions:
-    input: str = ""             # files, or folders with .jsonl and .json files, separated by commas
+    input: str = ""             # .jsonl, .json and .parquet files, or folders of them, separated by
+                                # commas
     name: str = ""              # the corpus is DATA_DIR/NAME/TOKENIZER; use it with --data=NAME
     block_size: int = 256       # the block_size of the training that it is for
     val_share: float = 0.05     # share of the conversations to hold out
@@ -33,7 +38,7 @@ class ChatOptions:
     def problems(self):
         lines = [f"--{option}=... is required" for option in ("input", "name")
                  if not getattr(self, option)]
-        shipped = sorted(path.parent.name for path in (ROOT / "data").glob("*/prepare.py"))
+        shipped = shipped_corpora()
         if self.name and (not re.fullmatch(r"[\w-]+", self.name) or self.name.lower() in shipped):
             lines.append(f"--name={self.name}: letters, digits, '_' and '-', and none of the "
                          f"shipped {', '.join(shipped)}")
@@ -43,32 +48,45 @@ class ChatOptions:
         return lines
 
 
-def conversation_files(paths):
-    """Return the files of a comma-separated list of files and folders."""
-    files = []
-    for path in (Path(part.strip()) for part in paths.split(",")):
-        found = [path]
-        if path.is_dir():
-            found = sorted(p for p in path.rglob("*") if p.suffix in (".jsonl", ".json"))
-        if not found:
-            raise BadInput(f"--input: {path}: no .jsonl or .json file there")
-        files += found
-    return files
+def read_all(options, say):
+    """Yield (place in the files, messages) of all conversations; see packing.read_records."""
+    for file in find_files(options.input, RECORD_SUFFIXES):
+        yield from packing.read_records(file, packing.parse_conversation, options.skip_bad, say)
+
+
+def first_question(messages):
+    """Return the text of the user's first turn, or of the first one if there is no user."""
+    questions = [turn for turn in messages if turn["role"] == "user"] or messages
+    return questions[0]["content"]
 
 
 def conversations(options):
-    """Yield (split, messages) of all files."""
-    for file in conversation_files(options.input):
-        for messages in packing.read_conversations(file, options.skip_bad):
-            questions = [turn for turn in messages if turn["role"] == "user"] or messages
-            held = held_out(questions[0]["content"], options.val_share)
-            yield "val" if held else "train", messages
+    """Yield (split, messages, place in the files) of all conversations.
+
+    Reads the files twice, to make sure that no split is empty. BadInput if that cannot be.
+    """
+    for identity, say in ((first_question, print), (json.dumps, no_output)):
+        fractions = [hash_fraction(identity(messages).encode("utf-8"))
+                     for _, messages in read_all(options, say)]
+        if len(set(fractions)) > 1:
+            break
+    else:
+        raise BadInput(f"--input={options.input}: holds {len(fractions)} conversations, no two of "
+                       "them different; a corpus needs one for training and one to hold out")
+    limit = hold_out_limit(fractions, options.val_share)
+    for (place, messages), fraction in zip(read_all(options, no_output), fractions):
+        yield "val" if fraction < limit else "train", messages, place
+
+
+def no_output(text):
+    pass
 
 
 @exits_cleanly
 def main(argv):
     (options, chat), _ = configure(argv, PrepareOptions, ChatOptions, usage=__doc__)
-    packing.prepare(chat.name, conversations(chat), chat.block_size, options)
+    packing.prepare(chat.name, conversations(chat), chat.block_size, options,
+                    skip_bad=chat.skip_bad)
 
 
 if __name__ == "__main__":
