@@ -45,6 +45,7 @@ from engine.run import (
     is_restart,
     new_state,
     non_finite,
+    note_corpora,
     requested_config,
     resolve_start,
     set_horizon_from_time,
@@ -578,7 +579,7 @@ def check_processes(config, world):
 def run_training(start, world, loss_fn=language_loss, make_source=open_data):
     """Lock the run's folder and do the whole run in it.
 
-    make_source  (config, tokenizer) -> (batches, validate)
+    make_source  (config, tokenizer) -> (batches, validate, hashes): see data.dataset.open_data
     """
     out_dir = Path(start.config.out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
@@ -596,7 +597,8 @@ def run_in_folder(start, world, loss_fn, make_source):
     if world.rank == 0:
         prepare_missing(config, tokenizer)
     world.barrier()
-    batches, validate = make_source(config, tokenizer)
+    batches, validate, hashes = make_source(config, tokenizer)
+    note_corpora(state, hashes, say)
     device.decide_compile(config, state, world.device, say)
     model = build_model(start, world)
     optimizer_tensors = None

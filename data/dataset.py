@@ -460,22 +460,19 @@ def check_block_size(split, block_size):
                        f"{split.n_tokens} tokens; lower --block_size{larger}")
 
 
-def corpus_hashes(data_dir, names, tokenizer):
-    """Return {name: the corpus_sha256 of that corpus} (see Split)."""
-    return {name: open_corpus(data_dir, name, tokenizer, "train").corpus_sha256 for name in names}
-
-
 def open_data(config, tokenizer):
-    """Return (batches, validate) for a TrainConfig: its batch source, and what measures a model.
+    """Return (batches, validate, hashes) for a TrainConfig: its batch source, what measures a
+    model, and {corpus: corpus_sha256} of all that it reads.
 
     Prints a note if conversations are to be trained on without doc_mask. Raises BadInput if a
     corpus is missing, too short, or of another tokenizer.
     """
-    shares = parse_mixture(config.data)
+    shares, hashes = parse_mixture(config.data), {}
     for name in {**shares, **parse_mixture(config.decay_data or config.data)}:
         for split in ("train", "val"):
             corpus = open_corpus(config.data_dir, name, tokenizer, split)
             check_block_size(corpus, config.block_size)
+        hashes[name] = corpus.corpus_sha256
         if corpus.row and not config.doc_mask and not config.quiet:
             print(f"note: the documents of a row of {name} attend to each other; "
                   "--doc_mask=True keeps them apart")
@@ -497,4 +494,4 @@ def open_data(config, tokenizer):
 
     open_train = functools.partial(open_corpus, config.data_dir, tokenizer=tokenizer, split="train")
     batches = make_batches(open_train, config.seed, config.block_size, bos, config.answers_only)
-    return batches, validate
+    return batches, validate, hashes

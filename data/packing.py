@@ -61,7 +61,8 @@ SHAPES = {
     "turn": ("role", "content", "learn"),
     "part of the content": ("type", "text"),
 }
-# Keys that say where a record is from or what it is about, and change nothing of its text.
+# Keys that say where a record is from or what it is about, and change nothing of its text. (text is
+# the record written out once more, as in alpaca.)
 HARMLESS = frozenset(
     "_id avatarUrl categories category chosen-model chosen-rating chosen-score chosen_model "
     "chosen_rating chosen_score conversation_hash conversation_id country created created_at "
@@ -71,8 +72,8 @@ HARMLESS = frozenset(
     "prompt_id quality question_id rating record_id redacted rejected-model rejected-rating "
     "rejected-score rejected_model rejected_rating rejected_score sample_id score score_chosen "
     "score_rejected scores source source_id sources split state subject tag tags task task_name "
-    "task_type timestamp title topic topics toxic turn turn_id turn_identifier uid url user_id "
-    "uuid version views".split())
+    "task_type text timestamp title topic topics toxic turn turn_id turn_identifier uid url "
+    "user_id uuid version views".split())
 ROLES = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant",
          "system": "system"}
 TRANSCRIPT = re.compile(r"\n\n(Human|Assistant):")          # HH-RLHF's form of a conversation
@@ -350,7 +351,8 @@ def fit_conversation(tokenizer, messages, row):
 def token_classes(messages, is_answer):
     """Return the class of each token of a conversation, given which of them belong to answers.
 
-    The answers are the runs of True in is_answer, in order. One that is not to be learned is TEXT.
+    The answers are the runs of True in is_answer, in order. One that is not to be learned is
+    PADDING: never a target, whatever --answers_only.
     """
     mask = np.array(is_answer)
     classes = np.where(mask, ANSWER, TEXT)
@@ -361,7 +363,7 @@ def token_classes(messages, is_answer):
         if number[-1] != len(learn):
             raise BadInput("answers that follow each other cannot be told apart, so one of them "
                            "cannot be left unlearned")
-        classes[mask & ~np.array([True, *learn])[number]] = TEXT
+        classes[mask & ~np.array([True, *learn])[number]] = PADDING
     return classes.tolist()
 
 

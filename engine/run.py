@@ -417,6 +417,20 @@ def init_run_dir(start, say):
         "model": asdict(start.model_config), "provenance": now})
 
 
+def note_corpora(state, hashes, say):
+    """Say which corpora are not those that the run has read so far, and keep their hashes.
+
+    hashes: {corpus: corpus_sha256}, None for a corpus that an early version prepared
+    """
+    for name, now in hashes.items():
+        before = state.corpora.get(name)
+        if before and before != now:
+            say(f"note: {name} was prepared again since (sha256 {before[:12]}, now "
+                f"{str(now)[:12]}): its order is another one, so samples of this epoch may come "
+                "twice or never")
+    state.corpora = {**state.corpora, **hashes}
+
+
 def is_finished(out_dir, state):
     """Return whether a run has done all its updates and its last evaluation."""
     if state.step != state.max_steps:

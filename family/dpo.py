@@ -444,7 +444,8 @@ def train_dpo(start, world):
                 for name, value in {"loss": losses, **values}.items()}
 
     batches = pair_batches(pairs["train"], config)
-    run_training(start, world, loss, lambda config, tokenizer: (batches, validate))
+    hashes = {"pairs": fingerprint["pairs"]}
+    run_training(start, world, loss, lambda config, tokenizer: (batches, validate, hashes))
 
 
 @exits_cleanly

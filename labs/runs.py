@@ -273,7 +273,7 @@ def build(config_file, **knobs):
     arguments = [config_file, "--quiet=True", *options(**knobs)]
     config, architecture, _ = train.read_config(arguments)
     tokenizer = load_tokenizer(config.tokenizer)
-    batches, validate = open_data(config, tokenizer)
+    batches, validate, _ = open_data(config, tokenizer)
     model = MiniCPM(dataclasses.replace(architecture, vocab_size=tokenizer.n_vocab))
     init_weights(model, config.seed)
     return config, model, batches, validate

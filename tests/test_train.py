@@ -425,7 +425,7 @@ def test_the_estimate_for_a_gpu_follows_its_memory_and_divides_the_batch(monkeyp
 
 def test_a_trial_of_a_micro_batch_leaves_no_trace(train_tiny):
     config, shape, _ = train_module.read_config([str(train_tiny.config), "--max_steps=5"])
-    batches, _ = dataset.open_data(config, load_tokenizer("bytes"))
+    batches, *_ = dataset.open_data(config, load_tokenizer("bytes"))
     model = MiniCPM(shape)
     init_weights(model, 0)
     before = {name: p.clone() for name, p in model.named_parameters()}
