@@ -176,7 +176,7 @@ def converse(model, tokenizer, config):
             continue
         if len(kept) < len(asked):
             print(f"the context of {context_length(model)} tokens is full: "
-                  f"{(len(asked) - len(kept)) // 2} oldest questions and answers left out",
+                  f"the oldest {len(asked) - len(kept)} turns are left out",
                   file=sys.stderr)
         answer = print_stream(stream(model, tokenizer, ids, fitting, config.seed + len(kept)))
         if answer.strip():

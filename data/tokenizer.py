@@ -202,10 +202,10 @@ def answer_end_ids(hf, specials):
 def piece_bytes(piece, byte_level):
     """Return the bytes that a piece of a released vocabulary stands for.
 
-    Byte-level vocabularies use BYTE_LETTERS; SentencePiece writes a space as U+2581 and a single
-    byte as <0xFF>.
+    Byte-level vocabularies use BYTE_LETTERS (a piece with other letters is a mark, and stands for
+    itself); SentencePiece writes a space as U+2581 and a single byte as <0xFF>.
     """
-    if byte_level:
+    if byte_level and BYTE_LETTERS.keys() >= {*piece}:
         return bytes(BYTE_LETTERS[letter] for letter in piece)
     if re.fullmatch("<0x[0-9A-F]{2}>", piece):
         return bytes([int(piece[3:5], 16)])
@@ -449,7 +449,7 @@ def own_template_ids(tokenizer, messages):
     for is_text, group in itertools.groupby(parts, lambda part: isinstance(part[0], str)):
         found, learned = zip(*group)
         if is_text:                         # system messages, and an answer if it follows directly
-            before = "".join(itertools.compress(found, [not learn for learn in learned]))
+            before = "".join(text for text, learn in zip(found, learned) if not learn)
             found = tokenizer.encode("".join(found))
             ends = np.cumsum([len(tokenizer.bytes_of[i]) for i in found])
             learned = (ends > len(before.encode("utf-8"))).tolist()
@@ -468,7 +468,8 @@ def template_ids(tokenizer, messages, generate):
     said = "".join(message["content"] for message in messages)
     # A character that breaks up the names of special tokens in messages: a private one, not used.
     gap = next(char for char in map(chr, range(0xF0000, 0xFFFFE)) if char not in said)
-    messages = [{**message, "content": break_specials(tokenizer, message["content"], gap)}
+    messages = [{"role": message["role"],
+                 "content": break_specials(tokenizer, message["content"], gap)}
                 for message in messages]
     text = render(tokenizer, messages, generate)
     spans = [] if generate else answer_spans(tokenizer, messages, text)
@@ -536,10 +537,7 @@ def learned_tokens(tokenizer, ids, offsets, spans):
     starts, ends = np.array(offsets, np.int64).reshape(-1, 2).T
     special, mask = np.isin(ids, list(tokenizer.specials.values())), np.zeros(len(ids), bool)
     for first, last in spans:
-        # Some tokenizers leave the spaces of a token out of its offsets; one of spaces alone has no
-        # width then, and stands after them.
         inside = (starts < last) & (ends > first)
-        inside |= (starts == ends) & (starts > first) & (starts <= last)
         cut = inside & (starts < first)     # a special token may have taken in spaces after it
         if (cut & ~special).any():
             say_once(f"tokenizer {tokenizer.name!r}: the last characters of its chat template's "
