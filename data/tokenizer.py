@@ -538,12 +538,14 @@ def learned_tokens(tokenizer, ids, offsets, spans):
     special, mask = np.isin(ids, list(tokenizer.specials.values())), np.zeros(len(ids), bool)
     for first, last in spans:
         inside = (starts < last) & (ends > first)
-        cut = inside & (starts < first)     # a special token may have taken in spaces after it
-        if (cut & ~special).any():
+        # A special token may have taken in spaces after it. Another token may share its characters
+        # with the prompt, and with what follows an answer without an end mark.
+        inside &= np.where(special, starts >= first, ends <= last)
+        if (inside & (starts < first)).any():
             say_once(f"tokenizer {tokenizer.name!r}: the last characters of its chat template's "
                      "prompt and the first of an answer share a token, so answers begin "
                      "differently in training and in generation")
-        mask |= inside & ~(cut & special)
+        mask |= inside
     return mask
 
 

@@ -415,6 +415,15 @@ def test_a_prompt_that_ends_inside_a_token_is_named(tmp_path, capsys):
     assert "share a token" in said and said.count("\n") == 1
 
 
+def test_a_token_that_reaches_into_the_next_turn_is_not_learned(tmp_path):
+    """As in MiniCPM's template, where an earlier answer has no end mark: its user's mark is "<", "\u7528\u6237", ">"."""
+    template = "{% for m in messages %}{{ 'i' + m.content + ':' if m.role == 'user' else m.content }}{% endfor %}"
+    tok = tokenizer.load_tokenizer(str(released_folder(tmp_path / "model", "sentencepiece", template)))
+    ids, mask = tokenizer.chat_ids(tok, [{**m, "content": text} for m, text in zip(TALK, ("a", "oh", "b", "no"))])
+    assert tok.decode(ids) == "<s>ia:ohib:no</s>"                        # "hi" is one token
+    assert tok.decode([i for i, learn in zip(ids, mask) if learn]) == "ono</s>"
+
+
 @pytest.mark.parametrize("kind", ["sentencepiece", "bytes"])
 def test_a_template_without_bos_and_eos_gets_them(kind, tmp_path):
     folder = released_folder(tmp_path / "model", kind)
