@@ -357,7 +357,8 @@ def load_released(folder, name):
         raise BadInput(f"{folder}: {type(hf).__name__} is not a fast tokenizer, so it cannot say "
                        "which characters a token stands for")
     if hf.eos_token is None:
-        raise BadInput(f"{folder}: tokenizer_config.json names no eos_token")
+        raise BadInput(f"{folder}: tokenizer_config.json names no eos_token, which ends texts and "
+                       "answers; name it there")
     name = name or hf.init_kwargs.get("name") or folder.resolve().name
     tokenizer = ReleasedTokenizer(folder, hf, name)
     check_hash(tokenizer.hash, hf.init_kwargs.get("tokenizer_hash", tokenizer.hash))

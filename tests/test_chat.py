@@ -330,24 +330,26 @@ def test_exact_match_takes_both_styles_and_nothing_else(tmp_path):
 # ---- a conversation on the terminal
 
 class Talker:
-    """Says the same answer to everything; remembers the prompts and how many tokens were asked for."""
+    """Says the same to everything; keeps each prompt, its length and the tokens asked for."""
 
     def __init__(self, answer, max_position):
-        self.answer, self.config, self.asked = answer, MiniCPMConfig(max_position=max_position), []
+        self.answer, self.asked = answer, []
+        self.config = MiniCPMConfig(max_position=max_position)
 
     def generate(self, prompts, max_new_tokens, *rest):
         self.asked.append((TOK.decode(prompts[0]), len(prompts[0]), max_new_tokens))
-        return iter([torch.tensor([i]) for i in (*TOK.encode(self.answer), TOK.eos)[:max_new_tokens]])
+        ids = [*TOK.encode(self.answer), TOK.eos]
+        return iter([torch.tensor([i]) for i in ids[:max_new_tokens]])
 
 
 @pytest.fixture
 def say(monkeypatch, capsys):
-    """A function that holds a conversation with lines of bytes: (model, what was said, the notes)."""
+    """A function that holds a conversation of lines of bytes; it gives (model, output, notes)."""
     def hold(lines, answer="yes", max_position=4096, **options):
-        config = sample.SampleConfig(chat=True, **options)
+        config, model = sample.SampleConfig(chat=True, **options), Talker(answer, max_position)
         assert not config.problems()
-        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\n".join(lines)), encoding="utf-8"))
-        model = Talker(answer, max_position)
+        stdin = io.TextIOWrapper(io.BytesIO(b"\n".join(lines)), encoding="utf-8")
+        monkeypatch.setattr("sys.stdin", stdin)
         sample.converse(model, TOK, config)
         said = capsys.readouterr()
         return model, said.out, said.err.splitlines()
@@ -356,8 +358,8 @@ def say(monkeypatch, capsys):
 
 def test_the_system_text_opens_a_conversation(say, capsys):
     model, said, notes = say([b"hi", b"more"], system=" Be brief. ")
-    assert [prompt for prompt, *_ in model.asked] == ["<s>Be brief.<\u7528\u6237>hi<AI>",
-                                                      "<s>Be brief.<\u7528\u6237>hi<AI>yes</s><\u7528\u6237>more<AI>"]
+    first = "<s>Be brief.<用户>hi<AI>"
+    assert [prompt for prompt, *_ in model.asked] == [first, first + "yes</s><用户>more<AI>"]
     assert said.count("yes") == 2 and notes == [] and {n for *_, n in model.asked} == {300}
     with pytest.raises(SystemExit):
         sample.main(["--system=x"])
@@ -365,35 +367,42 @@ def test_the_system_text_opens_a_conversation(say, capsys):
 
 
 def test_a_full_context_drops_the_oldest_turns_and_says_so(say):
-    """60 tokens, of which an answer may take 20: two exchanges of 13 fit beside the system text and a question."""
+    """The answer may take 20 of 60 tokens: there is room for two questions and the system text."""
     lines = [b"question %d" % i for i in range(5)]
     model, _, notes = say(lines, max_position=60, max_new_tokens=20, system="Sys", answer="a")
     for i, (prompt, length, new) in enumerate(model.asked):
-        assert length + new <= 60 and new == 20 and prompt.startswith("<s>Sys<\u7528\u6237>question ") and prompt.endswith(f"question {i}<AI>")
-        assert [int(n) for n in re.findall(r"question (\d)", prompt)] == list(range(max(0, i - 1), i + 1)), "whole exchanges"
+        assert length + new <= 60 and new == 20 and prompt.startswith("<s>Sys<用户>question ")
+        asked = [int(n) for n in re.findall(r"question (\d)", prompt)]
+        assert asked == list(range(max(0, i - 1), i + 1)), "whole exchanges"
     assert notes == ["the context of 60 tokens is full: the oldest 2 turns are left out"] * 3
 
 
 @pytest.mark.parametrize("new_tokens", [None, 20])
 def test_a_question_that_does_not_fit_is_left_out_and_the_conversation_goes_on(say, new_tokens):
-    model, _, notes = say([b"one", b"x" * 70, b"two"], max_position=60, max_new_tokens=new_tokens, answer="a")
-    assert [prompt.count("<AI>") for prompt, *_ in model.asked] == [1, 2] and "one" in model.asked[1][0]
-    assert len(notes) == 1 and notes[0].startswith("question left out: a prompt of 73 tokens and --max_new_tokens=")
+    lines = [b"one", b"x" * 70, b"two"]
+    model, _, (note,) = say(lines, max_position=60, max_new_tokens=new_tokens, answer="a")
+    assert [prompt for prompt, *_ in model.asked] == [
+        "<s><用户>one<AI>", "<s><用户>one<AI>a</s><用户>two<AI>"]
+    assert note.startswith("question left out: a prompt of 73 tokens and --max_new_tokens=")
 
 
 def test_an_answer_takes_what_fits_unless_a_number_is_asked_for(say):
     model, _, notes = say([b"x" * 50], max_position=60)
     assert [n for *_, n in model.asked] == [60 - 53] and notes == []
-    assert [n for *_, n in say([b"x" * 10], max_position=60, max_new_tokens=9)[0].asked] == [9]
-    assert sample.with_new_tokens(sample.SampleConfig(), Talker("", 60), [0] * 59).max_new_tokens == 1
+    assert [n for *_, n in say([b"x"], max_position=60, max_new_tokens=9)[0].asked] == [9]
+    config, model = sample.SampleConfig(), Talker("", 60)
+    assert sample.with_new_tokens(config, model, [0] * 59).max_new_tokens == 1
     with pytest.raises(BadInput, match="60 tokens and --max_new_tokens=1 exceed the context of 60"):
-        sample.with_new_tokens(sample.SampleConfig(), Talker("", 60), [0] * 60)
+        sample.with_new_tokens(config, model, [0] * 60)
 
 
 def test_a_byte_that_is_not_utf8_is_named_and_the_conversation_goes_on(say):
-    model, _, notes = say([b"one", b"caf\xe9 </s>", "\u7528 </s>".encode(), b"", b"after an empty line"])
-    assert len(model.asked) == 2 and model.asked[1][0].endswith("yes</s><\u7528\u6237>\u7528 </s><AI>")
-    assert notes == ["question left out: text is not valid UTF-8: character 3 is the lone surrogate '\\udce9' (the byte 0xe9)"]
+    lines = [b"one", b"caf\xe9 </s>", "用 </s>".encode(), b"", b"after an empty line"]
+    model, _, notes = say(lines)
+    assert [prompt for prompt, *_ in model.asked] == [
+        "<s><用户>one<AI>", "<s><用户>one<AI>yes</s><用户>用 </s><AI>"]
+    assert notes == ["question left out: text is not valid UTF-8: character 3 is the lone "
+                     "surrogate '\\udce9' (the byte 0xe9)"]
 
 
 def test_an_empty_answer_leaves_its_question_out(say):
@@ -406,10 +415,11 @@ def test_a_tokenizer_without_chat_marks_is_refused_at_once(monkeypatch):
     monkeypatch.setattr("builtins.input", lambda prompt: pytest.fail("asked for a question"))
     plain = load_tokenizer("bytes")
     plain.specials = {"<s>": plain.bos, "</s>": plain.eos}
-    with pytest.raises(BadInput, match="has no special token <\u7528\u6237>"):
+    with pytest.raises(BadInput, match="has no special token <用户>"):
         sample.converse(Talker("", 60), plain, sample.SampleConfig(chat=True))
 
 
 def test_a_byte_order_mark_is_not_part_of_a_prompt(tmp_path):
     (tmp_path / "prompt.txt").write_text("def f", encoding="utf-8-sig")
-    assert sample.read_prompt(sample.SampleConfig(prompt_file=str(tmp_path / "prompt.txt"))) == "def f"
+    config = sample.SampleConfig(prompt_file=str(tmp_path / "prompt.txt"))
+    assert sample.read_prompt(config) == "def f"

@@ -142,12 +142,14 @@ def test_log_probabilities_cover_only_the_last_answer_and_ignore_padding(place):
 
 @pytest.mark.parametrize("end", ["</s>", "<|im_end|>"])
 def test_log_probabilities_end_with_the_token_that_ends_the_answer(end, tmp_path):
-    """The newline that ChatML writes after it is neither learned nor counted, whether or not the folder names the token."""
+    """The newline that ChatML writes after it has no part, even if the folder names another end."""
     folder = released_folder(tmp_path / "model", "bytes", CHATML, eos=end)
     tokenizer = load_tokenizer(str(folder))
-    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
-    for (idx, targets), answer in zip(dpo.encode(tokenizer, messages, ("yes", "no"), 64), ("yes", "no")):
-        prompt, _ = chat_ids(tokenizer, messages, generate=True)
+    messages = [{"role": role, "content": text} for role, text in
+                (("user", "a"), ("assistant", "b"), ("user", "c"))]
+    prompt, _ = chat_ids(tokenizer, messages, generate=True)
+    rows = dpo.encode(tokenizer, messages, ("yes", "no"), 64)
+    for (idx, targets), answer in zip(rows, ("yes", "no")):
         learned = [*tokenizer.encode(answer), tokenizer.special("<|im_end|>")]
         assert [*idx, targets[-1]] == [*prompt, *learned]
         assert targets.tolist() == [-100] * (len(prompt) - 1) + learned
