@@ -311,8 +311,8 @@ def load_folder(folder, name=None):
     for path in filter(Path.is_file, (folder / file for file in TOKENIZER_FILES)):
         with open(path, "rb") as file:
             if file.read(len(LFS_POINTER)) == LFS_POINTER:
-                raise BadInput(f"{path}: is a git-lfs pointer, not the file itself; fetch it with "
-                               "git lfs pull")
+                raise BadInput(f"{path}: is a git-lfs pointer, not the file itself; run git lfs "
+                               f"pull in {folder}")
     try:
         if (folder / "tokenizer.tiktoken").is_file():
             return load_own(folder)
