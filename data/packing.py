@@ -201,9 +201,8 @@ def fit_conversation(tokenizer, messages, row):
         ids, is_answer = chat_ids(tokenizer, messages[:end])
         if len(ids) <= row:
             if ids[0] != tokenizer.bos or tokenizer.bos in ids[1:]:
-                raise BadInput(f"tokenizer {tokenizer.name!r} uses its beginning-of-text token "
-                               "inside conversations too, or has none, so they could not be told "
-                               "apart in a row")
+                raise BadInput(f"tokenizer {tokenizer.name!r} has no bos token, or writes it "
+                               "inside conversations too, so they could not be told apart in a row")
             classes = [ANSWER if answer else TEXT for answer in is_answer]
             classes[0] = PADDING
             return list(zip(ids, classes)), left_out

@@ -149,7 +149,7 @@ def test_long_conversations_are_cut_at_a_turn_or_dropped(tmp_path):
     assert not (tmp_path / "none").exists()
     one_mark = load_tokenizer("bytes")
     one_mark.bos = one_mark.eos                                          # as in some released tokenizers: doc_ids would be wrong
-    with pytest.raises(BadInput, match="document 1: tokenizer 'bytes' uses its beginning-of-text token inside"):
+    with pytest.raises(BadInput, match="document 1: tokenizer 'bytes' has no bos token, or writes it inside"):
         write_rows(tmp_path / "none", one_mark, said, 69)
 
 
