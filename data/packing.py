@@ -338,8 +338,8 @@ def fit_conversation(tokenizer, messages, row):
     for left_out, end in enumerate(reversed(ends)):
         ids, is_answer = chat_ids(tokenizer, messages[:end])
         if len(ids) <= row:
-            if ids.count(tokenizer.bos) > 1:
-                raise BadInput(f"tokenizer {tokenizer.name!r} uses its beginning-of-text token "
+            if ids[0] != tokenizer.bos or tokenizer.bos in ids[1:]:
+                raise BadInput(f"tokenizer {tokenizer.name!r} has no bos token, or writes it "
                                "inside conversations too, so they could not be told apart in a row")
             classes = token_classes(messages[:end], is_answer)
             if ANSWER not in classes:       # none of the answers that fit is to be learned

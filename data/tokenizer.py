@@ -15,11 +15,14 @@ The default, data/bpe4096.tiktoken, is the tokenizer.tiktoken that this command 
 """
 import base64
 import difflib
+import functools
 import hashlib
 import importlib
+import itertools
 import json
 import os
 import re
+import sys
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,8 +53,8 @@ HUB_FILES = ("*.json", "*.jinja", "*.txt", "tokenizer.model")
 NEEDS_TRANSFORMERS = "a released tokenizer needs transformers: pip install transformers"
 # Part of the hash of a released tokenizer: with one vocabulary, two may still cut text differently.
 PROBE = " Hello  World's\r\n\n\tdéjà-vu 1234567 <s>漢字。😀\u2028 x"
-# A noncharacter, which breaks up the names of special tokens in chat messages.
-BREAK = "\ufdd0"
+# A git-lfs pointer, which stands for a file until it is fetched, begins so.
+LFS_POINTER = b"version https://git-lfs"
 
 
 class Tokenizer:
@@ -126,8 +129,13 @@ class Tokenizer:
 
 
 class ReleasedTokenizer(Tokenizer):
-    """The tokenizer of a released model, run by transformers. Special tokens are the ones marked
-    as special; other added tokens, such as <think>, are ordinary vocabulary."""
+    """The tokenizer of a released model, run by transformers.
+
+    Special tokens are the ones marked as special; other added tokens, such as <think>, are ordinary
+    vocabulary: text has their ids, and their bytes count. bos is eos if the folder names no
+    beginning-of-text token. The token that the chat template writes after an answer ends generation
+    too, whether or not the folder says so.
+    """
 
     def __init__(self, folder, hf, name):
         """folder: where it comes from; hf: the fast tokenizer of transformers."""
@@ -136,8 +144,9 @@ class ReleasedTokenizer(Tokenizer):
         self.n_vocab = max(vocab.values()) + 1
         self.eos = hf.eos_token_id
         self.bos = self.eos if hf.bos_token is None else hf.bos_token_id
-        self.stop_ids = sorted({self.eos, *saved.get("stop_ids", ()), *configured_eos_ids(folder)})
         self.specials = {token.content: i for i, token in added.items() if token.special}
+        self.stop_ids = sorted({self.eos, *saved.get("stop_ids", ()), *configured_eos_ids(folder),
+                                *answer_end_ids(hf, self.specials)})
         self.stop_texts = tuple(text for text, i in self.specials.items() if i in self.stop_ids)
         backend = hf.backend_tokenizer
         byte_level = "ByteLevel" in f"{backend.pre_tokenizer!r} {backend.decoder!r}"
@@ -175,13 +184,29 @@ def configured_eos_ids(folder):
     return ids
 
 
+def answer_end_ids(hf, specials):
+    """Return [id] of the special token that a released tokenizer's chat template writes after an
+    answer, [] if there is none.
+
+    specials: {text: id}
+    """
+    talk = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
+    try:
+        text = hf.apply_chat_template(talk, tokenize=False)
+    except Exception:                       # chat_ids says it when it is given a conversation
+        return []
+    rest = text.rpartition("answer")[2]
+    found = [(rest.index(mark), i) for mark, i in specials.items() if mark in rest]
+    return [min(found)[1]] if found else []
+
+
 def piece_bytes(piece, byte_level):
     """Return the bytes that a piece of a released vocabulary stands for.
 
-    Byte-level vocabularies use BYTE_LETTERS; SentencePiece writes a space as U+2581 and a single
-    byte as <0xFF>.
+    Byte-level vocabularies use BYTE_LETTERS (a piece with other letters is a mark, and stands for
+    itself); SentencePiece writes a space as U+2581 and a single byte as <0xFF>.
     """
-    if byte_level:
+    if byte_level and BYTE_LETTERS.keys() >= {*piece}:
         return bytes(BYTE_LETTERS[letter] for letter in piece)
     if re.fullmatch("<0x[0-9A-F]{2}>", piece):
         return bytes([int(piece[3:5], 16)])
@@ -194,8 +219,10 @@ def check_utf8(text):
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
+        code = ord(text[error.start])       # Python reads a stray byte as U+DC00 + byte
+        byte = f" (the byte {code - 0xDC00:#04x})" if 0xDC80 <= code <= 0xDCFF else ""
         raise BadInput(f"text is not valid UTF-8: character {error.start} is the lone surrogate "
-                       f"{ascii(text[error.start])}") from None
+                       f"{ascii(text[error.start])}{byte}") from None
     return text
 
 
@@ -282,6 +309,11 @@ def load_folder(folder, name=None):
     """
     if not has_tokenizer(folder):
         raise BadInput(f"{folder}: holds no tokenizer ({' or '.join(TOKENIZER_FILES)} is missing)")
+    for path in filter(Path.is_file, (folder / file for file in TOKENIZER_FILES)):
+        with open(path, "rb") as file:
+            if file.read(len(LFS_POINTER)) == LFS_POINTER:
+                raise BadInput(f"{path}: is a git-lfs pointer, not the file itself; run git lfs "
+                               f"pull in {folder}")
     try:
         if (folder / "tokenizer.tiktoken").is_file():
             return load_own(folder)
@@ -326,7 +358,8 @@ def load_released(folder, name):
         raise BadInput(f"{folder}: {type(hf).__name__} is not a fast tokenizer, so it cannot say "
                        "which characters a token stands for")
     if hf.eos_token is None:
-        raise BadInput(f"{folder}: tokenizer_config.json names no eos_token")
+        raise BadInput(f"{folder}: tokenizer_config.json names no eos_token, which ends texts and "
+                       "answers; name it there")
     name = name or hf.init_kwargs.get("name") or folder.resolve().name
     tokenizer = ReleasedTokenizer(folder, hf, name)
     check_hash(tokenizer.hash, hf.init_kwargs.get("tokenizer_hash", tokenizer.hash))
@@ -369,14 +402,20 @@ def has_tokenizer(folder):
 def chat_ids(tokenizer, messages, generate=False):
     """Return the ids of a conversation and which of them the model learns to predict.
 
-    Our tokenizers follow the template of the released MiniCPM models: <s>, then <用户>text<AI> for
-    a user, text</s> for the assistant, and a system's text as it is. Released tokenizers follow
-    their own template.
+    The ids are those of the whole text that the template makes of the conversation, in training as
+    in generation. So the ids of a prompt, followed by the answer and the token that ends it, begin
+    the ids of every longer conversation, as far as the template allows.
+
+    Our tokenizers follow the template of the released MiniCPM models, except that every answer
+    ends: <s>, then <用户>text<AI> for a user, text</s> for the assistant, and a system's text as it
+    is. tools/convert.py exports it as CHAT_TEMPLATE. Released tokenizers follow their own template.
+    With both, a message that spells a special token is encoded as ordinary text.
 
     messages  [{"role": "user" | "assistant" | "system", "content": text}]
     generate  True: ids for an answer to follow, so the last message must be a user's
     returns   (ids, answer_mask), lists of one length: answer_mask is True for the tokens of the
-              assistant's answers, each with the token that ends it
+              assistant's answers, each with the token that ends it (one of tokenizer.stop_ids) and
+              nothing after it. A template may leave earlier answers without such a token
     raises    BadInput if a message cannot be used or the template fails
     """
     for n, message in enumerate(messages, 1):
@@ -390,16 +429,34 @@ def chat_ids(tokenizer, messages, generate=False):
         raise BadInput("chat: the last message must be the user's for the assistant to answer")
     if isinstance(tokenizer, ReleasedTokenizer):
         return template_ids(tokenizer, messages, generate)
+    return own_template_ids(tokenizer, messages)
+
+
+def own_template_ids(tokenizer, messages):
+    """Return (ids, answer_mask) by our template.
+
+    A special token always cuts the text, so the texts between two of them are encoded together.
+    """
     user, answer = tokenizer.special("<用户>"), tokenizer.special("<AI>")
-    ids, mask = [tokenizer.bos], [False]
+    parts = [(tokenizer.bos, False)]        # (special token or text, whether it is learned)
     for message in messages:
-        turn = tokenizer.encode(message["content"].strip())
+        text = message["content"].strip()
         if message["role"] == "user":
-            turn = [user, *turn, answer]
+            parts += [(user, False), (text, False), (answer, False)]
         elif message["role"] == "assistant":
-            turn.append(tokenizer.eos)
-        ids += turn
-        mask += [message["role"] == "assistant"] * len(turn)
+            parts += [(text, True), (tokenizer.eos, True)]
+        else:
+            parts.append((text, False))
+    ids, mask = [], []
+    for is_text, group in itertools.groupby(parts, lambda part: isinstance(part[0], str)):
+        found, learned = zip(*group)
+        if is_text:                         # system messages, and an answer if it follows directly
+            before = "".join(text for text, learn in zip(found, learned) if not learn)
+            found = tokenizer.encode("".join(found))
+            ends = np.cumsum([len(tokenizer.bytes_of[i]) for i in found])
+            learned = (ends > len(before.encode("utf-8"))).tolist()
+        ids += found
+        mask += learned
     return ids, mask
 
 
@@ -410,17 +467,20 @@ def template_ids(tokenizer, messages, generate):
     unless the last answer ends with a stop token. What differs: a message that spells a special
     token is encoded as ordinary text.
     """
-    messages = [{**message, "content": break_specials(tokenizer, message["content"])}
+    said = "".join(message["content"] for message in messages)
+    # A character that breaks up the names of special tokens in messages: a private one, not used.
+    gap = next(char for char in map(chr, range(0xF0000, 0xFFFFE)) if char not in said)
+    messages = [{"role": message["role"],
+                 "content": break_specials(tokenizer, message["content"], gap)}
                 for message in messages]
     text = render(tokenizer, messages, generate)
     spans = [] if generate else answer_spans(tokenizer, messages, text)
-    encoded = tokenizer.hf(text, add_special_tokens=False, return_offsets_mapping=True,
-                           verbose=False)
-    ids, mask = [], []
-    for i, (start, end) in zip(encoded["input_ids"], encoded["offset_mapping"]):
-        if text[start:end] != BREAK:
-            ids.append(i)
-            mask.append(any(start < last and first < end for first, last in spans))
+    encoded = tokenizer.hf(text, add_special_tokens=False, split_special_tokens=False,
+                           return_offsets_mapping=True, verbose=False)
+    ids, offsets = np.array(encoded["input_ids"]), encoded["offset_mapping"]
+    mask = learned_tokens(tokenizer, ids, offsets, spans)
+    keep = np.array([text[start:end] != gap for start, end in offsets])
+    ids, mask = ids[keep].tolist(), mask[keep].tolist()
     if spans and messages[-1]["role"] == "assistant":
         if not text[:spans[-1][1]].endswith(tokenizer.stop_texts):
             ids, mask = [*ids, tokenizer.eos], [*mask, True]
@@ -429,10 +489,10 @@ def template_ids(tokenizer, messages, generate):
     return ids, mask
 
 
-def break_specials(tokenizer, content):
-    """Return a text with BREAK after the first character of every special token's name in it."""
+def break_specials(tokenizer, content, gap):
+    """Return a text with `gap` after the first character of every special token's name in it."""
     for name in tokenizer.specials:
-        content = content.replace(name, name[0] + BREAK + name[1:])
+        content = content.replace(name, name[0] + gap + name[1:])
     return content
 
 
@@ -440,25 +500,55 @@ def answer_spans(tokenizer, messages, text):
     """Return the (first, last) character of each answer in the rendered text of a conversation.
 
     An answer is what follows the prompt that generation would get, up to and with the first stop
-    token, or else to the end of the turn. last is exclusive. Raises BadInput if the template writes
-    a turn differently when other turns follow, or leaves out part of the answer.
+    token, or else to the end of the turn. last is exclusive. An earlier answer that the template
+    writes differently once other turns follow (without its reasoning, say) is not what generation
+    gives, so it has no span, and a line says so. Raises BadInput if this happens to the last
+    message, or if the template leaves out part of an answer.
     """
-    spans = []
+    spans, name = [], f"tokenizer {tokenizer.name!r}"
     for n, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
         prompt = render(tokenizer, messages[:n], True) if n else ""
         answered = render(tokenizer, messages[:n + 1], False)
-        if not (text.startswith(answered) and answered.startswith(prompt)):
-            raise BadInput(f"tokenizer {tokenizer.name!r}: its chat template rewrites earlier "
-                           "turns, so answers cannot be located")
-        turn = answered[len(prompt):]
+        turn = answered.removeprefix(prompt)
         if not all(word in turn for word in message["content"].split()):
-            raise BadInput(f"tokenizer {tokenizer.name!r}: its chat template leaves out all or "
-                           f"part of the answer in chat message {n + 1}")
+            raise BadInput(f"{name}: its chat template leaves out all or part of the answer in "
+                           f"chat message {n + 1}")
         ends = [turn.index(stop) + len(stop) for stop in tokenizer.stop_texts if stop in turn]
-        spans.append((len(prompt), len(prompt) + min(ends, default=len(turn))))
+        last = len(prompt) + min(ends, default=len(turn))
+        if not (answered.startswith(prompt) and text.startswith(answered[:last])):
+            if n + 1 == len(messages):
+                raise BadInput(f"{name}: its chat template writes a conversation differently for "
+                               "training than for generation, so the answer cannot be located")
+            say_once(f"{name}: its chat template writes earlier answers differently from the last "
+                     "one; they are context, and only the last one is learned")
+            continue
+        if not ends:                        # it may end only once other turns follow
+            last += next((len(s) for s in tokenizer.stop_texts if text.startswith(s, last)), 0)
+        spans.append((len(prompt), last))
     return spans
+
+
+def learned_tokens(tokenizer, ids, offsets, spans):
+    """Return a bool array (n,): which tokens of a rendered text belong to an answer.
+
+    ids, offsets  of its tokens: (n,), and n pairs of characters (start, end)
+    spans         (first, last) character of each answer
+    """
+    starts, ends = np.array(offsets, np.int64).reshape(-1, 2).T
+    special, mask = np.isin(ids, list(tokenizer.specials.values())), np.zeros(len(ids), bool)
+    for first, last in spans:
+        inside = (starts < last) & (ends > first)
+        # A special token may have taken in spaces after it. Another token may share its characters
+        # with the prompt, and with what follows an answer without an end mark.
+        inside &= np.where(special, starts >= first, ends <= last)
+        if (inside & (starts < first)).any():
+            say_once(f"tokenizer {tokenizer.name!r}: the last characters of its chat template's "
+                     "prompt and the first of an answer share a token, so answers begin "
+                     "differently in training and in generation")
+        mask |= inside
+    return mask
 
 
 def render(tokenizer, messages, generate):
@@ -469,6 +559,12 @@ def render(tokenizer, messages, generate):
     except Exception as error:                                  # a template may raise anything
         raise BadInput(f"tokenizer {tokenizer.name!r}: its chat template fails or is missing: "
                        f"{first_line(error)}") from None
+
+
+@functools.cache
+def say_once(line):
+    """Print a line to standard error, only the first time."""
+    print(line, file=sys.stderr)
 
 
 # ---- training

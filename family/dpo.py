@@ -169,8 +169,9 @@ def dpo_metrics(policy, reference, chosen_tokens, config):
 def encode(tokenizer, messages, answers, block_size):
     """Return ((idx, targets), (idx, targets)) of two answers to the same conversation.
 
-    idx and targets are (t,) int32, and targets are -100 up to the answer. Returns None if one of
-    the two takes more than block_size tokens.
+    idx and targets are (t,) int32. Targets are -100 up to the answer; they end with the token that
+    ends it, so what a template writes after that has no part in the log-probability. Returns None
+    if one of the two takes more than block_size tokens.
     """
     rows = []
     for answer in answers:
@@ -179,6 +180,7 @@ def encode(tokenizer, messages, answers, block_size):
         last = np.flatnonzero(is_answer)[-1]
         prompt_end = np.flatnonzero(~is_answer[:last])[-1]
         is_answer[:prompt_end] = False      # the answers of earlier turns belong to the prompt
+        ids, is_answer = ids[:last + 1], is_answer[:last + 1]
         targets = np.where(is_answer, ids, -100)
         rows.append((ids[:-1].astype(np.int32), targets[1:].astype(np.int32)))
     if max(len(idx) for idx, _ in rows) > block_size:

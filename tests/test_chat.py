@@ -1,5 +1,6 @@
 """Conversations: what is read, what is refused, how it is packed, what the loss sees, and how answers are scored."""
 import importlib.util
+import io
 import json
 import random
 import re
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+import sample
 from configurator import ROOT, BadInput
 from data.corpus import write_corpus
 from data.dataset import ANSWER, PADDING, TEXT, Split, held_out_loss, make_batches, open_corpus
@@ -147,7 +149,7 @@ def test_long_conversations_are_cut_at_a_turn_or_dropped(tmp_path):
     assert not (tmp_path / "none").exists()
     one_mark = load_tokenizer("bytes")
     one_mark.bos = one_mark.eos                                          # as in some released tokenizers: doc_ids would be wrong
-    with pytest.raises(BadInput, match="document 1: tokenizer 'bytes' uses its beginning-of-text token inside"):
+    with pytest.raises(BadInput, match="document 1: tokenizer 'bytes' has no bos token, or writes it inside"):
         write_rows(tmp_path / "none", one_mark, said, 69)
 
 
@@ -323,3 +325,101 @@ def test_exact_match_takes_both_styles_and_nothing_else(tmp_path):
     assert result["exact_se"] == pytest.approx((3 / 7 * 4 / 7 / 7) ** 0.5)
     assert evaluate.exact(Parrot(book), TOK, evaluate.EvaluateConfig(questions=2), file)["exact_questions"] == 2
     assert evaluate.exact(Parrot(book), TOK, evaluate.EvaluateConfig(answer_tokens=1), file)["exact"] == 0, "one that has not ended is not right"
+
+
+# ---- a conversation on the terminal
+
+class Talker:
+    """Says the same to everything; keeps each prompt, its length and the tokens asked for."""
+
+    def __init__(self, answer, max_position):
+        self.answer, self.asked = answer, []
+        self.config = MiniCPMConfig(max_position=max_position)
+
+    def generate(self, prompts, max_new_tokens, *rest):
+        self.asked.append((TOK.decode(prompts[0]), len(prompts[0]), max_new_tokens))
+        ids = [*TOK.encode(self.answer), TOK.eos]
+        return iter([torch.tensor([i]) for i in ids[:max_new_tokens]])
+
+
+@pytest.fixture
+def say(monkeypatch, capsys):
+    """A function that holds a conversation of lines of bytes; it gives (model, output, notes)."""
+    def hold(lines, answer="yes", max_position=4096, **options):
+        config, model = sample.SampleConfig(chat=True, **options), Talker(answer, max_position)
+        assert not config.problems()
+        stdin = io.TextIOWrapper(io.BytesIO(b"\n".join(lines)), encoding="utf-8")
+        monkeypatch.setattr("sys.stdin", stdin)
+        sample.converse(model, TOK, config)
+        said = capsys.readouterr()
+        return model, said.out, said.err.splitlines()
+    return hold
+
+
+def test_the_system_text_opens_a_conversation(say, capsys):
+    model, said, notes = say([b"hi", b"more"], system=" Be brief. ")
+    first = "<s>Be brief.<用户>hi<AI>"
+    assert [prompt for prompt, *_ in model.asked] == [first, first + "yes</s><用户>more<AI>"]
+    assert said.count("yes") == 2 and notes == [] and {n for *_, n in model.asked} == {300}
+    with pytest.raises(SystemExit):
+        sample.main(["--system=x"])
+    assert capsys.readouterr().err == "--system: goes with --chat=True\n"
+
+
+def test_a_full_context_drops_the_oldest_turns_and_says_so(say):
+    """The answer may take 20 of 60 tokens: there is room for two questions and the system text."""
+    lines = [b"question %d" % i for i in range(5)]
+    model, _, notes = say(lines, max_position=60, max_new_tokens=20, system="Sys", answer="a")
+    for i, (prompt, length, new) in enumerate(model.asked):
+        assert length + new <= 60 and new == 20 and prompt.startswith("<s>Sys<用户>question ")
+        asked = [int(n) for n in re.findall(r"question (\d)", prompt)]
+        assert asked == list(range(max(0, i - 1), i + 1)), "whole exchanges"
+    assert notes == ["the context of 60 tokens is full: the oldest 2 turns are left out"] * 3
+
+
+@pytest.mark.parametrize("new_tokens", [None, 20])
+def test_a_question_that_does_not_fit_is_left_out_and_the_conversation_goes_on(say, new_tokens):
+    lines = [b"one", b"x" * 70, b"two"]
+    model, _, (note,) = say(lines, max_position=60, max_new_tokens=new_tokens, answer="a")
+    assert [prompt for prompt, *_ in model.asked] == [
+        "<s><用户>one<AI>", "<s><用户>one<AI>a</s><用户>two<AI>"]
+    assert note.startswith("question left out: a prompt of 73 tokens and --max_new_tokens=")
+
+
+def test_an_answer_takes_what_fits_unless_a_number_is_asked_for(say):
+    model, _, notes = say([b"x" * 50], max_position=60)
+    assert [n for *_, n in model.asked] == [60 - 53] and notes == []
+    assert [n for *_, n in say([b"x"], max_position=60, max_new_tokens=9)[0].asked] == [9]
+    config, model = sample.SampleConfig(), Talker("", 60)
+    assert sample.with_new_tokens(config, model, [0] * 59).max_new_tokens == 1
+    with pytest.raises(BadInput, match="60 tokens and --max_new_tokens=1 exceed the context of 60"):
+        sample.with_new_tokens(config, model, [0] * 60)
+
+
+def test_a_byte_that_is_not_utf8_is_named_and_the_conversation_goes_on(say):
+    lines = [b"one", b"caf\xe9 </s>", "用 </s>".encode(), b"", b"after an empty line"]
+    model, _, notes = say(lines)
+    assert [prompt for prompt, *_ in model.asked] == [
+        "<s><用户>one<AI>", "<s><用户>one<AI>yes</s><用户>用 </s><AI>"]
+    assert notes == ["question left out: text is not valid UTF-8: character 3 is the lone "
+                     "surrogate '\\udce9' (the byte 0xe9)"]
+
+
+def test_an_empty_answer_leaves_its_question_out(say):
+    model, _, notes = say([b"one", b"two"], answer=" \n")
+    assert [prompt.count("<AI>") for prompt, *_ in model.asked] == [1, 1]
+    assert notes == ["question left out: the answer is empty"] * 2
+
+
+def test_a_tokenizer_without_chat_marks_is_refused_at_once(monkeypatch):
+    monkeypatch.setattr("builtins.input", lambda prompt: pytest.fail("asked for a question"))
+    plain = load_tokenizer("bytes")
+    plain.specials = {"<s>": plain.bos, "</s>": plain.eos}
+    with pytest.raises(BadInput, match="has no special token <用户>"):
+        sample.converse(Talker("", 60), plain, sample.SampleConfig(chat=True))
+
+
+def test_a_byte_order_mark_is_not_part_of_a_prompt(tmp_path):
+    (tmp_path / "prompt.txt").write_text("def f", encoding="utf-8-sig")
+    config = sample.SampleConfig(prompt_file=str(tmp_path / "prompt.txt"))
+    assert sample.read_prompt(config) == "def f"

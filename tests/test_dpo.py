@@ -9,6 +9,7 @@ from dataclasses import asdict
 import pytest
 import torch
 from safetensors.torch import load_file
+from test_tokenizer import CHATML, released_folder
 
 import train as train_module
 from configurator import BadInput, build
@@ -137,6 +138,21 @@ def test_log_probabilities_cover_only_the_last_answer_and_ignore_padding(place):
         logp = model(torch.tensor([ids])).log_softmax(-1)[0]
         wanted = sum(logp[at - 1, ids[at]].item() for at in range(len(prompt), len(ids)))
         assert found[:, side].tolist() == [pytest.approx(wanted, abs=1e-4)] * 2
+
+
+@pytest.mark.parametrize("end", ["</s>", "<|im_end|>"])
+def test_log_probabilities_end_with_the_token_that_ends_the_answer(end, tmp_path):
+    """The newline that ChatML writes after it has no part, even if the folder names another end."""
+    folder = released_folder(tmp_path / "model", "bytes", CHATML, eos=end)
+    tokenizer = load_tokenizer(str(folder))
+    messages = [{"role": role, "content": text} for role, text in
+                (("user", "a"), ("assistant", "b"), ("user", "c"))]
+    prompt, _ = chat_ids(tokenizer, messages, generate=True)
+    rows = dpo.encode(tokenizer, messages, ("yes", "no"), 64)
+    for (idx, targets), answer in zip(rows, ("yes", "no")):
+        learned = [*tokenizer.encode(answer), tokenizer.special("<|im_end|>")]
+        assert [*idx, targets[-1]] == [*prompt, *learned]
+        assert targets.tolist() == [-100] * (len(prompt) - 1) + learned
 
 
 def test_batches_have_few_shapes_and_every_epoch_its_own_order():

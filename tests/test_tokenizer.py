@@ -1,6 +1,7 @@
 """Tokenizers: exact round trips, special tokens that text cannot forge, damaged files, chat templates."""
 import json
 import random
+import re
 import subprocess
 import sys
 
@@ -145,6 +146,64 @@ def test_bad_chats_take_one_line(messages, generate, message):
         tokenizer.chat_ids(tokenizer.load_tokenizer("bytes"), messages, generate)
 
 
+CONVERSATION = [
+    {"role": "user", "content": "hi there"}, {"role": "assistant", "content": "hi hi\nthere"},
+    {"role": "user", "content": "漢 user"}, {"role": "assistant", "content": "漢字 </s> hi"},
+    {"role": "user", "content": "assistant"}, {"role": "assistant", "content": "there"}]
+
+
+def learned(tok, said):
+    """The text of all that is learned of a conversation."""
+    ids, mask = tokenizer.chat_ids(tok, said)
+    return tok.decode([i for i, learn in zip(ids, mask) if learn])
+
+
+def assert_training_continues_prompts(tok, said, answers, ended=True):
+    """Three turns: the ids of each prompt and then of its answer begin the ids of training.
+
+    answers: what each answer decodes to with all that is learned. ended: earlier ones have a mark.
+    """
+    ids, mask = tokenizer.chat_ids(tok, said)
+    end, first = 0, [n for n, message in enumerate(said) if message["role"] == "assistant"]
+    assert len(first) == len(answers) == 3
+    for n, answer in zip(first, answers):
+        prompt, _ = tokenizer.chat_ids(tok, said[:n], generate=True)
+        assert prompt == ids[:len(prompt)] and not any(mask[end:len(prompt)])
+        end = (mask[len(prompt):] + [False]).index(False) + len(prompt)
+        assert tok.decode(ids[len(prompt):end]) == answer
+        alone, its_mask = tokenizer.chat_ids(tok, said[:n + 1])
+        assert alone[:end] == ids[:end] and its_mask[:end] == mask[:end], "one turn or three"
+        last = len(prompt) + sum(its_mask[len(prompt):]) - 1
+        assert alone[last] in tok.stop_ids, "an end is learned"
+        assert not ended or ids[end - 1] in tok.stop_ids
+    assert not any(mask[end:]), "what a template writes after the end is not learned"
+
+
+@pytest.mark.parametrize("system", [[], ["Be ", "br"], [" Be br", "ief. "]])
+def test_our_own_conversations_have_the_same_ids_in_training_and_generation(tok, system):
+    """Also with system messages in a row, whose texts meet: they are one text, as when exported."""
+    said = [{"role": "system", "content": text} for text in system] + CONVERSATION
+    answers = ["hi hi\nthere</s>", "漢字 </s> hi</s>", "there</s>"]
+    assert_training_continues_prompts(tok, said, answers)
+
+
+def test_our_own_template_is_the_exported_one(tok, tmp_path):
+    """The ids are those of apply_chat_template with the template that tools/convert.py writes."""
+    transformers = pytest.importorskip("transformers")
+    from tools import convert
+    convert.write_tokenizer(tmp_path, tok, 64)
+    stock = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    said = [{"role": role, "content": text} for role, text in (
+        ("system", " Be br"), ("system", "ief. "), ("user", " 2+2?\n"), ("assistant", "4 "),
+        ("user", "why"), ("assistant", "so\nit is"), ("system", "Now be"), ("assistant", "long"),
+        ("user", "bye"))]
+    for n in range(1, len(said) + 1):
+        ids, mask = tokenizer.chat_ids(tok, said[:n])
+        assert stock.apply_chat_template(said[:n], return_dict=False) == ids
+        assert len(ids) == len(mask)
+    assert re.fullmatch("4</s>so\nit is</s>.*long</s>", learned(tok, said))
+
+
 def test_chat_needs_the_specials():
     plain = tokenizer.Tokenizer("plain", tokenizer.PATTERN, {bytes([b]): b for b in range(256)}, {"<|endoftext|>": 256})
     assert plain.bos == plain.eos == 256
@@ -208,6 +267,18 @@ CHATML = ("{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['cont
           "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
 LLAMA2 = ("{{ bos_token }}{% for m in messages %}{% if m['role'] == 'assistant' %}{{ ' ' + m['content'] + ' ' + eos_token }}"
           "{% else %}{{ '[INST] ' + m['content'].strip() + ' [/INST]' }}{% endif %}{% endfor %}")
+LLAMA3 = ("{{ bos_token }}{% for m in messages %}{{ '<|header|>' + m.role + '<|/header|>\n\n' }}"
+          "{{ m.content | trim + '<|eot|>' }}{% endfor %}"
+          "{{ '<|header|>assistant<|/header|>\n\n' if add_generation_prompt }}")
+# The end of the text stands only after the last turn (Phi-3), or only before another turn.
+PHI3 = ("{% for m in messages %}{{ '<|' + m.role + '|>\n' + m.content + '<|im_end|>\n' }}"
+        "{% endfor %}{{ '<|assistant|>\n' if add_generation_prompt else eos_token }}")
+NOT_LAST = ("{% for m in messages %}{{ '[' + m.content + ']' if m.role == 'user' else m.content }}"
+            "{{ eos_token if m.role == 'assistant' and not loop.last }}{% endfor %}")
+# Reasoning stays in the last answer only (DeepSeek, Qwen).
+THINK = ("{% for m in messages %}[{{ m.role }}]"
+         "{{ m.content if loop.last else m.content.split('</think>')[-1] }}</s>{% endfor %}"
+         "{% if add_generation_prompt %}[assistant]{% endif %}")
 TALK = [{"role": "user", "content": "hi there"}, {"role": "assistant", "content": "hi\nhi 漢"},
         {"role": "user", "content": "user"}, {"role": "assistant", "content": "assistant"}]
 
@@ -217,7 +288,8 @@ def released_folder(folder, kind, template=MINICPM, bos="<s>", eos="</s>", **con
     as well (Llama 2), "bytes" is byte-level (GPT-2)."""
     tokenizers = pytest.importorskip("tokenizers")
     pytest.importorskip("transformers")
-    marks = ["<unk>", "<s>", "</s>", "<用户>", "<AI>", "<|im_start|>", "<|im_end|>"]
+    marks = ["<unk>", "<s>", "</s>", "<用户>", "<AI>", "<|im_start|>", "<|im_end|>",
+             "<|header|>", "<|/header|>", "<|eot|>"]
     if kind == "bytes":
         hf = tokenizers.Tokenizer(tokenizers.models.BPE())
         hf.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -239,6 +311,11 @@ def released_folder(folder, kind, template=MINICPM, bos="<s>", eos="</s>", **con
     config |= {"eos_token": eos, "chat_template": template} | ({"bos_token": bos} if bos else {})
     (folder / "tokenizer_config.json").write_text(json.dumps(config), "utf-8")
     return folder
+
+
+def released(*args, **options):
+    """The tokenizer of a released_folder."""
+    return tokenizer.load_tokenizer(str(released_folder(*args, **options)))
 
 
 def of_transformers(folder, messages, **options):
@@ -297,6 +374,79 @@ def test_conversations_get_the_ids_of_apply_chat_template(template, marks, learn
         tokenizer.chat_ids(tok, [{"role": "user", "content": "a\udcff"}])
 
 
+@pytest.mark.parametrize("kind", ["sentencepiece", "prefix", "bytes"])
+@pytest.mark.parametrize("template, marks, before, end", [
+    (MINICPM, {}, "", ""),                              # only the last answer ends, with eos
+    (CHATML, {"bos": None, "eos": "<|im_end|>"}, "", "<|im_end|>"),
+    (CHATML, {}, "", "<|im_end|>"),                     # which the folder does not name as an end
+    (LLAMA2, {}, " ", " </s>"),
+    (LLAMA3, {"eos": "<|eot|>"}, "", "<|eot|>"),
+    (PHI3, {}, "", "<|im_end|>"),
+    (NOT_LAST, {}, "", "</s>"),
+], ids=["minicpm", "chatml", "chatml-eos", "llama2", "llama3", "phi3", "not-last"])
+def test_conversations_have_the_same_ids_in_training_and_generation(
+        template, marks, before, end, kind, tmp_path):
+    tok = released(tmp_path / "model", kind, template, **marks)
+    if kind == "prefix" and template == MINICPM:
+        before = " "                                    # the vocabulary's, after the mark <AI>
+    said = [message["content"] for message in CONVERSATION[1::2]]
+    answers = [before + text + end for text in said]
+    if template == MINICPM:
+        answers[-1] += "</s>"
+    assert_training_continues_prompts(tok, CONVERSATION, answers, ended=template != MINICPM)
+
+
+def test_spaces_are_learned_whatever_the_offsets_say(tmp_path):
+    """Byte-level tokenizers may trim the spaces of a token from its offsets."""
+    folders = [released_folder(tmp_path / name, "bytes", LLAMA2) for name in ("whole", "trimmed")]
+    path = folders[1] / "tokenizer.json"
+    about = json.loads(path.read_text(encoding="utf-8"))
+    about["post_processor"] = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True,
+                               "use_regex": True}
+    path.write_text(json.dumps(about), encoding="utf-8")
+    whole, trimmed = (tokenizer.load_tokenizer(str(folder)) for folder in folders)
+    said = [{**m, "content": m["content"].replace(" ", "\n \n")} for m in CONVERSATION]
+    assert tokenizer.chat_ids(trimmed, said) == tokenizer.chat_ids(whole, said)
+
+
+def test_an_answer_that_the_template_rewrites_later_is_context(tmp_path, capsys):
+    """What generation gives is learned: the last answer, with its reasoning. A line says so."""
+    tok = released(tmp_path / "thinker", "bytes", THINK)
+    said = [{**m, "content": f"<think>{m['content']}</think>yes"} if m["role"] == "assistant" else m
+            for m in TALK]
+    for _ in range(2):
+        ids, mask = tokenizer.chat_ids(tok, said)
+        assert ids == [tok.bos, *of_transformers(tmp_path / "thinker", said)]
+        assert learned(tok, said) == "<think>assistant</think>yes</s>"
+        prompt, _ = tokenizer.chat_ids(tok, said[:3], generate=True)
+        assert ids[:len(prompt)] == prompt
+        assert mask[len(prompt)] and not mask[len(prompt) - 1]
+    assert capsys.readouterr().err == (
+        "tokenizer 'thinker': its chat template writes earlier answers differently from the last "
+        "one; they are context, and only the last one is learned\n")
+    assert learned(tok, said[:2]) == "<think>hi\nhi 漢</think>yes</s>", "a first answer alone"
+
+
+def test_a_prompt_that_ends_inside_a_token_is_named(tmp_path, capsys):
+    template = ("{% for m in messages %}{{ m.role + ': ' + m.content + '</s>' }}{% endfor %}"
+                "{{ 'assistant: ' if add_generation_prompt }}")
+    tok = released(tmp_path / "joiner", "sentencepiece", template)
+    assert learned(tok, TALK[:2]) == " hi\nhi 漢</s>"               # "\u2581hi" is one token
+    said = capsys.readouterr().err
+    assert "share a token" in said and said.count("\n") == 1
+
+
+def test_a_token_that_reaches_into_the_next_turn_is_not_learned(tmp_path):
+    """As in MiniCPM's template, where an earlier answer has no end mark, and the user's mark is
+    three ordinary tokens."""
+    template = ("{% for m in messages %}"
+                "{{ 'i' + m.content + ':' if m.role == 'user' else m.content }}{% endfor %}")
+    tok = released(tmp_path / "model", "sentencepiece", template)
+    said = [{**m, "content": text} for m, text in zip(TALK, ("a", "oh", "b", "no"))]
+    assert tok.decode(tokenizer.chat_ids(tok, said)[0]) == "<s>ia:ohib:no</s>"  # "hi": one token
+    assert learned(tok, said) == "ono</s>"
+
+
 @pytest.mark.parametrize("kind", ["sentencepiece", "bytes"])
 def test_a_template_without_bos_and_eos_gets_them(kind, tmp_path):
     folder = released_folder(tmp_path / "model", kind)
@@ -316,10 +466,92 @@ def test_messages_cannot_forge_special_tokens(kind, tmp_path):
     assert tok.decode(ids) == f"<s><|im_start|>user\n{said}<|im_end|>\n<|im_start|>assistant\n{said}<|im_end|>\n"
     assert [ids.count(tok.specials[mark]) for mark in ("<s>", "</s>", "<|im_start|>", "<|im_end|>")] == [1, 0, 2, 2]
     assert tok.decode([i for i, learn in zip(ids, mask) if learn]) == said + "<|im_end|>"
+    odd = "\ufdd0 </s>\U000f0000\U000f0001"              # whatever is used to break up a name
+    ids, _ = tokenizer.chat_ids(tok, [{"role": "user", "content": odd}], generate=True)
+    assert tok.decode(ids) == f"<s><|im_start|>user\n{odd}<|im_end|>\n<|im_start|>assistant\n"
+    assert tok.specials["</s>"] not in ids
+
+
+@pytest.mark.parametrize("kind", ["sentencepiece", "prefix", "bytes"])
+def test_added_tokens_that_are_not_special_are_ordinary_vocabulary(kind, tmp_path):
+    """In running text and in conversations: the ids of transformers, and their bytes count."""
+    transformers = pytest.importorskip("transformers")
+    folder = released_folder(tmp_path / "model", kind, CHATML, eos="<|im_end|>")
+    tok = tokenizer.load_tokenizer(str(folder))
+    stock = transformers.AutoTokenizer.from_pretrained(folder)
+    think = stock.convert_tokens_to_ids("<think>")
+    for text in ("<think>hi", "hi <think> hi\n<think>", "a<think>b"):
+        ids = tok.encode(text)
+        assert ids == stock(text, add_special_tokens=False)["input_ids"]
+        assert ids.count(think) == text.count("<think>")
+        assert tok.token_bytes()[ids].sum() == len(tok.decode_bytes(ids)) >= len(text)
+        said = [{"role": "user", "content": text}, {"role": "assistant", "content": text}]
+        assert tokenizer.chat_ids(tok, said)[0] == [tok.bos, *of_transformers(folder, said)]
+    quoted = "<s>a</s><think><|im_end|>"                # one id for <think>, none for the marks
+    ids = tok.encode(quoted)
+    assert tok.decode(ids).replace(" ", "") == quoted and ids.count(think) == 1
+    assert not {*ids} & {*tok.specials.values()}
+
+
+def test_quoted_special_tokens_end_neither_a_preparation_nor_dpo(tmp_path):
+    from data.packing import write_rows
+    from family import dpo
+    tok = released(tmp_path / "model", "bytes", LLAMA3, eos="<|eot|>")
+    answer = "<s>out</s>, not <|eot|>"
+    said = [{"role": "user", "content": "strike <s>"}, {"role": "assistant", "content": answer}]
+    meta = write_rows(tmp_path / "rows", tok, [("train", said), ("val", said)], 128)
+    entry = meta["splits"]["train"]
+    assert (entry["documents"], entry["bytes"]) == (1, len(answer))
+    (idx, targets), _ = dpo.encode(tok, said[:1], (answer, "no"), 128)
+    assert tok.decode(targets[targets >= 0]) == answer + "<|eot|>" and (idx == tok.bos).sum() == 1
+
+
+# Chat templates as folders on the hub have them: (template, what it makes of USE).
+USE = [{"role": "user", "content": "<b>l'été</b> & 船"},
+       {"role": "assistant", "content": "oui > non"}]
+TURN = "[{{ m.role }}]{{ m.content }}</s>"
+PLAIN = "{% for m in messages %}" + TURN + "{% endfor %}"
+SAID = "[user]<b>l'été</b> & 船</s>[assistant]oui > non</s>"
+HUB = {
+    "named": ([{"name": "tool_use", "template": "x"}, {"name": "default", "template": PLAIN}],
+              SAID),
+    "generation": ("{% for m in messages %}[{{ m.role }}]{% generation %}{{ m.content }}</s>"
+                   "{% endgeneration %}{% endfor %}", SAID),
+    "break": ("{% for m in messages %}{% if loop.index > 2 %}{% break %}{% endif %}" + TURN +
+              "{% endfor %}", SAID),
+    "continue": ("{% for m in messages %}{% if m.role == 'x' %}{% continue %}{% endif %}" + TURN +
+                 "{% endfor %}", SAID),
+    "strftime": ("{{ strftime_now('%Y')[:2] }}" + PLAIN, "20" + SAID),
+    "tools": ("{{ 'none' if tools is none and documents is none }}"
+              "{% if tools is not none %}TOOLS{% endif %}" + PLAIN, "none" + SAID),
+    "raise": ("{% if messages[0].role == 'system' %}{{ raise_exception('no') }}{% endif %}" + PLAIN,
+              SAID),
+    "tojson": ("{% for m in messages %}{{ m | tojson }}</s>{% endfor %}",
+               '{"role": "user", "content": "<b>l\'été</b> & 船"}</s>'
+               '{"role": "assistant", "content": "oui > non"}</s>'),
+    "namespace": ("{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + 1 %}"
+                  "{{ ns.n }}{{ m.content.strip() }}</s>{% endfor %}",
+                  "1<b>l'été</b> & 船</s>2oui > non</s>"),
+}
+
+
+@pytest.mark.parametrize("name", HUB)
+def test_templates_as_the_hub_has_them(name, tmp_path):
+    template, text = HUB[name]
+    tok = released(tmp_path / "model", "bytes", template)
+    ids, mask = tokenizer.chat_ids(tok, USE)
+    assert tok.decode(ids) == "<s>" + text and ids[-1] == tok.eos and mask[-1]
+    assert "oui > non</s>" in learned(tok, USE).replace('"}', "")
+    tok.save(tmp_path / "again")
+    again = tokenizer.load_tokenizer(str(tmp_path / "again"))
+    assert tokenizer.chat_ids(again, USE) == (ids, mask)
 
 
 @pytest.mark.parametrize("template, says", [
-    ("{% for m in messages %}{% if loop.last and m.role == 'user' %}[be nice]{% endif %}{{ m.content }}</s>{% endfor %}", "rewrites earlier turns"),
+    ("{% for m in messages %}{{ '[be nice]' if loop.last and m.role == 'user' }}{{ m.content }}</s>"
+     "{% endfor %}", "differently for training than for generation"),
+    ("{% for m in messages %}{{ m.content.split()[-1] }}</s>{% endfor %}",
+     "leaves out all or part of the answer in chat message 2"),
     ("{% for m in messages %}[{{ m.content if m.role == 'user' }}]</s>{% endfor %}", "leaves out all or part of the answer in chat message 2"),
     ("{{ raise_exception('roles must\nalternate') }}", "its chat template fails or is missing: TemplateError: roles must"),
     ("{{ messages[9].content.strip() }}", "its chat template fails or is missing: UndefinedError"),
@@ -330,6 +562,51 @@ def test_templates_that_do_not_serve_take_one_line(template, says, tmp_path):
     with pytest.raises(BadInput, match=says) as caught:
         tokenizer.chat_ids(tok, TALK)
     assert "\n" not in str(caught.value)
+
+
+def test_a_folder_without_an_opening_mark(tmp_path):
+    """Its conversations begin with none, as transformers reads it, so they cannot be packed."""
+    from data.packing import write_rows
+    folder = released_folder(tmp_path / "model", "bytes", CHATML, bos=None, eos="<|im_end|>")
+    tok = tokenizer.load_tokenizer(str(folder))
+    assert tok.bos == tok.eos == tok.specials["<|im_end|>"] and tok.stop_ids == [tok.eos]
+    assert tokenizer.chat_ids(tok, TALK)[0] == of_transformers(folder, TALK)
+    for template in (CHATML, "{% for m in messages %}{{ m.content }}{% endfor %}"):
+        tok.hf.chat_template = template
+        with pytest.raises(BadInput, match="'model' has no bos token, or") as caught:
+            write_rows(tmp_path / "rows", tok, [("train", TALK)], 128)
+        assert "\n" not in str(caught.value)
+
+
+def test_a_folder_of_vocabulary_merges_and_added_tokens(tmp_path):
+    """The older files of released models, here with marks under other names."""
+    transformers = pytest.importorskip("transformers")
+    from tokenizers import Tokenizer
+    json_file = released_folder(tmp_path / "whole", "bytes") / "tokenizer.json"
+    whole = Tokenizer.from_file(str(json_file))
+    folder, n = tmp_path / "older", whole.get_vocab_size(with_added_tokens=False)
+    folder.mkdir()
+    whole.model.save(str(folder))                       # vocab.json and merges.txt
+    marks = {"<|end|>": n, "<|open|>": n + 1, "<tool>": n + 2}
+    (folder / "added_tokens.json").write_text(json.dumps(marks))
+    (folder / "tokenizer_config.json").write_text(json.dumps({
+        "tokenizer_class": "GPT2Tokenizer", "bos_token": "<|open|>", "eos_token": "<|end|>",
+        "unk_token": "<|end|>", "chat_template": CHATML.replace("<|im_end|>", "<|end|>")}))
+    tok = tokenizer.load_tokenizer(str(folder))
+    stock = transformers.AutoTokenizer.from_pretrained(folder)
+    assert (tok.bos, tok.eos, tok.stop_ids, tok.n_vocab) == (n + 1, n, [n], n + 3)
+    assert tok.encode("hi <tool>") == stock("hi <tool>", add_special_tokens=False)["input_ids"]
+    assert tok.encode("hi <tool>")[-1] == n + 2 and tok.token_bytes()[n + 2] == 6
+    assert tokenizer.chat_ids(tok, TALK)[0] == [tok.bos, *of_transformers(folder, TALK)]
+    assert learned(tok, TALK) == "hi\nhi 漢<|end|>assistant<|end|>"
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer.model"])
+def test_a_git_lfs_pointer_is_named(name, tmp_path):
+    folder = released_folder(tmp_path / "model", "bytes")
+    (folder / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    with pytest.raises(BadInput, match=f"{name}: is a git-lfs pointer, .* git lfs pull"):
+        tokenizer.load_tokenizer(str(folder))
 
 
 def test_names_on_the_hub(tmp_path, monkeypatch):
