@@ -361,8 +361,8 @@ def token_classes(messages, is_answer):
     if not all(learn):
         number = (mask & ~np.insert(mask[:-1], 0, False)).cumsum()      # of the run, from 1
         if number[-1] != len(learn):
-            raise BadInput("answers that follow each other cannot be told apart, so one of them "
-                           "cannot be left unlearned")
+            raise BadInput("answers that follow each other, or that the chat template rewrites, "
+                           "cannot be told apart, so one of them cannot be left unlearned")
         classes[mask & ~np.array([True, *learn])[number]] = PADDING
     return classes.tolist()
 
