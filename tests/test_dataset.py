@@ -20,7 +20,6 @@ from data.dataset import (
     VERSION,
     Split,
     check_block_size,
-    corpus_hashes,
     held_out_loss,
     held_out_windows,
     locate,
@@ -165,12 +164,12 @@ def test_a_split_that_cannot_be_used_says_what_to_do(tmp_path):
 
 def test_the_hash_of_a_corpus_tells_whether_it_was_prepared_anew_from_the_same_documents(tmp_path):
     first = {name: corpus(tmp_path, name, n).corpus_sha256 for name, n in (("a", 203), ("b", 211))}
-    assert corpus_hashes(tmp_path, ["b", "a"], Numbers()) == first and len({*first.values()}) == 2
+    assert len({*first.values()}) == 2
     assert corpus(tmp_path / "again").corpus_sha256 == first["a"]
     meta = json.loads((path := tmp_path / "a" / "numbers" / "meta.json").read_text())
     del meta["corpus_sha256"]                                            # as early versions wrote it
     path.write_text(json.dumps(meta))
-    assert corpus_hashes(tmp_path, ["a", "b"], Numbers()) == {**first, "a": None}
+    assert open_corpus(tmp_path, "a", Numbers(), "train").corpus_sha256 is None
 
 
 def test_packed_rows_without_doc_mask_are_noted(tmp_path, capsys):

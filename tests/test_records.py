@@ -132,7 +132,8 @@ def test_an_answer_of_weight_0_is_context_and_not_learned(tmp_path):
     pairs, left_out = fit_conversation(TOK, messages, 100)
     assert TOK.decode([i for i, _ in pairs]) == "<s><用户>q<AI>bad</s><用户>r<AI>good</s><用户>t<AI>worse</s>" and left_out == 0
     assert TOK.decode([i for i, kind in pairs if kind == ANSWER]) == "good</s>"
-    assert [kind for _, kind in pairs].count(PADDING) == 1 and {kind for _, kind in pairs} == {PADDING, TEXT, ANSWER}
+    assert TOK.decode([i for i, kind in pairs if kind == PADDING]) == "<s>bad</s>worse</s>"     # never a target
+    assert TOK.decode([i for i, kind in pairs if kind == TEXT]) == "<用户>q<AI><用户>r<AI><用户>t<AI>"
     assert fit_conversation(TOK, messages, len(pairs) - 1)[1] == 1                             # without the last exchange
     assert fit_conversation(TOK, messages, 10) == ([], 3), "the exchange that fits teaches nothing"
     with pytest.raises(BadInput, match="cannot be told apart, so one of them"):
