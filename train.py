@@ -173,7 +173,13 @@ class TrainConfig:
         if self.cosine_period is not None and not self.is_cosine:
             problems.append(f"--cosine_period={self.cosine_period}: only with --schedule=cosine or "
                             "cosine_loop")
+        if self.schedule != "wsd":
+            problems += [f"--{name}={getattr(self, name)}: only with --schedule=wsd" for name in
+                         ("decay_steps", "decay_share", "half_life", "decay_data")
+                         if getattr(self, name)]
         exponential = self.schedule == "wsd" and self.decay == "exponential"
+        if self.half_life and self.schedule == "wsd" and not exponential:
+            problems.append(f"--half_life={self.half_life}: only with --decay=exponential")
         if exponential and self.floor == 0 and self.half_life is None:
             problems.append("--min_lr=0: an exponential decay never reaches it; give --half_life "
                             "or another --decay")

@@ -114,7 +114,9 @@ def set_horizon(config, state, max_steps):
 def last_warmup_step(config, state):
     """Return the step at which the warm-up must have ended: where the decay begins, or one update
     before the end of a cosine, which is its floor."""
-    return state.decay_start - 1 if config.is_cosine else state.decay_start
+    if not config.is_cosine:
+        return state.decay_start
+    return min(state.decay_start, state.start + (config.cosine_period or math.inf)) - 1
 
 
 def check_warmup(config, state):
@@ -122,10 +124,11 @@ def check_warmup(config, state):
     end, last = state.start + state.warmup, last_warmup_step(config, state)
     if end > last:
         option = "rewarm_steps" if state.start else "warmup_steps"
-        stage = "run" if state.decay_start == state.max_steps else "stable stage"
+        stage = "stable stage" if state.decay_steps else "run"
+        if config.is_cosine:
+            stage, last = "cosine", last + 1
         raise BadInput(f"--{option}={state.warmup}: the warm-up would end at step {end}, but the "
-                       f"{stage} ends at step {state.decay_start}; give at most "
-                       f"--{option}={max(0, last - state.start)}, or more --max_steps")
+                       f"{stage} ends at step {last}; lower it, or give more --max_steps")
 
 
 def set_horizon_from_time(config, state, log, world):
@@ -349,6 +352,8 @@ def inherit_config(config, given, trunk):
               **{name: value for name, value in given.items() if name in names}}
     if config.decay_share is None and config.decay_steps is None:
         values["decay_share"] = trunk["decay_share"]
+    if values["schedule"] != "wsd":     # these belong to the trunk's schedule
+        values |= {name: given.get(name) for name in ("decay_share", "half_life", "decay_data")}
     return build([type(config)], values)[0]
 
 

@@ -38,6 +38,7 @@ def planned_rates(config):
     *({"decay": decay} for decay in ("exponential", "linear", "cosine", "1-sqrt")),
     {"schedule": "cosine"}])
 def test_the_last_update_uses_the_floor_or_the_command_is_refused(schedule):
+    shares = ({}, {"decay_share": 0.5}, {"decay_share": 0.99}, {"decay_steps": 1})
     n_refused = 0
     for max_steps in (1, 2, 3, 7, 20):
         for warmup in (None, 0, 1, 3, 7, 20, 30):
@@ -60,7 +61,7 @@ def test_a_warm_up_beyond_the_stable_stage_is_refused_with_its_numbers(train_tin
     said = fails(capsys, 2, train_tiny.config, new, "--max_steps=100", "--decay_steps=50",
                  "--warmup_steps=90")
     assert said == ("--warmup_steps=90: the warm-up would end at step 90, but the stable stage ends "
-                    "at step 50; give at most --warmup_steps=50, or more --max_steps\n")
+                    "at step 50; lower it, or give more --max_steps\n")
     assert "--warmup_steps=20: " in fails(capsys, 2, train_tiny.config, new, "--max_steps=20",
                                           "--warmup_steps=20")
 
@@ -147,8 +148,13 @@ def test_cosine_has_a_period(train_tiny, capsys):
     short = rates(train_tiny("short", "--schedule=cosine", "--cosine_period=5", "--max_steps=12"))
     assert short == pytest.approx([by_hand(s, 5) for s in range(5)] + [0.001] * 7)
     new = f"--out_dir={train_tiny.tmp_path / 'new'}"
-    for options, expected in ((["--schedule=cosine_loop"], "rises again after --cosine_period"),
-                              (["--cosine_period=5"], "only with --schedule=cosine or cosine_loop")):
+    for options, expected in (
+            (["--schedule=cosine_loop"], "rises again after --cosine_period"),
+            (["--cosine_period=5"], "only with --schedule=cosine or cosine_loop"),
+            (["--schedule=cosine", "--cosine_period=5", "--warmup_steps=5"],
+             "but the cosine ends at step 5"),
+            (["--schedule=cosine", "--decay_data=two"], "--decay_data=two: only with"),
+            (["--half_life=3", "--decay=linear"], "only with --decay=exponential")):
         said = fails(capsys, 2, train_tiny.config, new, "--max_steps=12", *options)
         assert expected in said and len(said.splitlines()) == 1
 
