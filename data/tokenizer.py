@@ -281,6 +281,9 @@ def load_folder(folder, name=None):
     """
     if not has_tokenizer(folder):
         raise BadInput(f"{folder}: holds no tokenizer ({' or '.join(TOKENIZER_FILES)} is missing)")
+    from engine.released import refuse_lfs_pointer  # imports torch: a second
+    for path in filter(Path.is_file, (folder / file for file in TOKENIZER_FILES)):
+        refuse_lfs_pointer(path)
     try:
         if (folder / "tokenizer.tiktoken").is_file():
             return load_own(folder)

@@ -37,9 +37,12 @@ VARIANTS = {
 def make(changes):
     model = MiniCPM(dataclasses.replace(SMALL, **changes))
     init_weights(model, 1)
-    for name, p in model.named_parameters():                               # norms of ones would hide swapped names
-        if name.endswith("norm.weight"):
-            torch.nn.init.uniform_(p, 0.5, 1.5, generator=torch.Generator().manual_seed(len(name)))
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if name.endswith("norm.weight"):                               # norms of ones would hide swapped names
+                p.uniform_(0.5, 1.5, generator=torch.Generator().manual_seed(len(name)))
+            if ".attn." in name:                                           # without it RoPE would move the logits by a thousandth
+                p *= 4
     return model.eval()
 
 
