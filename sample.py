@@ -5,7 +5,6 @@
     python sample.py --chat=True            a conversation; an empty line or end of input ends it
 """
 import codecs
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -141,8 +140,6 @@ def converse(model, tokenizer, config):
 @exits_cleanly
 def main(argv):
     (config,), _ = configure(argv, SampleConfig, usage=__doc__)
-    if sys.stdout.encoding.lower().replace("-", "") != "utf8":
-        sys.stdout.reconfigure(encoding="utf-8", errors="replace")
     prompt = read_prompt(config) or ""
     folder = checkpoint.resolve(config.ckpt)
     vocab_size = checkpoint.read_meta(folder)["model"]["vocab_size"]
