@@ -169,6 +169,8 @@ def test_the_other_tasks_take_the_first_corpus_that_suits_them(data_dir, tmp_pat
     found = json.loads(capsys.readouterr().out)
     evaluate.main([*argv, "--data=pytorch", "--task=cloze"])
     assert found["data"] == data and found["cloze"] == json.loads(capsys.readouterr().out)["cloze"] and "bpb" in found
+    evaluate.main([*argv, "--task=positions", "--block_size=2"])         # not the length of the rows
+    assert [row[:2] for row in json.loads(capsys.readouterr().out)["positions"]] == [[0, 2]]
     for task in ("cloze", "passkey", "positions"):
         with pytest.raises(SystemExit, match="2"):
             evaluate.main([*argv, "--data=instruct", f"--task={task}"])

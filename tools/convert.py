@@ -384,6 +384,7 @@ def run_facts(meta, out_dir):
                      if line["step"] == meta["step"] and "val_bpb" in line]     # DPO has none
     return {"updates": run["step"], "tokens": run["tokens_seen"], "data": config["data"],
             "decay data": config["decay_data"], "sequence length": config["block_size"],
+            "attention within documents only": config.get("doc_mask"),
             "sequences per update": config["batch_size"], "schedule": config["schedule"],
             "peak learning rate": config["learning_rate"], "decay updates": run["decay_steps"],
             "seed": config["seed"],

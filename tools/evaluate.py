@@ -46,6 +46,7 @@ from family import passkey
 from model import MiniCPM, MiniCPMConfig
 
 MAX_TOKENS = 20_000_000                 # read from a corpus for the cloze at most
+TEXT_TASKS = ("cloze", "passkey", "positions")      # which cannot use packed rows
 
 
 @dataclass
@@ -232,10 +233,13 @@ def change_rope(model, config):
 def open_sources(config, data, tokenizer, meta):
     """Return ({Split: share} of the held-out splits of a mixture, tokens of context).
 
-    Raises BadInput if a corpus is missing, or cannot be read in such windows.
+    Packed rows are left out if the task cannot use them. Raises BadInput if a corpus is missing, or
+    cannot be read in such windows.
     """
     sources = {open_corpus(config.data_dir, name, tokenizer, "val"): share
                for name, share in parse_mixture(data).items()}
+    if config.task in TEXT_TASKS:
+        sources = {corpus: share for corpus, share in sources.items() if not corpus.row}
     block_size, rows = config.block_size, [corpus.row for corpus in sources if corpus.row]
     if block_size is None:
         longest = min(1024, meta["model"]["max_position"])
@@ -255,7 +259,7 @@ def choose_tasks(config, data, texts, file):
         raise BadInput(f"--task=exact: no {file}; name conversations with --questions_file=FILE, "
                        "or a corpus that has them (--data=instruct after python "
                        "data/instruct/prepare.py)")
-    if task in ("cloze", "passkey", "positions") and not texts:
+    if task in TEXT_TASKS and not texts:
         raise BadInput(f"--task={task}: {data} is packed in rows, {task} needs running text; name "
                        "some with --data (--task=bpb or exact goes with rows)")
     if task != "all":
