@@ -12,6 +12,7 @@ import difflib
 import functools
 import inspect
 import math
+import os
 import re
 import sys
 import types
@@ -19,6 +20,7 @@ import typing
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
+LFS_POINTER = b"version https://git-lfs"
 
 
 class BadInput(ValueError):
@@ -32,22 +34,50 @@ class BadInput(ValueError):
 def exits_cleanly(main):
     """Decorate a script's main(argv): expected errors become one line each and an exit status.
 
-    2 for bad input and failing disks, 130 for Ctrl-C, else the exit_code of the exception.
+    2 for bad input and failing disks, 130 for Ctrl-C, 141 without a line if nobody reads the output
+    any more (`| head`), else the exit_code of the exception.
     """
     @functools.wraps(main)
     def wrapper(argv=None):
+        accept_any_text()
         try:
-            return main(sys.argv[1:] if argv is None else argv)
+            result = main(sys.argv[1:] if argv is None else argv)
+            print(end="", flush=True)   # here, where errors of the output are caught
+            return result
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             raise SystemExit(130) from None
+        except BrokenPipeError:
+            raise SystemExit(141) from None         # as of a process that SIGPIPE ends
         except Exception as error:
             exit_code, message = expected_error(error)
             if exit_code is None:
                 raise
             print(message, file=sys.stderr)
             raise SystemExit(exit_code) from None
+        finally:
+            discard_unwritable()
     return wrapper
+
+
+def accept_any_text():
+    """Let text that the standard streams cannot encode or decode pass through them.
+
+    Output gets a backslash escape for what its encoding lacks. Bytes of input that are not UTF-8
+    become lone surrogates, which data.tokenizer.check_utf8 refuses.
+    """
+    for stream, errors in ((sys.stdin, "surrogateescape"), (sys.stdout, "backslashreplace")):
+        if hasattr(stream, "reconfigure") and stream.errors != errors:
+            stream.reconfigure(errors=errors)       # (that of stderr is backslashreplace always)
+
+
+def discard_unwritable():
+    """Discard output that cannot be written, which the interpreter would complain about at exit."""
+    for stream in filter(None, (sys.stdout, sys.stderr)):      # None: closed from the start
+        try:
+            stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def expected_error(error):
@@ -57,6 +87,14 @@ def expected_error(error):
     if isinstance(error, OSError) and (error.filename or error.errno):
         return 2, f"{error.filename or 'writing'}: {error.strerror or error}"
     return None, None
+
+
+def refuse_lfs_pointer(path):
+    """Raise BadInput if a file is the pointer that git leaves for a file of git-lfs."""
+    with open(path, "rb") as file:
+        if file.read(len(LFS_POINTER)) == LFS_POINTER:
+            raise BadInput(f"{path}: is a git-lfs pointer, not the file itself; run git lfs pull "
+                           f"in {Path(path).parent}")
 
 
 # ---- from the command line to dataclasses
@@ -74,7 +112,8 @@ def configure(argv, *classes, usage, check_later=lambda given: ()):
     """
     hints = {name: hint for cls in classes for name, hint in typing.get_type_hints(cls).items()}
     if "--help" in argv or "-h" in argv:
-        print("\n".join([usage.strip(), "", *[help_text(cls, hints) for cls in classes]]))
+        print("\n".join([usage.strip(), "", *[help_text(cls, hints) for cls in classes]]),
+              flush=True)
         raise SystemExit(0)
     given, problems = {}, []
     unread = set()      # options that could not be read; problems caused by them are not reported

@@ -7,7 +7,6 @@
 When a conversation fills the model's context, its oldest questions and answers are left out.
 """
 import codecs
-import io
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -157,8 +156,6 @@ def converse(model, tokenizer, config):
     system = [{"role": "system", "content": config.system}] if config.system else []
     # Raises BadInput if the tokenizer or its template does not serve.
     chat_ids(tokenizer, [*system, {"role": "user", "content": "?"}], generate=True)
-    if isinstance(sys.stdin, io.TextIOWrapper):
-        sys.stdin.reconfigure(errors="surrogateescape")     # check_utf8 names a byte that is wrong
     turns = []
     while True:
         try:
@@ -188,8 +185,6 @@ def converse(model, tokenizer, config):
 @exits_cleanly
 def main(argv):
     (config,), _ = configure(argv, SampleConfig, usage=__doc__)
-    if sys.stdout.encoding.lower().replace("-", "") != "utf8":
-        sys.stdout.reconfigure(encoding="utf-8", errors="replace")
     prompt = read_prompt(config) or ""
     folder = checkpoint.resolve(config.ckpt)
     vocab_size = checkpoint.read_meta(folder)["model"]["vocab_size"]

@@ -288,6 +288,36 @@ def held_out_loss(model, split, token_bytes, block_size, max_tokens, batch_size,
     return sums
 
 
+def measure(model, sources, token_bytes, block_size, max_tokens, batch_size, bos=None):
+    """Return the held-out loss of a mixture: what train.py and tools/evaluate.py report, as a dict.
+
+    loss, bpb   nats per token, bits per byte. A source counts by its share, however many windows of
+                it there are
+    bpb_se      standard error of bpb over windows, None if a source has a single one
+    targets     number of targets
+
+    sources     {Split: share}; the shares sum to 1
+    max_tokens  to read from all sources together; None: all that they have
+    raises      BadInput if a source has nothing to measure
+    """
+    parts = []
+    for split, share in sources.items():
+        tokens = split.n_tokens if max_tokens is None else int(max_tokens * share)
+        parts.append(held_out_loss(model, split, token_bytes, block_size, tokens, batch_size,
+                                   model.wte.weight.device, bos))
+    n_windows = sum(part.shape[1] for part in parts)
+    weights = [share * n_windows / part.shape[1] for share, part in zip(sources.values(), parts)]
+    nats, targets, n_bytes = map(float, sum(weight * part.sum(axis=1)
+                                            for weight, part in zip(weights, parts)))
+    bpb, error = nats / math.log(2) / n_bytes, None
+    if min(part.shape[1] for part in parts) > 1:    # of a ratio of sums, from the residuals
+        residuals = [weight * (part[0] / math.log(2) - bpb * part[2])
+                     for weight, part in zip(weights, parts)]
+        error = math.sqrt(sum(len(each) * each.var(ddof=1) for each in residuals)) / n_bytes
+    return {"loss": nats / targets, "bpb": bpb, "bpb_se": error,
+            "targets": int(sum(part[1].sum() for part in parts))}
+
+
 # ---- reading a corpus
 
 class Split:
@@ -477,20 +507,17 @@ def open_data(config, tokenizer):
             print(f"note: the documents of a row of {name} attend to each other; "
                   "--doc_mask=True keeps them apart")
     bos = tokenizer.bos if config.doc_mask else None
-    held_out = {name: open_corpus(config.data_dir, name, tokenizer, "val") for name in shares}
+    held_out = {open_corpus(config.data_dir, name, tokenizer, "val"): share
+                for name, share in shares.items()}
     token_bytes = tokenizer.token_bytes()
     at_once = config.micro_batch_size or min(config.batch_size,
                                              max(1, EVAL_TOKENS_PER_FORWARD // config.block_size))
 
     def validate(model):
         """Return the held-out loss of the mixture, in nats per token and in bits per byte."""
-        sums = 0                        # of nats, targets and bytes
-        for name, share in shares.items():
-            sums += held_out_loss(model, held_out[name], token_bytes, config.block_size,
-                                  int(config.eval_tokens * share), at_once,
-                                  model.wte.weight.device, bos).sum(axis=1)
-        nats, targets, n_bytes = map(float, sums)
-        return {"val_loss": nats / targets, "val_bpb": nats / math.log(2) / n_bytes}
+        found = measure(model, held_out, token_bytes, config.block_size, config.eval_tokens,
+                        at_once, bos)
+        return {"val_loss": found["loss"], "val_bpb": found["bpb"]}
 
     open_train = functools.partial(open_corpus, config.data_dir, tokenizer=tokenizer, split="train")
     batches = make_batches(open_train, config.seed, config.block_size, bos, config.answers_only)

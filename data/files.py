@@ -11,7 +11,7 @@ import io
 import json
 from pathlib import Path
 
-from configurator import ROOT, BadInput
+from configurator import ROOT, BadInput, refuse_lfs_pointer
 
 TEXT_SUFFIXES = (".txt", ".md", ".jsonl", ".parquet")       # of running text: read_texts
 RECORD_SUFFIXES = (".jsonl", ".json", ".parquet")           # of conversations: raw_records
@@ -78,12 +78,11 @@ def open_text(path):
     UTF-16 with a fault.
     """
     try:
+        refuse_lfs_pointer(path)
         file = open(path, "rb")
     except FileNotFoundError:
         raise BadInput(f"{path}: no such file") from None
-    start = file.read(64)
-    if start.startswith(b"version https://git-lfs"):
-        raise BadInput(f"{path}: is a git-lfs pointer, not the file itself; run git lfs pull")
+    start = file.read(4)
     if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         return io.BytesIO((start + file.read()).decode("utf-16").encode("utf-8"))
     file.seek(len(codecs.BOM_UTF8) if start.startswith(codecs.BOM_UTF8) else 0)

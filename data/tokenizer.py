@@ -30,7 +30,7 @@ from pathlib import Path
 import numpy as np
 import tiktoken
 
-from configurator import ROOT, BadInput, configure, exits_cleanly
+from configurator import ROOT, BadInput, configure, exits_cleanly, refuse_lfs_pointer
 from data.files import TEXT_SUFFIXES, find_files, read_texts
 
 BUILT_IN = ("bpe4096", "bytes", "gpt2", "cl100k_base")
@@ -53,8 +53,6 @@ HUB_FILES = ("*.json", "*.jinja", "*.txt", "tokenizer.model")
 NEEDS_TRANSFORMERS = "a released tokenizer needs transformers: pip install transformers"
 # Part of the hash of a released tokenizer: with one vocabulary, two may still cut text differently.
 PROBE = " Hello  World's\r\n\n\tdéjà-vu 1234567 <s>漢字。😀\u2028 x"
-# A git-lfs pointer, which stands for a file until it is fetched, begins so.
-LFS_POINTER = b"version https://git-lfs"
 
 
 class Tokenizer:
@@ -310,10 +308,7 @@ def load_folder(folder, name=None):
     if not has_tokenizer(folder):
         raise BadInput(f"{folder}: holds no tokenizer ({' or '.join(TOKENIZER_FILES)} is missing)")
     for path in filter(Path.is_file, (folder / file for file in TOKENIZER_FILES)):
-        with open(path, "rb") as file:
-            if file.read(len(LFS_POINTER)) == LFS_POINTER:
-                raise BadInput(f"{path}: is a git-lfs pointer, not the file itself; run git lfs "
-                               f"pull in {folder}")
+        refuse_lfs_pointer(path)
     try:
         if (folder / "tokenizer.tiktoken").is_file():
             return load_own(folder)

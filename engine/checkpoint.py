@@ -28,7 +28,13 @@ from safetensors.torch import save_file
 
 from configurator import ROOT, BadInput
 from engine import distributed
-from engine.released import is_released, read_json, read_released, read_released_config
+from engine.released import (
+    is_released,
+    read_json,
+    read_released,
+    read_released_config,
+    refuse_adapter,
+)
 
 STEP = re.compile(r"step-(\d{8,})")
 
@@ -272,6 +278,7 @@ def resolve(path):
                        "files (pickles) are never read")
     if not path.exists():
         raise BadInput(f"{path}: no such checkpoint or run folder")
+    refuse_adapter(path)
     raise BadInput(f"{path}: holds no complete checkpoint (a folder step-NNNNNNNN with meta.json), "
                    "and no config.json of a model")
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from configurator import BadInput
+from configurator import BadInput, refuse_lfs_pointer
 
 BLOCK = 2 ** 24         # elements copied at a time
 FORMS = {"MiniCPMForCausalLM": "minicpm", "GraniteForCausalLM": "granite",
@@ -111,6 +111,14 @@ def is_released(folder):
     return isinstance(config, dict) and "train" not in config
 
 
+def refuse_adapter(folder):
+    """Raise BadInput if a folder holds a LoRA adapter and no model."""
+    names = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
+    if any((Path(folder) / name).is_file() for name in names):
+        raise BadInput(f"{folder}: holds a LoRA adapter, not a whole model; merge it into its base "
+                       "model (peft: merge_and_unload, then save_pretrained) and name that folder")
+
+
 def read_released_config(folder):
     """Return (form, dict of MiniCPMConfig's values) from config.json; form is a value of FORMS.
 
@@ -196,6 +204,9 @@ def unsupported(config, form, values):
         if values["max_position"] > original and differ:
             problems.append("longrope with short factors for short inputs: MiniCPM uses one list "
                             "for all lengths")
+    if values.get("num_experts_per_tok") == 1 < values["num_experts"]:
+        problems.append("num_experts_per_tok=1: its code gives the only expert of a token the "
+                        "weight 1, here that is its probability")
     if "quantization_config" in config:
         method = config["quantization_config"].get("quant_method", "unknown")
         problems.append(f"weights are quantised ({method}); take the folder with the full weights")
@@ -313,6 +324,7 @@ def released_tensors(folder):
 
 def stored_shapes(path):
     """Return {name: shape} of a weight file. Raises BadInput if it is damaged."""
+    refuse_lfs_pointer(path)
     try:
         if path.suffix == ".safetensors":
             with safe_open(path, "pt") as file:
@@ -331,6 +343,7 @@ def load_bin(path):
 
 def read_json(path):
     """Return the content of a JSON file. Raises BadInput if it is damaged."""
+    refuse_lfs_pointer(path)
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except ValueError as error:                             # also text that is not UTF-8

@@ -1,7 +1,8 @@
 """How well a model finds keys in long texts, and its loss by position (paper section 7.2).
 
 data/passkeys.py makes the documents. `python -m tools.evaluate --task=passkey` asks for keys at
-chosen lengths and depths.
+chosen lengths and depths. Every row here is (part of) one document, so there is nothing to mask for
+a model that was trained with doc_mask.
 """
 import numpy as np
 import torch

@@ -348,7 +348,8 @@ def say(monkeypatch, capsys):
     def hold(lines, answer="yes", max_position=4096, **options):
         config, model = sample.SampleConfig(chat=True, **options), Talker(answer, max_position)
         assert not config.problems()
-        stdin = io.TextIOWrapper(io.BytesIO(b"\n".join(lines)), encoding="utf-8")
+        stdin = io.TextIOWrapper(io.BytesIO(b"\n".join(lines)), encoding="utf-8",
+                                 errors="surrogateescape")                  # as exits_cleanly sets it
         monkeypatch.setattr("sys.stdin", stdin)
         sample.converse(model, TOK, config)
         said = capsys.readouterr()

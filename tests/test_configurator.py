@@ -1,11 +1,15 @@
 """Config files and options: what wins, what each type takes, and that every mistake is reported at once, one line each."""
+import os
+import subprocess
+import sys
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Literal
 
 import pytest
 
 import train
-from configurator import BadInput, configure, exits_cleanly
+from configurator import ROOT, BadInput, configure, exits_cleanly
 from model import MiniCPMConfig
 
 
@@ -134,6 +138,71 @@ def test_exits_cleanly_hides_no_bugs(capsys):
     assert error_lines(fail, FileNotFoundError(2, "No such file", "a/b"), capsys) == ["a/b: No such file"]
     with pytest.raises(ValueError, match="bug"):
         fail(ValueError("bug"))
+
+
+# What any script of the project is: a main that exits cleanly.
+SCRIPT = r"""
+import sys
+from configurator import BadInput, configure, exits_cleanly
+from wsd import DrawConfig
+
+@exits_cleanly
+def main(argv):
+    if argv:
+        configure(argv, DrawConfig, usage="\u7528 in the usage")
+    print("\u7528\u6237 caf\u00e9 \udcff")
+    said = input("> ")
+    print(ascii(said))
+    if said == "bad":
+        raise BadInput("\u7528: bad")
+    for i in range(100_000):
+        print(i)
+
+main()
+"""
+
+
+ENV = {**{name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}, "PYTHONPATH": str(ROOT)}
+
+
+def script(stdin=b"", argv=(), encoding="utf-8", close=False, stdout=subprocess.PIPE, flags=()):
+    """Run SCRIPT in a process; return (exit status, stdout, stderr). close: nobody reads its output."""
+    process = subprocess.Popen([sys.executable, *flags, "-c", SCRIPT, *argv], stdin=subprocess.PIPE, stdout=stdout, stderr=subprocess.PIPE,
+                               env={**ENV, "PYTHONIOENCODING": encoding})
+    if close:
+        process.stdout.close()
+        process.stdout = None
+    out, err = process.communicate(stdin)
+    return process.returncode, out, err
+
+
+def test_output_in_any_encoding_ends_no_script():
+    """Windows pipes and old consoles: print raised UnicodeEncodeError, and input() UnicodeDecodeError."""
+    assert script(b"bad", encoding="ascii") == (2, b"\\u7528\\u6237 caf\\xe9 \\udcff\n> 'bad'\n", b"\\u7528: bad\n")
+    code, out, err = script(b"bad", encoding="cp1252")
+    assert (code, out.splitlines()[0]) == (2, b"\\u7528\\u6237 caf\xe9 \\udcff") and b"Traceback" not in err
+    code, out, err = script(b"a\xff\n")
+    assert (code, err) == (0, b"") and out.splitlines()[:2] == ["\u7528\u6237 caf\u00e9 \\udcff".encode(), b"> 'a\\udcff'"]
+    assert script(argv=["--help"], encoding="ascii")[1].startswith(b"\\u7528 in the usage")
+
+
+@pytest.mark.parametrize("argv", [(), ("--help",)])
+@pytest.mark.parametrize("flags", [(), ("-u",)])
+def test_output_that_nobody_reads_ends_a_script_quietly(argv, flags):
+    """`| head` gave a traceback, or "Exception ignored" and status 120 from the interpreter."""
+    code, _, err = script(b"x\n", argv, close=True, flags=flags)
+    assert (code, err) == (141, b"")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_output_to_a_full_disk_is_one_line():
+    with open("/dev/full", "wb") as full:
+        assert script(b"x\n", stdout=full)[::2] == (2, b"writing: No space left on device\n")
+
+
+def test_a_script_without_standard_streams_works():
+    code = "import sys; sys.stdin = sys.stdout = None\n" + SCRIPT.replace('input("> ")', '"x"')
+    assert subprocess.run([sys.executable, "-c", code], env=ENV).returncode == 0
 
 
 def test_help_lists_every_knob_with_type_default_and_comment(capsys):

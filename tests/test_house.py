@@ -57,6 +57,15 @@ def test_the_top_holds_five_scripts():
     assert sorted(path.name for path in ROOT.glob("*.py")) == ["configurator.py", "model.py", "sample.py", "train.py", "wsd.py"]
 
 
+def test_every_script_exits_cleanly():
+    """One line for an expected error, quiet in a closed pipe, any encoding: all by one decorator."""
+    for path in [*ROOT.glob("*.py"), *(p for folder in ("data", "family", "tools", "labs") for p in ROOT.glob(f"{folder}/**/*.py"))]:
+        tree = ast.parse(path.read_text(encoding="utf-8")).body
+        if any(isinstance(node, ast.If) and "__main__" in ast.unparse(node.test) for node in tree):
+            (main,) = [node for node in tree if isinstance(node, ast.FunctionDef) and node.name == "main"]
+            assert [ast.unparse(each) for each in main.decorator_list] == ["exits_cleanly"], path
+
+
 def test_the_loop_reads_top_to_bottom():
     """train() has no nested functions and stays in the reader's head."""
     (loop,) = [node for node in ast.parse((ROOT / "train.py").read_text(encoding="utf-8")).body

@@ -315,6 +315,19 @@ def test_bad_prompts_are_one_line(laptop, capsys, tmp_path):
     assert "no such checkpoint" in said_by(sample.main, capsys, "--ckpt=nowhere", code=2)
 
 
+def test_no_encoding_and_no_closed_pipe_ends_a_script_with_a_traceback(laptop):
+    """tests/test_configurator.py has the details."""
+    root, env = laptop[0], {**os.environ, "PYTHONIOENCODING": "ascii"}
+    sampled = [sys.executable, "sample.py", "--ckpt=out/laptop", "--max_new_tokens=5"]
+    result = subprocess.run([*sampled, "--prompt=\u7528 caf\u00e9"], cwd=root, env=env, capture_output=True)
+    assert (result.returncode, result.stderr) == (0, b"") and result.stdout.startswith(rb"\u7528 caf\xe9")
+    chat = subprocess.run([*sampled, "--chat=True"], cwd=root, env={**env, "PYTHONIOENCODING": "utf-8"}, input=b"caf\xe9\n", capture_output=True)
+    assert b"Traceback" not in chat.stderr and chat.returncode in (0, 2) and len(chat.stderr.splitlines()) <= 1
+    train_help = subprocess.Popen([sys.executable, "train.py", "--help"], cwd=root, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    train_help.stdout.close()
+    assert train_help.stderr.read() == b"" and train_help.wait() == 141
+
+
 def test_evaluate_gives_numbers_with_errors(laptop, capsys):
     root = laptop[0]
     argv = (f"--ckpt={root / 'out/laptop'}", f"--data_dir={root / 'data'}", "--questions=20", "--context=16", "--continuation=8")

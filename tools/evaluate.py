@@ -5,7 +5,8 @@
     python -m tools.evaluate --ckpt=... --data=speeches --task=positions --block_size=2048
 
 bpb        bits per byte, which compares across tokenizers: the loss of all targets over the number
-           of bytes they stand for. In packed rows (conversations) the targets are the answers
+           of bytes they stand for. In packed rows (conversations) the targets are the answers. In a
+           mixture each corpus has its share. It is train.py's val_bpb of the same tokens
 cloze      as in HellaSwag: a passage of a held-out document, and its true continuation among three
            from other documents. The model chooses the one with the fewest nats per byte; chance is
            25 %
@@ -16,6 +17,10 @@ passkey    share of held-out keys that are found in running text, by length of t
            the key (see data/passkeys.py)
 positions  nats per token by position in a window, in held-out documents longer than a window
 all        those of the first three that suit the corpus
+
+In a mixture the other tasks take its first corpus that suits them. Attention stays within documents
+if it did so in training (--doc_mask); for a released model or after DPO, in packed rows. Only bpb
+depends on it: in the other tasks every row is one document.
 
 The first three have a standard error, over windows of text or over questions. --rope_theta,
 --rope_scaling, --rope_factor and --max_position replace the checkpoint's own values, to see the
@@ -33,7 +38,7 @@ import torch
 
 from configurator import ROOT, BadInput, build, configure, exits_cleanly, must_be_positive
 from data import packing, passkeys
-from data.dataset import check_block_size, held_out_loss, open_corpus
+from data.dataset import check_block_size, measure, open_corpus, parse_mixture
 from data.tokenizer import chat_ids, load_for_model
 from engine import checkpoint
 from engine.device import pick_device
@@ -41,13 +46,15 @@ from family import passkey
 from model import MiniCPM, MiniCPMConfig
 
 MAX_TOKENS = 20_000_000                 # read from a corpus for the cloze at most
+TEXT_TASKS = ("cloze", "passkey", "positions")      # which cannot use packed rows
 
 
 @dataclass
 class EvaluateConfig:
     ckpt: str = "out/laptop"            # checkpoint, run folder (its latest), or released folder
     tokenizer: str | None = None        # unset: the checkpoint's own
-    data: str | None = None             # prepared corpus; unset: the first of the checkpoint's own
+    data: str | None = None             # prepared corpus, or NAME:WEIGHT,NAME:WEIGHT; unset: that
+                                        # of the checkpoint's training
     data_dir: str = "data"              # folder of the corpora, relative to the project
     task: Literal['bpb', 'cloze', 'exact', 'passkey', 'positions', 'all'] = 'all'
     block_size: int | None = None       # tokens of context; unset: as in training, for a released
@@ -87,19 +94,18 @@ class EvaluateConfig:
 
 # ---- the tasks
 
-def bits_per_byte(model, corpus, tokenizer, config, block_size):
-    """Return {"bpb", "bpb_se", "loss", "targets"} over windows of a held-out split."""
-    bos = tokenizer.bos if corpus.row else None             # packed rows: attend within documents
-    nats, targets, n_bytes = held_out_loss(
-        model, corpus, tokenizer.token_bytes(), block_size, config.eval_tokens or corpus.n_tokens,
-        config.batch_size, model.wte.weight.device, bos)    # (windows,) each
-    bits = nats / math.log(2)
-    bpb = nats.sum() / math.log(2) / n_bytes.sum()
-    # Standard error of a ratio of sums, from the residuals of the windows.
-    residuals = bits - bpb * n_bytes
-    variance = (residuals ** 2).sum() / max(1, len(nats) - 1) * len(nats)
-    return {"bpb": float(bpb), "bpb_se": float(math.sqrt(variance) / n_bytes.sum()),
-            "loss": float(nats.sum() / targets.sum()), "targets": int(targets.sum())}
+def bits_per_byte(model, corpus, tokenizer, config, block_size, doc_mask=None):
+    """Return data.dataset.measure of a held-out split, and whether documents were masked.
+
+    corpus    Split, or {Split: share} of a mixture
+    doc_mask  whether the model was trained with it; None: unknown, so in packed rows only
+    """
+    sources = corpus if isinstance(corpus, dict) else {corpus: 1.0}
+    if doc_mask is None:
+        doc_mask = any(source.row for source in sources)
+    found = measure(model, sources, tokenizer.token_bytes(), block_size, config.eval_tokens,
+                    config.batch_size, tokenizer.bos if doc_mask else None)
+    return {**found, "doc_mask": doc_mask}
 
 
 def make_questions(corpus, tokenizer, config):
@@ -209,37 +215,68 @@ def find_keys(model, corpus, tokenizer, config):
 def change_rope(model, config):
     """Give a model the RoPE that the options ask for, without changing its weights.
 
-    Raises BadInput if the options contradict each other.
+    What only the scaling before used is dropped. Raises BadInput if the options contradict each
+    other.
     """
     names = ("rope_theta", "rope_scaling", "rope_factor", "max_position")
-    values = {name: getattr(config, name) for name in names}
-    changed = {name: value for name, value in values.items() if value not in (None, "unchanged")}
-    (model.config,) = build([MiniCPMConfig], {**asdict(model.config), **changed})
+    options = {name: getattr(config, name) for name in names}
+    changed = {name: value for name, value in options.items() if value not in (None, "unchanged")}
+    values, dropped = {**asdict(model.config), **changed}, []
+    if values["rope_scaling"] != "longrope":
+        dropped += ["rope_short_factor", "rope_long_factor", "original_max_position"]
+    if changed.get("rope_scaling") == "none" and "rope_factor" not in changed:
+        dropped.append("rope_factor")
+    values = {name: value for name, value in values.items() if name not in dropped}
+    (model.config,) = build([MiniCPMConfig], values)
 
 
-def choose_tasks(config, corpus, file):
-    """Return the names of the tasks to run. Raises BadInput if one does not suit the data."""
+def open_sources(config, data, tokenizer, meta):
+    """Return ({Split: share} of the held-out splits of a mixture, tokens of context).
+
+    Packed rows are left out if the task cannot use them. Raises BadInput if a corpus is missing, or
+    cannot be read in such windows.
+    """
+    sources = {open_corpus(config.data_dir, name, tokenizer, "val"): share
+               for name, share in parse_mixture(data).items()}
+    if config.task in TEXT_TASKS:
+        sources = {corpus: share for corpus, share in sources.items() if not corpus.row}
+    block_size, rows = config.block_size, [corpus.row for corpus in sources if corpus.row]
+    if block_size is None:
+        longest = min(1024, meta["model"]["max_position"])
+        block_size = rows[0] - 1 if rows else meta.get("train", {}).get("block_size", longest)
+    for corpus in sources:
+        check_block_size(corpus, block_size)
+    return sources, block_size
+
+
+def choose_tasks(config, data, texts, file):
+    """Return the names of the tasks to run. Raises BadInput if one does not suit the data.
+
+    data: the mixture; texts: its corpora of running text; file: questions for the exact task
+    """
     task = config.task
     if task == "exact" and not file.is_file():
         raise BadInput(f"--task=exact: no {file}; name conversations with --questions_file=FILE, "
                        "or a corpus that has them (--data=instruct after python "
                        "data/instruct/prepare.py)")
-    if task == "cloze" and corpus.row:
-        raise BadInput(f"--task=cloze: {corpus.folder.parent.name} is packed in rows; a cloze "
-                       "needs running text (--task=bpb or exact goes with rows)")
+    if task in TEXT_TASKS and not texts:
+        raise BadInput(f"--task={task}: {data} is packed in rows, {task} needs running text; name "
+                       "some with --data (--task=bpb or exact goes with rows)")
     if task != "all":
         return [task]
     has_questions = config.questions_file or file.is_file()
-    return ["bpb", *([] if corpus.row else ["cloze"]), *(["exact"] if has_questions else [])]
+    return ["bpb", *(["cloze"] if texts else []), *(["exact"] if has_questions else [])]
 
 
 def print_result(result):
     """Print the result of all tasks as text."""
     print(f"{result['ckpt']} on held-out {result['data']}:")
     if "bpb" in result:
-        print(f"  {result['bpb']:.4f} +- {result['bpb_se']:.4f} bits per byte, "
+        error = "(one window)" if result["bpb_se"] is None else f"+- {result['bpb_se']:.4f}"
+        within = ", of one document" if result["doc_mask"] else ""
+        print(f"  {result['bpb']:.4f} {error} bits per byte, "
               f"{result['loss']:.4f} nats per token, {result['targets']:,} targets with up to "
-              f"{result['block_size']} tokens of context")
+              f"{result['block_size']} tokens of context{within}")
     if "cloze" in result:
         print(f"  cloze {100 * result['cloze']:.1f} +- {100 * result['cloze_se']:.1f} % of "
               f"{result['questions']} questions (chance 25 %)")
@@ -265,31 +302,32 @@ def main(argv):
     folder = checkpoint.resolve(config.ckpt)
     meta = checkpoint.read_meta(folder)
     trained = meta.get("train", {})             # empty for a released model
-    name = config.data or trained.get("data", "").split(",")[0].split(":")[0]
-    if not name and not (config.task == "exact" and config.questions_file):
+    data = config.data or trained.get("data")
+    if not data and not (config.task == "exact" and config.questions_file):
         raise BadInput(f"--data: {folder} does not say on what it was trained; name a prepared "
                        f"corpus (python data/pytorch/prepare.py --tokenizer={folder} prepares one)")
     tokenizer = load_for_model(folder, config.tokenizer, meta["model"]["vocab_size"])
-    file = Path(config.questions_file or ROOT / config.data_dir / name / "test.jsonl")
-    corpus, block_size = None, config.block_size
+    files = [Path(ROOT, config.data_dir, name, "test.jsonl")
+             for name in (parse_mixture(data) if data else [])]
+    file = Path(config.questions_file or next(filter(Path.is_file, files), files[0]))
+    sources, block_size = {}, config.block_size
     if config.task != "exact":
-        corpus = open_corpus(config.data_dir, name, tokenizer, "val")
-        if block_size is None:
-            longest = min(1024, meta["model"]["max_position"])
-            block_size = corpus.row - 1 if corpus.row else trained.get("block_size", longest)
-        check_block_size(corpus, block_size)
-    tasks = choose_tasks(config, corpus, file)
+        sources, block_size = open_sources(config, data, tokenizer, meta)
+    texts = [corpus for corpus in sources if not corpus.row]
+    tasks = choose_tasks(config, data, texts, file)
     model = MiniCPM.from_pretrained(folder, pick_device(config.device)).eval()
     change_rope(model, config)
+    # DPO has no rows of several documents, so its doc_mask says nothing.
+    doc_mask = None if "pairs" in trained else trained.get("doc_mask")
     run = {
-        "bpb": lambda: bits_per_byte(model, corpus, tokenizer, config, block_size),
-        "cloze": lambda: cloze(model, corpus, tokenizer, config),
+        "bpb": lambda: bits_per_byte(model, sources, tokenizer, config, block_size, doc_mask),
+        "cloze": lambda: cloze(model, texts[0], tokenizer, config),
         "exact": lambda: exact(model, tokenizer, config, file),
-        "passkey": lambda: find_keys(model, corpus, tokenizer, config),
+        "passkey": lambda: find_keys(model, texts[0], tokenizer, config),
         "positions": lambda: {"positions": passkey.loss_by_position(
-            model, corpus, tokenizer, block_size, config.eval_tokens or corpus.n_tokens)},
+            model, texts[0], tokenizer, block_size, config.eval_tokens or texts[0].n_tokens)},
     }
-    result = {"ckpt": str(folder), "data": config.questions_file or name, "block_size": block_size}
+    result = {"ckpt": str(folder), "data": config.questions_file or data, "block_size": block_size}
     for task in tasks:
         result |= run[task]()
     if config.json:
