@@ -156,7 +156,7 @@ def test_one_window_has_no_standard_error_and_a_split_without_text_no_bits(data_
     assert "(one window) bits per byte" in capsys.readouterr().out
     marks = np.array([TOKENIZER.bos, TOKENIZER.eos] * BLOCK)
     empty = Stub(folder="empty", split="val", row=None, n_tokens=len(marks), read=lambda offset, n: marks[offset:offset + n])
-    with pytest.raises(BadInput, match="empty: its val split has nothing to measure"):
+    with pytest.raises(BadInput, match="empty: nothing to measure: no token of the val"):
         measure(tiny_model(), {empty: 1.0}, TOKENIZER.token_bytes(), BLOCK, None, 16)
 
 
