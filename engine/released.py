@@ -196,6 +196,9 @@ def unsupported(config, form, values):
         if values["max_position"] > original and differ:
             problems.append("longrope with short factors for short inputs: MiniCPM uses one list "
                             "for all lengths")
+    if values.get("num_experts", 0) > values.get("num_experts_per_tok", 0) == 1:
+        problems.append("num_experts_per_tok=1: its expert counts fully there, by its probability "
+                        "in model.py")
     if "quantization_config" in config:
         method = config["quantization_config"].get("quant_method", "unknown")
         problems.append(f"weights are quantised ({method}); take the folder with the full weights")

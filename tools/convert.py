@@ -335,6 +335,9 @@ def to_hf(folder, options):
     if form == "llama" and config.num_experts:
         raise BadInput("--form=llama: Llama has no experts; --form=granite computes the same "
                        "function")
+    if config.num_experts > config.num_experts_per_tok == 1:
+        raise BadInput(f"--ckpt={folder}: num_experts_per_tok=1: other runtimes weight a token's "
+                       "only expert by 1, not by its probability, so no form computes this model")
     if form == "minicpm" and config.head_size * config.n_head != config.n_embd:
         raise BadInput("--form=minicpm: its code assumes head_dim = n_embd / n_head, which is not "
                        f"{config.head_size} here; take --form=granite")
