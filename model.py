@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from configurator import BadInput, must_be_positive, must_not_be_negative
 from engine import ops
 
-ROUTER_STD = 0.1                        # paper section 7.3: a normal draw of variance 0.01
+ROUTER_STD = 0.1                        # at dim_model_base; paper section 7.3: variance 0.01
 
 
 @dataclass(frozen=True)
@@ -187,18 +187,32 @@ class Role:
 def mup_table(config):
     """Return {role: Role}. Forward scales act where the tensors are used, in MiniCPM and Block.
 
-    | role      | forward scale           | init std                    | LR factor      | decay |
-    |-----------|-------------------------|-----------------------------|----------------|-------|
-    | embedding | output x scale_emb      | embd_init_std               | 1              | no    |
-    | head      | logits / width_mult     | init_std (tied: embedding)  | 1              | no    |
-    | matrix    | branch x residual_scale | init_std / sqrt(width_mult) | 1 / width_mult | yes   |
-    | experts   | as matrix               | as matrix                   | 1 / width_mult | yes   |
-    | router    | 1                       | ROUTER_STD                  | 1              | no    |
-    | norm      | 1                       | ones                        | 1              | no    |
+    | role      | forward scale           | init std                      | LR factor      | decay |
+    |-----------|-------------------------|-------------------------------|----------------|-------|
+    | embedding | output x scale_emb      | embd_init_std                 | 1              | no    |
+    | head      | logits / width_mult     | init_std (tied: embedding)    | 1              | no    |
+    | matrix    | branch x residual_scale | init_std / sqrt(width_mult)   | 1 / width_mult | yes   |
+    | experts   | as matrix               | as matrix                     | 1 / width_mult | yes   |
+    | router    | 1                       | ROUTER_STD / sqrt(width_mult) | 1 / width_mult | no    |
+    | norm      | 1                       | ones                          | 1              | no    |
 
     The paper leaves open whether the tied embedding is one of its "2-D tensors". Here it is not:
     both rules transfer the learning rate, but only this one keeps activations equal across widths
     (tests/test_mup.py).
+
+    The router is one: its input grows with the width, its output (one logit per expert) does not.
+    With a factor of 1 and one std at all widths its logits grow with width^0.83 in ten updates,
+    with the LR factor alone with width^0.66 (they begin with width^0.44), with both with
+    width^0.17 (widths 64 to 512, base 64). Wide routers were then sure of themselves before they
+    had learned anything. The paper states the variance 0.01 for its only width; it is init_std
+    squared, and read here as all init_stds are, before the division. Taken as the value at width
+    2304, the logits of a new router would have a std of 4.8 instead of 1.6. The router does not
+    decay: nothing should pull it to equal probabilities but the balance loss, which has a
+    coefficient of its own.
+
+    Decay is AdamW's: an update subtracts lr x LR factor x weight_decay of a weight, so the LR
+    factor divides the decay of wide matrices too. To keep it the same at every width, multiply
+    weight_decay by width_mult.
     """
     std = config.init_std or (0.1 if config.mup else 0.02)
     matrix_std = std / math.sqrt(config.width_mult)
@@ -208,7 +222,7 @@ def mup_table(config):
         "head": Role(std, 1.0, False),
         "matrix": Role(matrix_std, matrix_lr, True),
         "experts": Role(matrix_std, matrix_lr, True),
-        "router": Role(ROUTER_STD, 1.0, False),
+        "router": Role(ROUTER_STD / math.sqrt(config.width_mult), matrix_lr, False),
         "norm": Role(0.0, 1.0, False),
     }
 
