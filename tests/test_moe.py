@@ -21,6 +21,7 @@ from model import (
     MoE,
     SwiGLU,
     init_weights,
+    mup_table,
     optimizer_groups,
     routing_metrics,
 )
@@ -219,8 +220,9 @@ def test_roles_of_experts_and_router():
     assert set(groups) == {"embedding", "matrix", "experts", "router", "norm"}
     assert sum(len(group["params"]) for group in groups.values()) == len(list(model.parameters()))
     assert (groups["experts"]["lr_scale"], groups["experts"]["weight_decay"]) == (16 / 32, 0.1)
-    assert (groups["router"]["lr_scale"], groups["router"]["weight_decay"]) == (1, 0)
+    assert (groups["router"]["lr_scale"], groups["router"]["weight_decay"]) == (16 / 32, 0)
     assert abs(model.blocks[0].mlp.experts.w_in.std() / (0.1 / math.sqrt(2)) - 1) < 0.03
+    assert mup_table(SMALL)["router"].std == 0.1 / math.sqrt(2)
 
 
 # Two processes, the model spread over them, each with half of a batch: the losses and gradients of one process with all of it.
@@ -323,8 +325,8 @@ def test_an_upcycled_checkpoint_computes_what_the_dense_one_did(tmp_path, capsys
     assert (MiniCPM.from_pretrained(tmp_path / "hf")(ids(2, 40)) - dense(ids(2, 40))).abs().max() < 1e-5
 
 
-def test_routers_are_drawn_with_a_variance_of_a_hundredth():
-    config = dataclasses.replace(DENSE, n_embd=512, num_experts=8)
+def test_routers_are_drawn_with_a_variance_of_a_hundredth_at_the_base_width():
+    config = dataclasses.replace(DENSE, n_embd=512, dim_model_base=512, num_experts=8)
     pairs = dict(upcycle.upcycled([("blocks.0.mlp.w_in.weight", torch.zeros(96, 512)), ("norm.weight", torch.ones(512))], config, 0))
     assert pairs.keys() == {"blocks.0.mlp.experts.w_in", "blocks.0.mlp.router.weight", "norm.weight"}
     assert pairs["blocks.0.mlp.router.weight"].var().item() == pytest.approx(0.01, rel=0.1)
