@@ -553,8 +553,8 @@ class MiniCPM(nn.Module):
             cos, sin = rope_tables(config, S, idx.device)                  # (S, D)
         else:
             cos, sin = cache.cos[S - T:S], cache.sin[S - T:S]              # (T, D)
-        if doc_ids is not None and cache is not None:
-            doc_ids = cache.add_doc_ids(doc_ids)                           # (B, S)
+        if cache is not None:
+            doc_ids = cache.add_doc_ids(doc_ids)                           # (B, S), or None
         flex = doc_ids is not None and self.numerics.flash and idx.device.type == "cuda"
         mask = ops.attention_mask(doc_ids, T, S, idx.device, flex)
 
@@ -662,9 +662,13 @@ class KVCache:
         return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
 
     def add_doc_ids(self, doc_ids):
-        """Append doc_ids (B, T). Returns all so far, (B, S)."""
-        if self.doc_ids is not None:
-            doc_ids = torch.cat((self.doc_ids, doc_ids), dim=1)
+        """Append doc_ids (B, T), or None if the input has no documents. Returns all so far, (B, S)
+        or None."""
+        if self.filled:
+            if (doc_ids is None) != (self.doc_ids is None):
+                raise BadInput("doc_ids: give them with every input to a cache, or with none")
+            if doc_ids is not None:
+                doc_ids = torch.cat((self.doc_ids, doc_ids), dim=1)
         self.doc_ids = doc_ids
         return self.doc_ids
 

@@ -248,6 +248,10 @@ def checks(found, settings):
 # residual stream in the same direction, so once training has begun it still grows a little with
 # depth. The paper searches for its constants with 8 layers and uses them with 40 and 52.
 #
+# A router of experts is a matrix whose input grows and whose output does not. Outside of the rules
+# its logits grow with the width: the wider the model, the surer its router is of its choice before
+# it has learned anything.
+#
 # Exercises
 # 1. `std=matrix.std * math.sqrt(m)`: use m ** 0.25. Which probe shows it first?
 # 2. `--steps=0,10,100`: does the power of "mlp" stay below 0.25?

@@ -263,6 +263,16 @@ def test_prefill_in_pieces_equals_one_forward():
         model(idx[:, :1], cache=cache)
 
 
+def test_a_cache_keeps_documents_apart_and_is_not_told_of_them_halfway():
+    model, idx, doc_ids = make(SMALL), ids(2, 20), torch.tensor([[1] * 9 + [2] * 11] * 2)
+    cache = KVCache(model.config, 2, 20, torch.float32, "cpu")
+    pieces = torch.cat([model(idx[:, part], doc_ids=doc_ids[:, part], cache=cache)
+                        for part in (slice(0, 7), slice(7, 19))], dim=1)
+    assert (pieces - model(idx, doc_ids=doc_ids)[:, :19]).abs().max() < 3e-5
+    with pytest.raises(BadInput, match="doc_ids: give them with every input"):
+        model(idx[:, 19:], cache=cache)
+
+
 def test_generation_stops_at_a_stop_token_per_row():
     model = make(SMALL).eval()
     free = list(zip(*[t.tolist() for t in model.generate([[1], [2]], 20, 1.0, seed=3)]))
