@@ -201,14 +201,14 @@ def mup_table(config):
     (tests/test_mup.py).
 
     The router is one: its input grows with the width, its output (one logit per expert) does not.
-    With a factor of 1 and one std at all widths its logits grow with width^0.83 in ten updates,
-    with the LR factor alone with width^0.66 (they begin with width^0.44), with both with
-    width^0.17 (widths 64 to 512, base 64). Wide routers were then sure of themselves before they
-    had learned anything. The paper states the variance 0.01 for its only width; it is init_std
-    squared, and read here as all init_stds are, before the division. Taken as the value at width
-    2304, the logits of a new router would have a std of 4.8 instead of 1.6. The router does not
-    decay: nothing should pull it to equal probabilities but the balance loss, which has a
-    coefficient of its own.
+    With one std and one learning rate at all widths its logits would be proportional to width^0.45
+    at the start and width^0.87 after ten updates, so wide routers would be sure of their choice
+    before they have learned anything; with the LR factor alone width^0.45 and width^0.58; with both
+    width^-0.05 and width^-0.03 (labs/mup_coordinates.py, widths 64 to 512). The paper states the
+    variance 0.01 for its only width. It is init_std squared, and read here as init_std is, before
+    the division: taken as the value at width 2304, the logits of a new router would have a std of
+    4.8 instead of 1.6. The router does not decay: nothing should pull it to equal probabilities but
+    the balance loss, which has a coefficient of its own.
 
     Decay is AdamW's: an update subtracts lr x LR factor x weight_decay of a weight, so the LR
     factor divides the decay of wide matrices too. To keep it the same at every width, multiply

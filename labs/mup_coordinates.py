@@ -105,19 +105,20 @@ def measure(model):
     block, seen = model.blocks[-1], {}
     modules = {"embedding": model.wte, "qkv": block.attn.wqkv, "attention": block.attn,
                "mlp": block.mlp, "residual": block}
-    if model.config.num_experts:
-        modules["experts"] = block.mlp.experts
-    else:
+    experts = block.mlp.experts if model.config.num_experts else None
+    if not experts:
         modules["gate and up"] = block.mlp.w_in
     hooks = [module.register_forward_hook(lambda *call, probe=probe: seen.update({probe: call[-1]}))
              for probe, module in modules.items()]
+    if experts:                                 # rows past the last expert's are not set
+        hooks.append(experts.register_forward_hook(
+            lambda _, given, y: seen.update(experts=y[:given[1][-1]])))
     seen["logits"] = model(text)
     for hook in hooks:
         hook.remove()
-    seen["residual"], routing = seen["residual"]
-    if model.config.num_experts:
-        seen["router"] = routing[0]             # a router returns (logits, chosen experts)
-        seen["mlp"] = seen["mlp"][0]
+    seen["residual"] = seen["residual"][0]      # a block returns (residual stream, routing)
+    if experts:
+        seen["mlp"], (seen["router"], _) = seen["mlp"]
     return {probe: y.float().abs().mean().item() for probe, y in seen.items()}
 
 
@@ -151,10 +152,12 @@ def probes(results):
 def steepest(results, settings):
     """Return (|power|, probe, step) of the probe that changes most with the size.
 
-    Without the logits: they are small at the start, and smaller the wider the model.
+    Without the logits: they are small at the start, and smaller the wider the model. A power that
+    is NaN, of a run that diverged, counts as infinite.
     """
-    return max((abs(power(results, probe, step)), probe, step)
-               for probe in probes(results) if probe != "logits" for step in settings.steps)
+    powers = {(probe, step): abs(power(results, probe, step))
+              for probe in probes(results) if probe != "logits" for step in settings.steps}
+    return max((np.nan_to_num(value, nan=np.inf), *where) for where, value in powers.items())
 
 
 def by_size(results, probe, step):

@@ -30,7 +30,7 @@ def activations(config, seed, learning_rate, steps=STEPS, text=(8, 129)):
     block = model.blocks[-1]
     probes = {"qkv": block.attn.wqkv, "attention out": block.attn, "mlp out": block.mlp, "residual": block}
     probes |= {"experts": block.mlp.experts} if config.num_experts else {"gate and up": block.mlp.w_in}
-    hooks = [module.register_forward_hook(lambda m, i, out, name=name: seen.__setitem__(name, out))
+    hooks = [module.register_forward_hook(lambda m, given, out, name=name: seen.__setitem__(name, out[:given[1][-1]] if name == "experts" else out))
              for name, module in probes.items()]
     result = {}
     for step in range(steps + 1):
