@@ -7,8 +7,9 @@ dim_model_base. How each kind of parameter is initialized and how fast it learns
 `mup_table`.
 
 Numerics, the same for one process and for many: parameters are float32 master weights, cast to the
-compute dtype for each product; the residual stream, norms, RoPE, softmax, logits and loss are
-float32.
+compute dtype for each product; the residual stream, norms, RoPE, softmax and loss are float32. So
+is everything computed from the logits; the logits themselves are a product in the compute dtype, so
+in bfloat16 each is rounded to 8 significant bits, as in the released code.
 
 Letters in shape comments: B samples, T tokens, S keys (cached ones included), C n_embd, H n_head, K
 n_kv_head, G = H / K, D head_dim, F n_ff, E num_experts, k num_experts_per_tok, L n_layer, V
@@ -26,7 +27,7 @@ import torch.nn.functional as F
 from configurator import BadInput, must_be_positive, must_not_be_negative
 from engine import ops
 
-ROUTER_STD = 0.1                        # paper section 7.3: a normal draw of variance 0.01
+ROUTER_STD = 0.1                        # at dim_model_base; paper section 7.3: variance 0.01
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class MiniCPMConfig:
     tie_word_embeddings: bool = True    # True: the output head is the embedding
     # ---- mixture of experts (paper section 7.3)
     num_experts: int = 0                # experts in every feed-forward (paper: 8); 0: dense
-    num_experts_per_tok: int = 2        # experts per token
+    num_experts_per_tok: int = 2        # experts per token; 1: as Switch Transformer (see MoE)
     balance_coef: float = 0.01          # weight of the load-balance loss (paper: 0.01)
     router_z_coef: float = 0.0          # weight of the z-loss, which keeps router logits small
     # ---- positions (paper section 7.2)
@@ -87,11 +88,20 @@ class MiniCPMConfig:
             problems += [f"--{name}={getattr(self, name)}: must be a multiple of 8 with experts, "
                          "for the grouped matrix product"
                          for name in ("n_embd", "n_ff") if getattr(self, name) % 8]
+        if self.rope_scaling == "dynamic" and self.head_size == 2:
+            problems.append("--head_dim=2: dynamic RoPE needs 4 or more (its base grows with the "
+                            "power D / (D - 2))")
         if self.rope_scaling == "longrope":
-            problems += [f"--{name}: longrope takes head_dim / 2 = {self.head_size // 2} numbers, "
-                         f"not {len(getattr(self, name))}"
-                         for name in ("rope_short_factor", "rope_long_factor")
-                         if len(getattr(self, name)) != self.head_size // 2]
+            for name in ("rope_short_factor", "rope_long_factor"):
+                factors = getattr(self, name)
+                if len(factors) != self.head_size // 2:
+                    problems.append(f"--{name}: longrope takes head_dim / 2 = "
+                                    f"{self.head_size // 2} numbers, not {len(factors)}")
+                elif min(factors) <= 0:
+                    problems.append(f"--{name}: all of its numbers must be above 0")
+            if self.original_length == 1:
+                problems.append("--original_max_position: longrope needs 2 or more (its attention "
+                                "factor is divided by the logarithm)")
         elif self.rope_short_factor or self.rope_long_factor:
             problems.append("--rope_short_factor, --rope_long_factor: only with "
                             "--rope_scaling=longrope")
@@ -107,6 +117,16 @@ class MiniCPMConfig:
     @property
     def head_size(self):
         return self.head_dim or self.n_embd // self.n_head
+
+    @property
+    def original_length(self):          # longrope's
+        return self.original_max_position or self.max_position
+
+    def rope_changes_within(self, length):
+        """Return whether shorter inputs are rotated otherwise than those of `length` tokens."""
+        if self.rope_scaling == "longrope":
+            return self.max_position <= self.original_length < length
+        return self.rope_scaling == "dynamic" and length > self.max_position
 
     @property
     def width_mult(self):  # 9 for the 2.4B: logits and matrix learning rates are divided by it
@@ -132,11 +152,15 @@ class MiniCPMConfig:
     def count_non_embedding(self, experts):
         """Return the number of parameters without embedding and head, counting so many experts per
         layer."""
+        return self.count_matrices(experts) + (2 * self.n_layer + 1) * self.n_embd  # and the norms
+
+    def count_matrices(self, experts):
+        """Return the number of weights that multiply vectors, without the head's."""
         attention = 2 * self.n_embd * self.head_size * (self.n_head + self.kv_heads)
         feed_forward = 3 * self.n_embd * self.n_ff
         if self.num_experts:
             feed_forward = experts * feed_forward + self.num_experts * self.n_embd  # and the router
-        return self.n_layer * (attention + feed_forward + 2 * self.n_embd) + self.n_embd
+        return self.n_layer * (attention + feed_forward)
 
     @property
     def n_params(self):                 # with the embedding, and the head if it is untied
@@ -144,10 +168,10 @@ class MiniCPMConfig:
         return self.n_params_non_embedding + tables * self.vocab_size * self.n_embd
 
     def flops_per_token(self, block_size):
-        """Return the FLOPs of forward and backward per token: 6 per active weight, head included,
-        plus attention's 12 n_layer n_head head_dim T (PaLM, appendix B: the causal mask is not
-        discounted)."""
-        weights = self.n_params_active + self.vocab_size * self.n_embd
+        """Return the FLOPs of forward and backward per token: 6 per active weight of a matrix, head
+        included (norms and the lookup of the embedding are not counted), plus attention's 12
+        n_layer n_head head_dim T (PaLM, appendix B: the causal mask is not discounted)."""
+        weights = self.count_matrices(self.num_experts_per_tok) + self.vocab_size * self.n_embd
         return 6 * weights + 12 * self.n_layer * self.n_head * self.head_size * block_size
 
 
@@ -163,18 +187,32 @@ class Role:
 def mup_table(config):
     """Return {role: Role}. Forward scales act where the tensors are used, in MiniCPM and Block.
 
-    | role      | forward scale           | init std                    | LR factor      | decay |
-    |-----------|-------------------------|-----------------------------|----------------|-------|
-    | embedding | output x scale_emb      | embd_init_std               | 1              | no    |
-    | head      | logits / width_mult     | init_std (tied: embedding)  | 1              | no    |
-    | matrix    | branch x residual_scale | init_std / sqrt(width_mult) | 1 / width_mult | yes   |
-    | experts   | as matrix               | as matrix                   | 1 / width_mult | yes   |
-    | router    | 1                       | ROUTER_STD                  | 1              | no    |
-    | norm      | 1                       | ones                        | 1              | no    |
+    | role      | forward scale           | init std                      | LR factor      | decay |
+    |-----------|-------------------------|-------------------------------|----------------|-------|
+    | embedding | output x scale_emb      | embd_init_std                 | 1              | no    |
+    | head      | logits / width_mult     | init_std (tied: embedding)    | 1              | no    |
+    | matrix    | branch x residual_scale | init_std / sqrt(width_mult)   | 1 / width_mult | yes   |
+    | experts   | as matrix               | as matrix                     | 1 / width_mult | yes   |
+    | router    | 1                       | ROUTER_STD / sqrt(width_mult) | 1 / width_mult | no    |
+    | norm      | 1                       | ones                          | 1              | no    |
 
     The paper leaves open whether the tied embedding is one of its "2-D tensors". Here it is not:
     both rules transfer the learning rate, but only this one keeps activations equal across widths
     (tests/test_mup.py).
+
+    The router is one: its input grows with the width, its output (one logit per expert) does not.
+    With one std and one learning rate at all widths its logits would be proportional to width^0.45
+    at the start and width^0.87 after ten updates, so wide routers would be sure of their choice
+    before they have learned anything; with the LR factor alone width^0.45 and width^0.58; with both
+    width^-0.05 and width^-0.03 (labs/mup_coordinates.py, widths 64 to 512). The paper states the
+    variance 0.01 for its only width. It is init_std squared, and read here as init_std is, before
+    the division: taken as the value at width 2304, the logits of a new router would have a std of
+    4.8 instead of 1.6. The router does not decay: nothing should pull it to equal probabilities but
+    the balance loss, which has a coefficient of its own.
+
+    Decay is AdamW's: an update subtracts lr x LR factor x weight_decay of a weight, so the LR
+    factor divides the decay of wide matrices too. To keep it the same at every width, multiply
+    weight_decay by width_mult.
     """
     std = config.init_std or (0.1 if config.mup else 0.02)
     matrix_std = std / math.sqrt(config.width_mult)
@@ -184,7 +222,7 @@ def mup_table(config):
         "head": Role(std, 1.0, False),
         "matrix": Role(matrix_std, matrix_lr, True),
         "experts": Role(matrix_std, matrix_lr, True),
-        "router": Role(ROUTER_STD, 1.0, False),
+        "router": Role(ROUTER_STD / math.sqrt(config.width_mult), matrix_lr, False),
         "norm": Role(0.0, 1.0, False),
     }
 
@@ -289,12 +327,16 @@ def rope_tables(config, length, device):
     Both are (length, D) float32; see rotate. The forms of rope_scaling:
 
     dynamic   NTK-aware (paper section 7.2): past max_position the base grows with the current
-              length. The tables then depend on `length` at every position, so a cache must keep
-              keys unrotated. Some runtimes keep the larger base after a long input; this does
-              not.
+              length. Some runtimes keep the larger base after a long input; this does not.
     longrope  as MiniCPM4's released code: the long factors if max_position exceeds
-              original_max_position, however short the input is. transformers' LongRoPE chooses by
-              the current length instead.
+              original_max_position, however short the input is; else if the input does.
+              transformers' LongRoPE chooses by the current length alone. The attention factor is
+              1 if max_position does not exceed original_max_position (transformers' rule).
+
+    If rope_changes_within(length), the tables depend on `length` at every position. It is the
+    length of the whole batch, so what shares a forward pass is rotated alike: the documents of a
+    packed row by the row's length, the rows of a batch by the longest one's. A document alone would
+    then give other logits (up to the limit it would not).
     """
     D, theta, scale = config.head_size, config.rope_theta, 1.0
     if config.rope_scaling == "dynamic":
@@ -305,11 +347,12 @@ def rope_tables(config, length, device):
     if config.rope_scaling == "linear":
         frequencies = frequencies / config.rope_factor
     if config.rope_scaling == "longrope":
-        original = config.original_max_position or config.max_position
+        original = config.original_length
         extended = max(length, config.max_position) > original
         factors = config.rope_long_factor if extended else config.rope_short_factor
         frequencies = frequencies / torch.tensor(factors, dtype=torch.float32, device=device)
-        scale = math.sqrt(1 + math.log(config.max_position / original) / math.log(original))
+        growth = max(1, config.max_position / original)
+        scale = math.sqrt(1 + math.log(growth) / math.log(original))
     positions = torch.arange(length, dtype=torch.float32, device=device)
     angles = torch.outer(positions, frequencies)                           # (T, D/2)
     cos, sin = angles.cos() * scale, angles.sin() * scale
@@ -383,10 +426,11 @@ class Experts(nn.Module):
 
 class MoE(nn.Module):
     """y = sum of the k most probable experts' outputs, weighted by their renormalized probabilities
-    (paper section 7.3).
+    (paper section 7.3). For k = 1 the weight is the probability itself, as in Switch Transformer:
+    renormalized it would be 1 whatever the router says, which then learns nothing from the loss.
 
     No token is dropped. The router's weight is rounded to the compute dtype (see RMSNorm), its
-    logits are float32.
+    logits are computed in float32.
     """
 
     def __init__(self, config):
@@ -400,7 +444,8 @@ class MoE(nn.Module):
         the router."""
         logits = F.linear(x.float(), self.router.weight.to(x.dtype).float())
         weight, expert = logits.softmax(-1).topk(self.k)                   # (B, T, k) each
-        weight = weight / weight.sum(-1, keepdim=True)
+        if self.k > 1:
+            weight = weight / weight.sum(-1, keepdim=True)
         y = ops.apply_experts(x, expert, len(self.router.weight), self.experts)  # (B, T, k, C)
         return (y.float() * weight[..., None]).sum(2), (logits, expert)
 
@@ -411,8 +456,10 @@ def routing_metrics(config, logits, expert):
 
     balance_loss    balance_coef * sum over layers of E * sum_e f_e P_e (Switch Transformer,
                     equation 4; 1 per layer if balanced): f_e is the share of the (token, choice)
-                    pairs that expert e received, P_e its mean probability, both over one sequence.
-                    Averaged over sequences, so micro-batches do not change it
+                    pairs that expert e received, P_e its mean probability. Here both are taken over
+                    one sequence, and the sum is averaged over sequences, so micro-batches do not
+                    change it. Switch takes both over the batch; this is stricter, because each
+                    sequence must use all experts, not only the batch as a whole
     z_loss          router_z_coef * sum over layers of mean(logsumexp(logits)^2) (ST-MoE, equation
                     5); absent at 0
     expert_load     (L, E) share of the pairs, without gradient
@@ -477,6 +524,8 @@ class MiniCPM(nn.Module):
     def forward(self, idx, targets=None, doc_ids=None, cache=None):
         """idx (B, T) int64 -> logits (B, T, V) float32, or with targets (B, T) -> (nll, aux).
 
+        logits   a product in the compute dtype: in bfloat16 they are float32 numbers that were
+                 rounded to bfloat16. The loss and generation use the same
         nll      (B, T) float32 in nats, 0 if the target is -100; the logits of a large vocabulary
                  are never all held
         aux      routing_metrics of a model with experts while gradients are enabled, else empty
@@ -504,8 +553,8 @@ class MiniCPM(nn.Module):
             cos, sin = rope_tables(config, S, idx.device)                  # (S, D)
         else:
             cos, sin = cache.cos[S - T:S], cache.sin[S - T:S]              # (T, D)
-        if doc_ids is not None and cache is not None:
-            doc_ids = cache.add_doc_ids(doc_ids)                           # (B, S)
+        if cache is not None:
+            doc_ids = cache.add_doc_ids(doc_ids)                           # (B, S), or None
         flex = doc_ids is not None and self.numerics.flash and idx.device.type == "cuda"
         mask = ops.attention_mask(doc_ids, T, S, idx.device, flex)
 
@@ -525,7 +574,8 @@ class MiniCPM(nn.Module):
         the CPU.
 
         Each row draws from its own generator (seed + row) and is independent of the others: shorter
-        prompts are padded on the left with a document of their own. A row that has produced one of
+        prompts are padded on the left with a document of their own. (Not past the length at which
+        RoPE changes: it goes by the longest row, see rope_tables.) A row that has produced one of
         stop_ids repeats it until all rows have. never_ids are never drawn (the token that opens a
         document), unless they are in stop_ids too. use_cache=False computes everything again for
         every token: the slow reference.
@@ -589,9 +639,10 @@ class MiniCPM(nn.Module):
 class KVCache:
     """Keys and values of all layers, allocated once for `length` tokens and filled from the left.
 
-    With dynamic RoPE the keys are kept unrotated, because their rotation depends on the current
-    length. Past max_position the cache is then no longer exactly the plain forward: deeper layers
-    saw earlier tokens at an earlier base.
+    If RoPE changes within `length` (dynamic, or longrope without an extended max_position), the
+    keys are kept unrotated, because their rotation depends on the current length. Past the length
+    at which it changes, the cache is then no longer exactly the plain forward: deeper layers saw
+    earlier tokens at an earlier base.
     """
 
     def __init__(self, config, batch, length, dtype, device):
@@ -599,7 +650,7 @@ class KVCache:
         self.k, self.v = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
         self.filled = 0
         self.doc_ids = None             # (B, filled), if the input has documents
-        self.keeps_unrotated = config.rope_scaling == "dynamic"
+        self.keeps_unrotated = config.rope_changes_within(length)
         self.cos, self.sin = rope_tables(config, length, device)
 
     def update(self, layer, k, v):
@@ -611,9 +662,13 @@ class KVCache:
         return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
 
     def add_doc_ids(self, doc_ids):
-        """Append doc_ids (B, T). Returns all so far, (B, S)."""
-        if self.doc_ids is not None:
-            doc_ids = torch.cat((self.doc_ids, doc_ids), dim=1)
+        """Append doc_ids (B, T), or None if the input has no documents. Returns all so far, (B, S)
+        or None."""
+        if self.filled:
+            if (doc_ids is None) != (self.doc_ids is None):
+                raise BadInput("doc_ids: give them with every input to a cache, or with none")
+            if doc_ids is not None:
+                doc_ids = torch.cat((self.doc_ids, doc_ids), dim=1)
         self.doc_ids = doc_ids
         return self.doc_ids
 
@@ -622,8 +677,8 @@ def sample_next(logits, uniform, temperature, top_k=None, top_p=None):
     """Draw one token per row. logits (B, V), uniform (B,) in [0, 1) -> (B,) ids. Temperature 0
     takes the largest logit.
 
-    top_k keeps the k likeliest tokens; then top_p keeps the fewest tokens whose probability reaches
-    top_p.
+    top_k keeps the k likeliest tokens; then top_p (above 0) keeps the fewest tokens whose
+    probability reaches top_p.
     """
     if temperature == 0:
         return logits.argmax(-1)

@@ -103,7 +103,7 @@ def cross_entropy(hidden, weight, targets):
     vocabulary.
 
     hidden (N, C), weight (V, C), targets (N,) int64 -> (N,) float32 in nats, 0 if the target is
-    -100.
+    -100. The logits are a product in the dtype of hidden; all that follows is float32.
     """
     if len(hidden) * len(weight) <= MAX_LOGITS:
         logits = F.linear(hidden, weight.to(hidden.dtype)).float()         # (N, V)

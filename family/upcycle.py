@@ -53,7 +53,7 @@ class UpcycleConfig:
     ckpt: str = "out/laptop"            # dense model: run folder, checkpoint, or released folder
     out: str = "out/laptop-moe-start"   # run folder to write the result to, as its step 0
     num_experts: int = 8                # experts per layer
-    num_experts_per_tok: int = 2        # experts that each token goes through
+    num_experts_per_tok: int = 2        # experts that each token goes through; not 1 (see MoE)
     seed: int = 1337                    # of the routers
     overwrite: bool = False             # replace what an earlier upcycling wrote to --out
 
@@ -79,6 +79,9 @@ def expert_config(options, dense, source):
                      num_experts_per_tok=options.num_experts_per_tok)
     if config.problems():
         raise BadInput(*config.problems())
+    if config.num_experts > config.num_experts_per_tok == 1:
+        raise BadInput("--num_experts_per_tok=1: a single expert is weighted by its probability, "
+                       "so the model would not compute what the dense one does; take 2 or more")
     return config
 
 

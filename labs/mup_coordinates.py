@@ -8,7 +8,7 @@ Claim       Under the rules of table 7 every activation has the same size at eve
 Write down  before you run it: the entries of a matrix are drawn with the same standard deviation
             at every width n. With which power of n does its output grow? An update by Adam changes
             every entry by about the learning rate: with which power does that change grow?
-Command     python -m labs.mup_coordinates          two minutes; --quick=True: a test of seconds
+Command     python -m labs.mup_coordinates          five minutes; --quick=True: a test of seconds
 
 This is a coordinate check. Models of several widths make a few updates, then the mean |activation|
 on one fixed text is measured at several places. On logarithmic axes its slope over the width is the
@@ -30,9 +30,12 @@ from labs.runs import Check
 
 BASE = 64                       # dim_model_base of config/lab.py: there all factors are 1
 DEPTH = 4                       # layers of the models of several widths
-HIDDEN = ("embedding", "qkv", "attention", "gate and up", "mlp", "residual")    # of the last block
+EXPERTS = 8                     # of the rules that begin with "experts"; two per token
+# Probes of the last block. "router": its logits; with experts there is no "gate and up".
+PROBES = ("embedding", "qkv", "attention", "gate and up", "mlp", "residual", "logits", "router",
+          "experts")
 RULES = ("muP", "standard", "no init rule", "no learning-rate rule", "no logits rule",
-         "embedding as a matrix")
+         "embedding as a matrix", "experts, muP", "experts, no router rules")
 
 
 @dataclass
@@ -67,6 +70,9 @@ def table_without(rule, config):
     if rule == "embedding as a matrix":
         std = embedding.std / math.sqrt(m)
         table["embedding"] = dataclasses.replace(embedding, std=std, lr=1 / m)
+    if rule == "experts, no router rules":
+        router = table["router"]
+        table["router"] = dataclasses.replace(router, std=router.std * math.sqrt(m), lr=1.0)
     return table
 
 
@@ -77,6 +83,7 @@ def activations(rule, width, depth, seed, steps):
         "config/lab.py", **runs.shape(width), n_layer=depth, seed=seed, batch_size=8,
         max_steps=max(steps), schedule="constant", warmup_steps=0, mup=not standard,
         learning_rate=0.001 if standard else 0.01,
+        num_experts=EXPERTS if rule.startswith("experts") else 0,
         dim_model_base=width if rule == "no logits rule" else BASE)
     if rule == "no depth rule":
         for block in model.blocks:
@@ -96,13 +103,22 @@ def measure(model):
     """Return {probe: mean |activation|} on a fixed text."""
     text = torch.tensor(list((ROOT / "LICENSE").read_bytes()[:8 * 128])).view(8, 128)
     block, seen = model.blocks[-1], {}
-    modules = (model.wte, block.attn.wqkv, block.attn, block.mlp.w_in, block.mlp, block)
+    modules = {"embedding": model.wte, "qkv": block.attn.wqkv, "attention": block.attn,
+               "mlp": block.mlp, "residual": block}
+    experts = block.mlp.experts if model.config.num_experts else None
+    if not experts:
+        modules["gate and up"] = block.mlp.w_in
     hooks = [module.register_forward_hook(lambda *call, probe=probe: seen.update({probe: call[-1]}))
-             for probe, module in zip(HIDDEN, modules)]
+             for probe, module in modules.items()]
+    if experts:                                 # rows past the last expert's are not set
+        hooks.append(experts.register_forward_hook(
+            lambda _, given, y: seen.update(experts=y[:given[1][-1]])))
     seen["logits"] = model(text)
     for hook in hooks:
         hook.remove()
     seen["residual"] = seen["residual"][0]      # a block returns (residual stream, routing)
+    if experts:
+        seen["mlp"], (seen["router"], _) = seen["mlp"]
     return {probe: y.float().abs().mean().item() for probe, y in seen.items()}
 
 
@@ -127,6 +143,23 @@ def experiment(settings, config):
     return found, stale
 
 
+def probes(results):
+    """Return the PROBES that these models have."""
+    measured = next(iter(results.values()))["0"]
+    return [probe for probe in PROBES if probe in measured]
+
+
+def steepest(results, settings):
+    """Return (|power|, probe, step) of the probe that changes most with the size.
+
+    Without the logits: they are small at the start, and smaller the wider the model. A power that
+    is NaN, of a run that diverged, counts as infinite.
+    """
+    powers = {(probe, step): abs(power(results, probe, step))
+              for probe in probes(results) if probe != "logits" for step in settings.steps}
+    return max((np.nan_to_num(value, nan=np.inf), *where) for where, value in powers.items())
+
+
 def by_size(results, probe, step):
     """Return (sizes, array (seeds, sizes)) of a probe. results: {(size, seed): activations}"""
     sizes, seeds = (sorted(set(values)) for values in zip(*results))
@@ -145,13 +178,13 @@ def power(results, probe, step):
 def draw(found, settings):
     step = settings.steps[-1]
     figure, axes = runs.figure(
-        2, 4, f"mean |activation| after {step} updates, relative to the smallest size")
+        2, 5, f"mean |activation| after {step} updates, relative to the smallest size")
+    styles = dict(zip(PROBES, runs.STYLES)) | {"experts": runs.STYLES[PROBES.index("gate and up")]}
     for ax, ((kind, rule), results) in zip(axes.flat, found.items()):
-        probes = (*HIDDEN, "logits") if kind == "width" else ("residual",)
-        for style, probe in zip(runs.STYLES, probes):
+        for probe in probes(results) if kind == "width" else ["residual"]:
             sizes, values = by_size(results, probe, step)
-            label = probe if rule == "muP" else None
-            runs.curve(ax, sizes, values / values[:, :1], style, label=label)
+            label = probe if rule.endswith("muP") else None
+            runs.curve(ax, sizes, values / values[:, :1], styles[probe], label=label)
         if kind == "width":
             ax.set(xlabel="width", title=rule, ylim=(0.2, 1500))
         else:
@@ -165,9 +198,11 @@ def draw(found, settings):
 # %% The checks
 
 def checks(found, settings):
-    last, mup = settings.steps[-1], found["width", "muP"]
-    worst, probe, step = max((abs(power(mup, probe, step)), probe, step)
-                             for probe in HIDDEN for step in settings.steps)
+    last = settings.steps[-1]
+    worst, probe, step = steepest(found["width", "muP"], settings)
+    of_experts = steepest(found["width", "experts, muP"], settings)
+    router, router_outside = (power(found["width", rule], "router", last)
+                              for rule in ("experts, muP", "experts, no router rules"))
     control = {probe: power(found["width", "standard"], probe, 0)
                for probe in ("qkv", "gate and up", "mlp")}
     init = power(found["width", "no init rule"], "mlp", 0)
@@ -191,6 +226,13 @@ def checks(found, settings):
         Check("without the logits rule the logits grow, with it they do not",
               f"{logits:.2f} and {mup_logits:.2f} after {last}", "-",
               logits > 0.4 > abs(mup_logits)),
+        Check("muP with experts: no hidden activation grows or shrinks with the width, the "
+              "router's logits included",
+              "steepest power {:.2f} ({}, after {})".format(*of_experts), "0",
+              of_experts[0] < 0.25),
+        Check("without the router's rules its logits grow, with them they do not",
+              f"{router_outside:.2f} and {router:.2f} after {last}", "-",
+              router_outside > 0.4 > abs(router)),
         Check("a tied embedding scaled like a matrix shrinks",
               f"{embedding:.2f} after {last}", "-", embedding < -0.4),
         Check("the residual stream starts equally large at every depth, but not without "
@@ -208,6 +250,10 @@ def checks(found, settings):
 # the square root of the depth, but not its learning rate. The updates of all blocks push the
 # residual stream in the same direction, so once training has begun it still grows a little with
 # depth. The paper searches for its constants with 8 layers and uses them with 40 and 52.
+#
+# A router of experts is a matrix whose input grows and whose output does not. Outside of the rules
+# its logits grow with the width: the wider the model, the surer its router is of its choice before
+# it has learned anything.
 #
 # Exercises
 # 1. `std=matrix.std * math.sqrt(m)`: use m ** 0.25. Which probe shows it first?

@@ -160,7 +160,7 @@ def test_the_coordinate_check_runs_quickly_and_tells_a_rule_that_is_off(tmp_path
     monkeypatch.setattr(runs, "path", lambda lab, kind, config: tmp_path / f"{lab}.{kind}.png")
     mup_coordinates.main(["--quick=True", "--workers=1"])
     said = capsys.readouterr().out
-    assert said.count("holds    |") + said.count("DOES NOT |") == 8 and (tmp_path / "mup_coordinates.figures.png").stat().st_size > 10_000
+    assert said.count("holds    |") + said.count("DOES NOT |") == 10 and (tmp_path / "mup_coordinates.figures.png").stat().st_size > 10_000
     assert "holds    | standard: they grow from the start" in said and "holds    | without the learning-rate rule" in said
     assert "--widht: unknown option" in error_of(mup_coordinates, ["--widht=64"], capsys)
 

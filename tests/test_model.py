@@ -6,7 +6,7 @@ import torch
 
 from configurator import BadInput
 from engine import ops
-from model import KVCache, MiniCPM, MiniCPMConfig, init_weights, sample_next
+from model import KVCache, MiniCPM, MiniCPMConfig, init_weights, rope_tables, sample_next
 
 SMALL = MiniCPMConfig(vocab_size=97, n_layer=2, n_head=4, n_kv_head=2, n_embd=64, n_ff=96, max_position=32)
 
@@ -90,6 +90,39 @@ def test_longrope_short_factors_within_the_original_length():
     assert (model(ids(1, 20)) - theirs(ids(1, 20)).logits).abs().max() < 1e-4
 
 
+def longrope(max_position, original, **changes):
+    return dataclasses.replace(
+        SMALL, rope_scaling="longrope", max_position=max_position, original_max_position=original,
+        rope_short_factor=tuple(1 + 0.5 * i for i in range(8)), rope_long_factor=(9.0,) * 8,
+        **changes)
+
+
+@pytest.mark.parametrize("max_position, original", [(16, 32), (32, 32)])
+def test_longrope_below_the_original_length_has_an_attention_factor_of_one(max_position, original):
+    """max_position 16 of 32 made every cosine smaller than 1, where transformers' are not."""
+    config = longrope(max_position, original)
+    rope = {"rope_type": "longrope", "short_factor": list(config.rope_short_factor),
+            "long_factor": list(config.rope_long_factor), "factor": max_position / original,
+            "original_max_position_embeddings": original}
+    model, theirs = make(config), granite(config, rope)
+    theirs.load_state_dict({name: p.detach()[part].clone()
+                            for name, (p, part) in granite_names(model).items()}, strict=False)
+    for length in (20, 40):                             # short factors, and long ones
+        found = model(ids(1, length)) - theirs(ids(1, length)).logits
+        assert found.abs().max() < 1e-4
+    assert rope_tables(config, 4, "cpu")[0][0].tolist() == [1.0] * 16
+
+
+def test_impossible_rope_is_refused_by_name():
+    wrong = {"--original_max_position: longrope needs 2": longrope(32, 1),
+             "--rope_short_factor: all of its numbers": dataclasses.replace(
+                 longrope(32, 16), rope_short_factor=(0.0,) * 8),
+             "--head_dim=2: dynamic RoPE needs 4": dataclasses.replace(
+                 SMALL, head_dim=2, rope_scaling="dynamic")}
+    for said, config in wrong.items():
+        assert [line[:len(said)] for line in config.problems()] == [said]
+
+
 # ---- counts: the nine sizes of the paper
 
 SIZES = {  # n_layer, n_head, n_kv_head, n_embd, n_ff -> N without the embedding
@@ -117,8 +150,11 @@ def test_configs_of_the_paper_have_its_sizes():
 
 def test_flops_are_six_per_weight_plus_attention():
     config = SMALL
-    weights = sum(p.numel() for p in make(config).parameters())
+    weights = sum(p.numel() for p in make(config).parameters() if p.dim() == 2)  # no norms
     assert config.flops_per_token(128) == 6 * weights + 12 * 2 * 64 * 128
+    experts = dataclasses.replace(config, num_experts=4, num_experts_per_tok=2)
+    more = 2 * (3 * 64 * 96 + 4 * 64)                   # another feed-forward, and the router
+    assert experts.flops_per_token(128) == config.flops_per_token(128) + 6 * more
 
 
 # ---- the loss
@@ -186,15 +222,27 @@ def test_cache_gives_the_tokens_of_the_plain_forward(form, length, temperature):
     assert cached == plain and len({tuple(row) for row in zip(*cached)}) == len(prompts)
 
 
-def test_dynamic_cache_rotates_all_keys_at_the_current_length():
-    """Past max_position the base grows with every token. In one layer a cache of unrotated keys is then exact; deeper
-    layers saw the earlier tokens at an earlier base, which no cache can undo."""
-    model = make(dataclasses.replace(SMALL, n_layer=1, **ROPE_FORMS["dynamic"][0]))
+@pytest.mark.parametrize("form", ["dynamic", "longrope"])
+def test_the_cache_rotates_all_keys_at_the_current_length(form):
+    """Past the limit (32) RoPE changes with the length. In one layer a cache of unrotated keys is
+    then exact; deeper layers saw the earlier tokens otherwise, which no cache can undo."""
+    changes = ROPE_FORMS["dynamic"][0]
+    model = make(dataclasses.replace(SMALL, n_layer=1, **changes) if form == "dynamic"
+                 else longrope(32, None, n_layer=1))
     idx, cache = ids(2, 60), KVCache(model.config, 2, 60, torch.float32, "cpu")
     for t in range(60):
         step = model(idx[:, t:t + 1], cache=cache)
         if t in (20, 31, 32, 45, 59):
             assert (step[:, 0] - model(idx[:, :t + 1])[:, -1]).abs().max() < 1e-4
+
+
+def test_a_cache_with_room_beyond_the_original_length_is_exact_up_to_it():
+    """The room of a cache says nothing of the input: the long factors wait until it is used."""
+    model, idx = make(longrope(16, 32)), ids(2, 32)
+    cache = KVCache(model.config, 2, 64, torch.float32, "cpu")
+    pieces = torch.cat([model(part, cache=cache) for part in idx.split((20, 1, 11), dim=1)], dim=1)
+    assert (pieces - model(idx)).abs().max() < 3e-5
+    assert not KVCache(model.config, 2, 32, torch.float32, "cpu").keeps_unrotated   # no need to
 
 
 def test_a_row_of_a_batch_is_the_row_alone():
@@ -213,6 +261,16 @@ def test_prefill_in_pieces_equals_one_forward():
     assert (pieces - model(idx)).abs().max() < 3e-5
     with pytest.raises(BadInput, match="cache holds 20"):
         model(idx[:, :1], cache=cache)
+
+
+def test_a_cache_keeps_documents_apart_and_is_not_told_of_them_halfway():
+    model, idx, doc_ids = make(SMALL), ids(2, 20), torch.tensor([[1] * 9 + [2] * 11] * 2)
+    cache = KVCache(model.config, 2, 20, torch.float32, "cpu")
+    pieces = torch.cat([model(idx[:, part], doc_ids=doc_ids[:, part], cache=cache)
+                        for part in (slice(0, 7), slice(7, 19))], dim=1)
+    assert (pieces - model(idx, doc_ids=doc_ids)[:, :19]).abs().max() < 3e-5
+    with pytest.raises(BadInput, match="doc_ids: give them with every input"):
+        model(idx[:, 19:], cache=cache)
 
 
 def test_generation_stops_at_a_stop_token_per_row():

@@ -21,6 +21,7 @@ from model import (
     MoE,
     SwiGLU,
     init_weights,
+    mup_table,
     optimizer_groups,
     routing_metrics,
 )
@@ -61,7 +62,7 @@ def looped(moe, x):
         p = (moe.router.weight.to(x.dtype).float() @ row.float()).softmax(0)
         weight, expert = p.topk(moe.k)
         y = 0
-        for w, e in zip(weight / weight.sum(), expert):
+        for w, e in zip(weight / weight.sum() if moe.k > 1 else weight, expert):
             gate, up = (moe.experts.w_in[e].to(x.dtype) @ row).chunk(2)
             y = y + w * (moe.experts.w_out[e].to(x.dtype) @ (F.silu(gate) * up)).float()
         out.append(y)
@@ -100,6 +101,14 @@ def test_rows_are_laid_out_by_expert_in_few_sizes():
     assert row.tolist() == [4, 0, 5, 6, 1] and ends.tolist() == [4, 4, 8] and ends.dtype == torch.int32
     assert pair.tolist() == [1, 4, 5, 5, 0, 2, 3] + 7 * [5]
     assert [t.tolist() for t in rows_by_expert(expert, 3, 1)] == [[2, 0, 3, 4, 1], [1, 4, 0, 2, 3], [2, 2, 5]]
+
+
+def test_one_expert_per_token_is_weighted_by_its_probability_so_its_router_learns():
+    """Renormalized, the weight would be 1 and the router's gradient from the loss 0."""
+    model = make(dataclasses.replace(SMALL, num_experts_per_tok=1, balance_coef=0, router_z_coef=0))
+    of_loss = gradients(model, whole_nll(model, ids(2, 16), ids(2, 16, seed=1)))
+    assert all(of_loss[f"blocks.{i}.mlp.router.weight"].abs().max() > 1e-4 for i in range(2))
+    assert of_loss["blocks.0.mlp.experts.w_out"].abs().max() > 1e-4
 
 
 def test_equal_experts_are_the_dense_layer():
@@ -211,8 +220,9 @@ def test_roles_of_experts_and_router():
     assert set(groups) == {"embedding", "matrix", "experts", "router", "norm"}
     assert sum(len(group["params"]) for group in groups.values()) == len(list(model.parameters()))
     assert (groups["experts"]["lr_scale"], groups["experts"]["weight_decay"]) == (16 / 32, 0.1)
-    assert (groups["router"]["lr_scale"], groups["router"]["weight_decay"]) == (1, 0)
+    assert (groups["router"]["lr_scale"], groups["router"]["weight_decay"]) == (16 / 32, 0)
     assert abs(model.blocks[0].mlp.experts.w_in.std() / (0.1 / math.sqrt(2)) - 1) < 0.03
+    assert mup_table(SMALL)["router"].std == 0.1 / math.sqrt(2)
 
 
 # Two processes, the model spread over them, each with half of a batch: the losses and gradients of one process with all of it.
@@ -315,8 +325,8 @@ def test_an_upcycled_checkpoint_computes_what_the_dense_one_did(tmp_path, capsys
     assert (MiniCPM.from_pretrained(tmp_path / "hf")(ids(2, 40)) - dense(ids(2, 40))).abs().max() < 1e-5
 
 
-def test_routers_are_drawn_with_a_variance_of_a_hundredth():
-    config = dataclasses.replace(DENSE, n_embd=512, num_experts=8)
+def test_routers_are_drawn_with_a_variance_of_a_hundredth_at_the_base_width():
+    config = dataclasses.replace(DENSE, n_embd=512, dim_model_base=512, num_experts=8)
     pairs = dict(upcycle.upcycled([("blocks.0.mlp.w_in.weight", torch.zeros(96, 512)), ("norm.weight", torch.ones(512))], config, 0))
     assert pairs.keys() == {"blocks.0.mlp.experts.w_in", "blocks.0.mlp.router.weight", "norm.weight"}
     assert pairs["blocks.0.mlp.router.weight"].var().item() == pytest.approx(0.01, rel=0.1)
@@ -332,6 +342,21 @@ def test_a_released_folder_is_upcycled(form, tmp_path):
     moe = MiniCPM.from_pretrained(tmp_path / "moe", dtype=torch.float32)
     assert (moe(ids(2, 40)) - dense.float()(ids(2, 40))).abs().max() < 1e-5
     assert json.loads((tmp_path / "moe" / "step-00000000" / "meta.json").read_text())["upcycled"]["from"] == str(tmp_path / "hf")
+
+
+def test_one_expert_per_token_is_neither_exported_nor_imported(tmp_path, capsys):
+    """Other runtimes weight it by 1."""
+    one = dataclasses.replace(SMALL, num_experts_per_tok=1)
+    source = save(tmp_path / "one", make(one))
+    for form in ("granite", "minicpm"):
+        with pytest.raises(SystemExit):
+            convert.main([f"--ckpt={source}", f"--to_hf={tmp_path / 'hf'}", f"--form={form}"])
+        assert "num_experts_per_tok=1" in capsys.readouterr().err and not (tmp_path / "hf").exists()
+    convert.main([f"--ckpt={save(tmp_path / 'two', make(SMALL))}", f"--to_hf={tmp_path / 'two-hf'}"])
+    file = tmp_path / "two-hf" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"num_experts_per_tok": 1}))
+    with pytest.raises(BadInput, match="num_experts_per_tok=1: its expert counts fully there"):
+        MiniCPM.from_pretrained(file.parent)
 
 
 def test_of_a_run_the_last_stable_checkpoint_is_taken(tmp_path, capsys):
@@ -353,6 +378,8 @@ def test_what_can_not_be_upcycled(tmp_path, capsys):
     assert "--num_experts_per_tok=9: must be from 1 to --num_experts=8" in refused(capsys, f"--ckpt={source}", f"--out={out}",
                                                                                    "--num_experts_per_tok=9")
     assert "--num_experts=0" in refused(capsys, f"--ckpt={source}", f"--out={out}", "--num_experts=0")
+    assert "would not compute what the dense one does" in refused(
+        capsys, f"--ckpt={source}", f"--out={out}", "--num_experts_per_tok=1")
     assert "no such checkpoint" in refused(capsys, f"--ckpt={tmp_path / 'nothing'}", f"--out={out}")
     odd = save(tmp_path / "odd", make(dataclasses.replace(DENSE, n_ff=50)))
     assert "--n_ff=50" in refused(capsys, f"--ckpt={odd}", f"--out={out}")

@@ -17,26 +17,32 @@ def config_of(width, **changes):
                             **changes})
 
 
-def activations(config, seed, learning_rate):
-    """Mean |activation| of each probe after STEPS updates on one batch, and at step 0: {(probe, step): value}."""
+def activations(config, seed, learning_rate, steps=STEPS, text=(8, 129)):
+    """Mean |activation| of each probe on one batch at the start, after one update and after all: {(probe, step): value}."""
     torch.manual_seed(seed)
     model = MiniCPM(config)
     init_weights(model, seed)
     optimizer = torch.optim.AdamW(optimizer_groups(model, 0.1), betas=(0.9, 0.95))
     for group in optimizer.param_groups:
         group["lr"] = learning_rate * group["lr_scale"]
-    idx = torch.tensor(list((ROOT / "LICENSE").read_bytes()[:8 * 129])).view(8, 129)       # real text, as bytes
+    idx = torch.tensor(list((ROOT / "LICENSE").read_bytes()[:math.prod(text)])).view(text)  # real text, as bytes
     seen = {}
     block = model.blocks[-1]
-    probes = {"qkv": block.attn.wqkv, "attention out": block.attn, "gate and up": block.mlp.w_in, "mlp out": block.mlp, "residual": block}
-    hooks = [module.register_forward_hook(lambda m, i, out, name=name: seen.__setitem__(name, (out[0] if m is block else out).abs().mean().item()))
+    probes = {"qkv": block.attn.wqkv, "attention out": block.attn, "mlp out": block.mlp, "residual": block}
+    probes |= {"experts": block.mlp.experts} if config.num_experts else {"gate and up": block.mlp.w_in}
+    hooks = [module.register_forward_hook(lambda m, given, out, name=name: seen.__setitem__(name, out[:given[1][-1]] if name == "experts" else out))
              for name, module in probes.items()]
     result = {}
-    for step in range(STEPS + 1):
-        logits = model(idx[:, :-1])
-        seen["logits"] = logits.abs().mean().item()
-        result |= {(name, step): value for name, value in seen.items()}
-        model(idx[:, :-1], idx[:, 1:])[0].mean().backward()
+    for step in range(steps + 1):
+        if step in (0, 1, steps):
+            with torch.no_grad():
+                seen["logits"] = model(idx[:, :-1])
+            seen["residual"] = seen["residual"][0]                         # (residual stream, routing)
+            if config.num_experts:
+                seen["mlp out"], (seen["router"], _) = seen["mlp out"]
+            result |= {(name, step): out.abs().mean().item() for name, out in seen.items()}
+        nll, aux = model(idx[:, :-1], idx[:, 1:])
+        (nll.mean() + aux.get("balance_loss", 0)).backward()
         optimizer.step()
         optimizer.zero_grad()
     for hook in hooks:
@@ -44,9 +50,9 @@ def activations(config, seed, learning_rate):
     return result
 
 
-def slopes(learning_rate, **changes):
+def slopes(learning_rate, how=(), **changes):
     """Slope of log2 mean |activation| over log2 width, mean of two seeds, by (probe, step)."""
-    runs = [[activations(config_of(width, **changes), seed, learning_rate) for width in WIDTHS] for seed in (0, 1)]
+    runs = [[activations(config_of(width, **changes), seed, learning_rate, *how) for width in WIDTHS] for seed in (0, 1)]
     return {key: float(np.mean([np.polyfit(np.log2(WIDTHS), np.log2([run[key] for run in seed]), 1)[0] for seed in runs]))
             for key in runs[0][0]}
 
@@ -57,6 +63,30 @@ def test_activations_are_flat_in_width_under_mup_and_steep_under_the_control():
     assert all(abs(mup[name, step]) < 0.15 for name in hidden for step in (1, STEPS)), mup
     assert abs(mup["logits", STEPS]) < 0.15, mup
     assert all(control[name, 0] > 0.4 for name in ("qkv", "gate and up")) and control["mlp out", 0] > 1.2, control
+
+
+EXPERTS = dict(how=(10, (2, 65)), num_experts=8)                           # ten updates on a short text
+
+
+def test_experts_and_the_logits_of_their_router_are_flat_in_width_too():
+    """After ten updates: a wide router is not surer of itself than a narrow one."""
+    found = slopes(0.01, **EXPERTS)
+    assert {name for name, _ in found} >= {"experts", "router", "mlp out", "residual"}
+    flat = {key: power for key, power in found.items() if key[1] in (0, 10) and key != ("logits", 0)}
+    assert all(abs(power) < 0.25 for power in flat.values()), flat
+
+
+@pytest.mark.parametrize("wrong", ["lr", "std"])
+def test_a_router_outside_mup_is_found(monkeypatch, wrong):
+    import model as model_module
+
+    def broken(config):
+        table = mup_table(config)
+        router = table["router"]
+        changed = {"lr": 1.0} if wrong == "lr" else {"std": router.std * math.sqrt(config.width_mult)}
+        return table | {"router": dataclasses.replace(router, **changed)}
+    monkeypatch.setattr(model_module, "mup_table", broken)
+    assert slopes(0.01, **EXPERTS)["router", 10] > 0.4
 
 
 @pytest.mark.parametrize("wrong", ["lr", "std"])
@@ -96,7 +126,8 @@ def test_values_of_the_paper_per_width():
 
 def test_switching_off_the_learning_rates_alone():
     table = mup_table(config_of(256, mup_lr=False))
-    assert table["matrix"].lr == 1 and table["matrix"].std == mup_table(config_of(256))["matrix"].std
+    assert {row.lr for row in table.values()} == {1}
+    assert {role: row.std for role, row in table.items()} == {role: row.std for role, row in mup_table(config_of(256)).items()}
 
 
 def test_a_parameter_without_a_role_raises():

@@ -139,17 +139,12 @@ def hf_rope(config, form):
     if form != "minicpm" and is_extended(config):
         short = long                    # the others choose by the current length, MiniCPM does not
     return {**out, "short_factor": short, "long_factor": long,
-            "original_max_position_embeddings": original_length(config)}
-
-
-def original_length(config):
-    """Return the length up to which longrope uses its short factors, if it is not extended."""
-    return config.original_max_position or config.max_position
+            "original_max_position_embeddings": config.original_length}
 
 
 def is_extended(config):
     """Return whether longrope uses its long factors at every length (see model.py: rope_tables)."""
-    return config.rope_scaling == "longrope" and config.max_position > original_length(config)
+    return config.rope_scaling == "longrope" and config.max_position > config.original_length
 
 
 def check_form(config, form, gguf):
@@ -168,7 +163,7 @@ def check_form(config, form, gguf):
     if form == "minicpm" and narrow:
         problems.append("--form=minicpm: its code assumes head_dim = n_embd / n_head, which is not "
                         f"{config.head_size} here; take --form=granite")
-    if form == "minicpm" and kind == "longrope" and config.max_position < original_length(config):
+    if form == "minicpm" and kind == "longrope" and config.max_position < config.original_length:
         problems.append("--form=minicpm: its code weakens attention if max_position is below "
                         "original_max_position; take --form=granite")
     if gguf and form == "granite" and narrow:
