@@ -254,26 +254,28 @@ def measure(model, sources, token_bytes, block_size, max_tokens, batch_size, bos
     """Return the held-out loss of a mixture: what train.py and tools/evaluate.py report, as a dict.
 
     loss, bpb   nats per token, bits per byte. A source counts by its share, however many windows of
-                it there are
+                it there are; not at all if they hold no text and no answer
     bpb_se      standard error of bpb over windows, None if a source has a single one
     targets     number of targets
 
     sources     {Split: share}; the shares sum to 1
     max_tokens  to read from all sources together; None: all that they have
 
-    Raises BadInput if a source has nothing to predict.
+    Raises BadInput if no source has anything to predict.
     """
-    parts = []
+    parts, shares = [], []
     for split, share in sources.items():
         tokens = split.n_tokens if max_tokens is None else int(max_tokens * share)
         part = held_out_loss(model, split, token_bytes, block_size, tokens, batch_size,
                              model.wte.weight.device, bos)
-        if not part[2].sum():
-            raise BadInput(f"{split.folder}: its {split.split} split has nothing to predict: no "
-                           "text and no answer")
-        parts.append(part)
+        if part[2].any():
+            parts.append(part)
+            shares.append(share)
+    if not parts:
+        folders = ", ".join(str(split.folder) for split in sources)
+        raise BadInput(f"{folders}: held-out data without text and answers, nothing to predict")
     n_windows = sum(part.shape[1] for part in parts)
-    weights = [share * n_windows / part.shape[1] for share, part in zip(sources.values(), parts)]
+    weights = [share * n_windows / part.shape[1] for share, part in zip(shares, parts)]
     nats, targets, n_bytes = map(float, sum(weight * part.sum(axis=1)
                                             for weight, part in zip(weights, parts)))
     bpb, error = nats / math.log(2) / n_bytes, None
