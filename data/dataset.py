@@ -268,7 +268,6 @@ def held_out_loss(model, split, token_bytes, block_size, max_tokens, batch_size,
 
     token_bytes  (vocab_size,) number of bytes of each token
     bos          token id that opens a document, if attention stays within documents
-    raises       BadInput if no window has a target that stands for text
     """
     rows = [np.empty((0, 3))]
     for batch in held_out_windows(split, block_size, max_tokens, batch_size):
@@ -280,33 +279,34 @@ def held_out_loss(model, split, token_bytes, block_size, max_tokens, batch_size,
         n_bytes = (token_bytes[np.where(valid, targets, 0)] * valid).sum(1)
         nats = nll.sum(1).cpu().double().numpy()
         rows.append(np.stack([nats, valid.sum(1), n_bytes], axis=1)[valid.any(1)])
-    sums = np.concatenate(rows).T
-    if not sums[2].any():
-        raise BadInput(f"{split.folder}: nothing to measure: no token of the {split.split} windows "
-                       "is both text and a target (packed rows: part of an answer); take another "
-                       "--val_share to hold out other documents")
-    return sums
+    return np.concatenate(rows).T
 
 
 def measure(model, sources, token_bytes, block_size, max_tokens, batch_size, bos=None):
     """Return the held-out loss of a mixture: what train.py and tools/evaluate.py report, as a dict.
 
     loss, bpb   nats per token, bits per byte. A source counts by its share, however many windows of
-                it there are
+                it there are; not at all if they hold no text and no answer
     bpb_se      standard error of bpb over windows, None if a source has a single one
     targets     number of targets
 
     sources     {Split: share}; the shares sum to 1
     max_tokens  to read from all sources together; None: all that they have
-    raises      BadInput if a source has nothing to measure
+    raises      BadInput if no source has anything to predict
     """
-    parts = []
+    parts, shares = [], []
     for split, share in sources.items():
         tokens = split.n_tokens if max_tokens is None else int(max_tokens * share)
-        parts.append(held_out_loss(model, split, token_bytes, block_size, tokens, batch_size,
-                                   model.wte.weight.device, bos))
+        part = held_out_loss(model, split, token_bytes, block_size, tokens, batch_size,
+                             model.wte.weight.device, bos)
+        if part[2].any():
+            parts.append(part)
+            shares.append(share)
+    if not parts:
+        folders = ", ".join(str(split.folder) for split in sources)
+        raise BadInput(f"{folders}: held-out data without text and answers, nothing to predict")
     n_windows = sum(part.shape[1] for part in parts)
-    weights = [share * n_windows / part.shape[1] for share, part in zip(sources.values(), parts)]
+    weights = [share * n_windows / part.shape[1] for share, part in zip(shares, parts)]
     nats, targets, n_bytes = map(float, sum(weight * part.sum(axis=1)
                                             for weight, part in zip(weights, parts)))
     bpb, error = nats / math.log(2) / n_bytes, None

@@ -151,14 +151,12 @@ def test_a_split_that_cannot_be_used_says_what_to_do(tmp_path):
     def model(idx, targets, doc_ids):
         return torch.zeros(idx.shape), {}
     token_bytes = np.zeros(Numbers.n_vocab, np.int64)
-    with pytest.raises(BadInput, match="a.numbers: nothing to measure: no token of the val windows is both text and a target"):
-        held_out_loss(model, val, token_bytes, 8, 96, 4, "cpu")
+    assert not held_out_loss(model, val, token_bytes, 8, 96, 4, "cpu")[2].any()
     tok = load_tokenizer("bytes")
     text = [(split, [(tok.bos, PADDING), (5, TEXT), (tok.eos, TEXT)]) for split in ("train", "val")]
     write_rows(tmp_path / "b" / "bytes", tok, text, 7, fit=lambda tokenizer, pairs, row: (pairs, 0))
     train = open_corpus(tmp_path, "b", tok, "train")
-    with pytest.raises(BadInput, match="b.bytes: nothing to measure: .* part of an answer"):
-        held_out_loss(model, train, tok.token_bytes(), 7, 96, 4, "cpu")
+    assert held_out_loss(model, train, tok.token_bytes(), 7, 96, 4, "cpu").shape == (3, 0)
     assert make_batches(lambda name: train, 1, 7)([[0, "b"]], 0, 2)[1] == 0
 
 

@@ -156,8 +156,11 @@ def test_one_window_has_no_standard_error_and_a_split_without_text_no_bits(data_
     assert "(one window) bits per byte" in capsys.readouterr().out
     marks = np.array([TOKENIZER.bos, TOKENIZER.eos] * BLOCK)
     empty = Stub(folder="empty", split="val", row=None, n_tokens=len(marks), read=lambda offset, n: marks[offset:offset + n])
-    with pytest.raises(BadInput, match="empty: nothing to measure: no token of the val"):
-        measure(tiny_model(), {empty: 1.0}, TOKENIZER.token_bytes(), BLOCK, None, 16)
+    (text,), model, sizes = corpora(data_dir, "pytorch"), tiny_model(), TOKENIZER.token_bytes()
+    with pytest.raises(BadInput, match="empty: held-out data without text and answers"):
+        measure(model, {empty: 1.0}, sizes, BLOCK, None, 16)
+    of_text = measure(model, {text: 1.0}, sizes, BLOCK, None, 16)
+    assert measure(model, {text: 0.5, empty: 0.5}, sizes, BLOCK, None, 16)["bpb"] == pytest.approx(of_text["bpb"])
 
 
 def test_the_other_tasks_take_the_first_corpus_that_suits_them(data_dir, tmp_path, capsys):

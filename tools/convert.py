@@ -15,9 +15,9 @@ llama     LlamaForCausalLM for every Llama runtime. The scalings are multiplied 
           float32, and the products rounded once to the stored dtype; the head becomes a separate
           tensor. Dense models only
 
-minicpm and granite keep the checkpoint's weights bit for bit. Dynamic RoPE is that of transformers
-after it has loaded the model: after a longer input it keeps the larger base, and vLLM uses one base
-for all lengths. GGUF has no dynamic RoPE.
+minicpm and granite keep the checkpoint's weights bit for bit. Past max_position, dynamic RoPE
+equals that of transformers until transformers has seen a longer input, whose base it keeps; vLLM
+uses one base for all lengths.
 """
 import importlib.util
 import json
