@@ -32,6 +32,7 @@ VARIANTS = {
     "longrope, long": dict(rope_scaling="longrope", original_max_position=16, rope_short_factor=(1.0,) * 8, rope_long_factor=FACTORS),
     "longrope, same": dict(rope_scaling="longrope", original_max_position=16, rope_short_factor=FACTORS, rope_long_factor=FACTORS),
     "longrope, short": dict(rope_scaling="longrope", original_max_position=32, rope_short_factor=FACTORS, rope_long_factor=(9.0,) * 8),
+    "longrope, below": dict(rope_scaling="longrope", max_position=24, original_max_position=32, rope_short_factor=FACTORS, rope_long_factor=(9.0,) * 8),
     "no muP": dict(mup=False),
     "experts": dict(num_experts=4, num_experts_per_tok=2),
     "untied experts": dict(num_experts=8, num_experts_per_tok=3, tie_word_embeddings=False),
@@ -81,7 +82,7 @@ def theirs(folder):
 @pytest.mark.parametrize("variant", VARIANTS)
 @torch.no_grad()
 def test_export_runs_elsewhere_and_comes_back(variant, form, tmp_path):
-    if "experts" in variant and form == "llama":
+    if "experts" in variant and form == "llama" or variant == "longrope, below" and form == "minicpm":
         return                                                           # refused: see below
     model = make(VARIANTS[variant])
     run(f"--ckpt={save(tmp_path / 'run', model)}", f"--to_hf={tmp_path / 'hf'}", f"--form={form}")
