@@ -78,8 +78,9 @@ def trunk_and_decays(width, ratios, seed, eval_tokens):
         raise BadInput(f"--ratios: {min(ratios):g} tokens per parameter are less than two updates "
                        f"of {update_tokens} tokens at width {width}")
     starts = {end: end - max(1, round(DECAY_SHARE * end)) for end in losses}
-    config = dataclasses.replace(config, max_steps=max(starts.values()), decay_steps=0,
-                                 warmup_steps=round(WARMUP_RATIO * n / update_tokens))
+    steps = max(starts.values())
+    config = dataclasses.replace(config, max_steps=steps, decay_steps=0, warmup_steps=min(
+        steps, round(WARMUP_RATIO * n / update_tokens)))
     try:
         for update in train.train(config, batches, train.language_loss, model):
             for end, start in starts.items():
