@@ -225,6 +225,9 @@ def checks(results, settings):
 # trunk takes a third of all FLOPs. It is different if a trunk of a trillion tokens already exists
 # (exercise 1).
 #
+# The width is dim_model_base, so all factors of muP are 1 here; what its rules do for the router of
+# a wider model is in labs/mup_coordinates.py.
+#
 # Exercises
 # 1. `--trunk_steps=4000`, a trunk that was trained for long: how many updates do the experts now
 #    need to pass the dense model?
