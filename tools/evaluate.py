@@ -39,6 +39,7 @@ import torch
 from configurator import ROOT, BadInput, build, configure, exits_cleanly, must_be_positive
 from data import packing, passkeys
 from data.dataset import check_block_size, measure, open_corpus, parse_mixture
+from data.files import find_file
 from data.tokenizer import chat_ids, load_for_model
 from engine import checkpoint
 from engine.device import pick_device
@@ -309,7 +310,7 @@ def main(argv):
     tokenizer = load_for_model(folder, config.tokenizer, meta["model"]["vocab_size"])
     files = [Path(ROOT, config.data_dir, name, "test.jsonl")
              for name in (parse_mixture(data) if data else [])]
-    file = Path(config.questions_file or next(filter(Path.is_file, files), files[0]))
+    file = find_file(config.questions_file or next(filter(Path.is_file, files), files[0]))
     sources, block_size = {}, config.block_size
     if config.task != "exact":
         sources, block_size = open_sources(config, data, tokenizer, meta)
