@@ -92,23 +92,35 @@ def new_state(config):
     state = RunState(plan=[[0, config.data]], warmup=WARMUP_STEPS_TIMED)
     if config.max_steps is not None:
         set_horizon(config, state, config.max_steps)
-        state.warmup = min(int(WARMUP_SHARE * config.max_steps), last_warmup_step(config, state))
-    if config.warmup_steps is not None:
-        state.warmup = config.warmup_steps
-    check_warmup(config, state)
+    set_warmup(config, state)
     return state
 
 
 def set_horizon(config, state, max_steps):
-    """Set the last step of the run and the length of its decay."""
-    state.max_steps = max_steps
+    """Set the last step of the run and the length of its decay: as given, or its share of the run
+    as far as there is room for it. Raises BadInput if the decay would have begun already."""
+    earliest = max(state.step, state.start + state.warmup if state.start else 0)
     if config.schedule != "wsd":
         decay_steps = 0
     elif config.decay_steps is not None:
         decay_steps = config.decay_steps
     else:
-        decay_steps = round(config.share * max_steps)
-    state.decay_steps = min(decay_steps, max_steps - state.step)
+        decay_steps = max(0, min(round(config.share * max_steps), max_steps - earliest))
+    if max_steps - decay_steps < state.step:
+        raise BadInput(f"--max_steps={max_steps}, --decay_steps={decay_steps}: the checkpoint is "
+                       f"at step {state.step} already")
+    state.max_steps, state.decay_steps = max_steps, decay_steps
+
+
+def set_warmup(config, state):
+    """Set the length of the warm-up of a new run: as given, or its share of the run. Raises
+    BadInput if it does not fit."""
+    if config.warmup_steps is not None:
+        state.warmup = config.warmup_steps
+    elif state.max_steps is not None:
+        state.warmup = min(int(WARMUP_SHARE * state.max_steps), last_warmup_step(config, state))
+    if state.max_steps is not None:
+        check_warmup(config, state)
 
 
 def last_warmup_step(config, state):
@@ -125,10 +137,12 @@ def check_warmup(config, state):
     if end > last:
         option = "rewarm_steps" if state.start else "warmup_steps"
         stage = "stable stage" if state.decay_steps else "run"
+        remedy = "more --max_steps"
         if config.is_cosine:
             stage, last = "cosine", last + 1
+            remedy = "a longer --cosine_period" if last < state.max_steps else remedy
         raise BadInput(f"--{option}={state.warmup}: the warm-up would end at step {end}, but the "
-                       f"{stage} ends at step {last}; lower it, or give more --max_steps")
+                       f"{stage} ends at step {last}; lower it, or give {remedy}")
 
 
 def set_horizon_from_time(config, state, log, world):
@@ -171,7 +185,16 @@ def resolve_start(config, model_config, given, restarted=False):
     start_over = config.overwrite and not restarted
     done = [] if start_over else checkpoint.checkpoints(config.out_dir)
     if done:
-        return resume(config, model_config, done[-1])
+        start = resume(config, model_config, done[-1])
+    else:
+        start = begin(config, model_config, given)
+    if not start_over:
+        skip_nonfinite(start.config, start.state)
+    return start
+
+
+def begin(config, model_config, given):
+    """Return the Start of a run that has no checkpoint yet."""
     requested = requested_config(config, model_config)
     if config.branch_from:
         return branch(config, type(model_config), given, requested)
@@ -213,9 +236,9 @@ def resume(config, model_config, folder):
     about = checkpoint.read_json(about)
     before = defaults | about.get("requested", about.get("asked", {}))    # early versions: asked
     before["out_dir"] = requested["out_dir"]            # a run is where it was found
-    changed = [name for name in requested if requested[name] != before.get(name)
-               and not same_path(name, requested[name], before.get(name), about.get("cwd", "."))]
-    refused = [name for name in changed if name not in MAY_CHANGE]
+    changed = [name for name in requested if requested[name] != before.get(name)]
+    refused = [name for name in changed if name not in MAY_CHANGE and not same_path(
+        name, requested[name], before.get(name), about.get("cwd", "."))]
     if refused:
         raise BadInput(*[f"--{name}={requested[name]}: the run in {config.out_dir} was begun with "
                          f"{before.get(name)}; repeat its command, or give --overwrite=True or "
@@ -223,12 +246,11 @@ def resume(config, model_config, folder):
     state = checkpoint.from_meta(RunState, meta, "run", folder)
     # config.json has what an earlier repeat changed, even if it was killed before it saved.
     latest = checkpoint.from_meta(type(config), about, "train", config.out_dir)
-    new_values = {name: getattr(config, name) for name in [*changed, "out_dir", "data_dir"]}
+    new_values = {name: getattr(config, name) for name in [*changed, "out_dir"]}
     config, saved = dataclasses.replace(latest, **new_values), meta["train"]
-    if config.max_steps != saved["max_steps"] or (config.max_steps is None
-                                                  and config.minutes != saved["minutes"]):
+    horizon = "max_steps" if config.max_steps is not None else "minutes"
+    if getattr(config, horizon) not in (None, saved[horizon]):
         change_horizon(config, state)
-    skip_nonfinite(config, state)
     model_config = checkpoint.model_config_of(type(model_config), meta, folder)
     return Start(config, model_config, state, folder, "resume", requested)
 
@@ -257,12 +279,17 @@ def change_horizon(config, state):
         raise BadInput(f"{what} is at step {state.step}, and its learning rate falls from step "
                        f"{falls} on; {remedy}")
     if config.max_steps is None:        # the clock sets the horizon anew
+        if config.minutes * 60 <= state.seconds:
+            raise BadInput(f"{what} has taken {state.seconds:.0f} s already")
         state.max_steps, state.decay_steps = None, 0
         return
     if config.max_steps < state.step:
         raise BadInput(f"{what} has {state.step} steps already")
     set_horizon(config, state, config.max_steps)
-    check_warmup(config, state)
+    if state.start:
+        check_warmup(config, state)
+    elif state.step < state.warmup:
+        set_warmup(config, state)
 
 
 def skip_nonfinite(config, state):
@@ -354,28 +381,27 @@ def inherit_config(config, given, trunk):
         values["decay_share"] = trunk["decay_share"]
     if values["schedule"] != "wsd":     # these belong to the trunk's schedule
         values |= {name: given.get(name) for name in ("decay_share", "half_life", "decay_data")}
+    elif values["decay"] != "exponential":
+        values["half_life"] = given.get("half_life")
     return build([type(config)], values)[0]
 
 
 def set_branch_horizon(config, state):
     """Set where a branch ends and its decay begins, from --max_steps, --decay_steps and
     --decay_share. The warm-up of --rewarm_steps comes before the decay."""
-    first, end = state.step + config.rewarm_steps, config.max_steps     # earliest start of a decay
-    if config.schedule != "wsd":
-        decay_steps = 0
-    elif config.decay_steps is not None:
+    if config.max_steps is not None:
+        set_horizon(config, state, config.max_steps)
+    else:
+        first = state.step + config.rewarm_steps        # that may be one of the decay
         decay_steps = config.decay_steps
-    elif end is not None:
-        decay_steps = max(0, min(end - first, round(config.share * end)))
-    else:                               # the decay has its share of the whole run
-        decay_steps = round(first * config.share / (1 - config.share))
-    if end is None and not decay_steps:
-        raise BadInput("--max_steps: a branch without a decay needs it")
-    state.max_steps = first + decay_steps if end is None else end
-    state.decay_steps = decay_steps
-    if state.max_steps <= state.step or state.decay_start < state.step:
-        raise BadInput(f"--max_steps={state.max_steps}, --decay_steps={state.decay_steps}: the "
-                       f"checkpoint is at step {state.step} already")
+        if decay_steps is None and config.share:        # the decay has its share of the whole run
+            decay_steps = max(1, round(first * config.share / (1 - config.share)))
+        if config.schedule != "wsd" or not decay_steps:
+            raise BadInput("--max_steps: a branch without a decay needs it")
+        state.max_steps, state.decay_steps = first + decay_steps, decay_steps
+    if state.max_steps <= state.step:
+        raise BadInput(f"--max_steps={state.max_steps}: the checkpoint is at step {state.step} "
+                       "already")
     check_warmup(config, state)
 
 
@@ -393,9 +419,19 @@ def merge_model_config(theirs, given, folder):
     if refused:
         raise BadInput(*[f"--{name}={given[name]}: {folder} has {explicit[name]}"
                          for name in refused])
-    if theirs.rope_scaling == "longrope" and "rope_scaling" in changed:     # switched off
-        values |= {"rope_short_factor": (), "rope_long_factor": (), "original_max_position": None}
-    return build([type(theirs)], {**values, **changed})[0]
+    return build([type(theirs)], with_changed_rope(values, changed))[0]
+
+
+def with_changed_rope(values, changed):
+    """Return {field: value} of a model config with changed fields, without those that only the RoPE
+    scaling before the change used."""
+    scaling, unused = changed.get("rope_scaling", values["rope_scaling"]), []
+    if scaling != "longrope":
+        unused += ["rope_short_factor", "rope_long_factor", "original_max_position"]
+    if scaling not in ("linear", "dynamic"):
+        unused += ["rope_factor"]
+    return {name: value for name, value in {**values, **changed}.items()
+            if name in changed or name not in unused}
 
 
 # ---- a run's folder, and how a run ends

@@ -395,6 +395,7 @@ def new_run(start, n_pairs):
     config = start.config
     max_steps = config.max_steps or count_updates(config, n_pairs)
     state = new_state(dataclasses.replace(config, max_steps=max_steps))
+    state.skips = start.state.skips
     config = dataclasses.replace(config, reference=weights_hash(start.folder))
     return dataclasses.replace(start, config=config, state=state)
 

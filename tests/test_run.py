@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from test_train import curve, fails, poisoned, same, weights
+from test_train import curve, fails, interrupted, poisoned, same, weights
 
 from configurator import ROOT, BadInput, build
 from data.corpus import write_corpus
@@ -89,6 +89,9 @@ def test_a_branch_decays_by_a_cosine_from_the_peak_on(train_tiny, capsys):
     said = fails(capsys, 2, *branch, "--decay_steps=5", "--warmup_steps=4")
     assert "has done its warm-up; --rewarm_steps" in said
     main([*branch, "--schedule=cosine", "--max_steps=16"])
+    train_tiny("halved", "--max_steps=10", "--decay_steps=4", "--half_life=2")
+    main([f"--branch_from={train_tiny.tmp_path / 'halved'}", "--decay=linear", "--decay_steps=2",
+          f"--out_dir={train_tiny.tmp_path / 'linear'}"])             # its half-life is not for this
     found = rates(train_tiny.tmp_path / "branch")
     assert len(found) == 6 and found[0] == pytest.approx(0.01) and found[-1] == 0.001
     assert found == sorted(found, reverse=True)
@@ -229,6 +232,8 @@ def test_options_beside_init_from_are_checked_against_the_checkpoint(train_tiny,
     init_from(train_tiny, plain, "dynamic", "--rope_scaling=dynamic", "--rope_factor=4")
     model = init_from(train_tiny, train_tiny.tmp_path / "dynamic", "further", "--rope_factor=8")
     assert model["rope_factor"] == 8 and model["rope_scaling"] == "dynamic"
+    model = init_from(train_tiny, train_tiny.tmp_path / "dynamic", "none", "--rope_scaling=none")
+    assert model["rope_factor"] == 1
     said = fails(capsys, 2, f"--init_from={plain}", "--max_steps=1", "--out_dir=never",
                  "--rope_factor=8", f"--rope_long_factor={numbers}")
     assert len(said.splitlines()) == 2 and "only with" in said
@@ -275,6 +280,23 @@ def test_what_a_run_began_from_is_the_same_by_any_path(train_tiny, monkeypatch, 
     assert "was begun with trunk" in said
 
 
+def test_a_branch_that_was_stopped_goes_on(train_tiny, monkeypatch, tmp_path):
+    """With the trunk's data_dir, also without the --max_steps that it was begun with."""
+    trunk = train_tiny("trunk", "--max_steps=10", "--decay_steps=0")
+
+    def branch(out, *options):
+        main([f"--branch_from={trunk}", f"--out_dir={tmp_path / out}", *options])
+    branch.tmp_path = tmp_path
+    options = ("--max_steps=40", "--decay_steps=8")
+    branch("whole", *options)
+    interrupted(monkeypatch, branch, 25, "stopped", *options)
+    branch("stopped", *options)
+    interrupted(monkeypatch, branch, 25, "shorter", *options)
+    branch("shorter", "--decay_steps=8")
+    whole = curve(tmp_path / "whole")[0]
+    assert curve(tmp_path / "stopped")[0] == curve(tmp_path / "shorter")[0] == whole
+
+
 @pytest.mark.parametrize("command", ["resume", "branch"])
 def test_a_corpus_prepared_again_is_noted(train_tiny, tmp_path, capsys, command):
     shutil.copytree(data_dir_of(train_tiny), tmp_path / "data")
@@ -308,11 +330,35 @@ def test_a_finished_run_is_not_continued_by_other_minutes(train_tiny, capsys):
     assert (out / "config.json").read_text() == before
 
 
-def test_a_timed_trunk_goes_on_with_more_minutes(train_tiny):
+def test_a_timed_trunk_goes_on_with_more_minutes(train_tiny, capsys):
     out = train_tiny("trunk", "--minutes=0.02", "--decay_steps=0")
     step = curve(out)[0][-1]["step"]
     train_tiny("trunk", "--minutes=0.04", "--decay_steps=0")
     assert curve(out)[0][-1]["step"] > step
+    said = fails(capsys, 2, train_tiny.config, f"--out_dir={out}", "--minutes=0.01",
+                 "--decay_steps=0")
+    assert "--minutes=0.01" in said and "has taken" in said
+
+
+def test_another_horizon_in_the_warm_up_sets_it_anew(train_tiny, monkeypatch):
+    """The default warm-up of 25 of 1,000 updates would not fit into 20."""
+    interrupted(monkeypatch, train_tiny, 12, "run", "--max_steps=1000")
+    out = train_tiny("run", "--max_steps=20")
+    found = rates(out)
+    assert len(found) == 20 and found[10] == 0.01 and found[-1] == 0.001
+
+
+def test_a_rewarmed_branch_takes_a_shorter_horizon(train_tiny, monkeypatch, tmp_path):
+    trunk = train_tiny("trunk", "--max_steps=20", "--decay_steps=10")
+
+    def branch(out, *options):
+        main([f"--branch_from={checkpoint.resolve(trunk)}", f"--out_dir={tmp_path / out}",
+              "--rewarm_steps=12", "--save_interval=5", *options])
+    branch.tmp_path = tmp_path
+    interrupted(monkeypatch, branch, 28, "branch", "--max_steps=50")
+    branch("branch", "--max_steps=36")
+    found = rates(tmp_path / "branch")
+    assert len(found) == 16 and max(found) == 0.01 and found[-1] == 0.001
 
 
 # ---- bad places in the data
@@ -328,6 +374,17 @@ def test_two_bad_places_between_two_checkpoints_are_passed(train_tiny, capsys, m
     run = checkpoint.read_meta(checkpoint.resolve(train_tiny.tmp_path / "nan"))["run"]
     assert run["step"] == 20 and run["skips"] == [[48, 4], [56, 4]]
     assert not (train_tiny.tmp_path / "nan" / "nonfinite.json").exists()
+
+
+def test_a_bad_place_before_the_first_checkpoint_is_passed_too(train_tiny, capsys, monkeypatch):
+    poisoned(monkeypatch, at=2)
+    argv = list(map(str, (train_tiny.config, f"--out_dir={train_tiny.tmp_path / 'nan'}",
+                          "--max_steps=12", "--decay_steps=0")))
+    assert "step 1:" in fails(capsys, 3, *argv)
+    assert "step 1:" in fails(capsys, 3, *argv)
+    main([*argv, "--skip_samples=4"])
+    run = checkpoint.read_meta(checkpoint.resolve(train_tiny.tmp_path / "nan"))["run"]
+    assert run["step"] == 12 and run["skips"] == [[0, 4]]
 
 
 def tiny_model(**values):

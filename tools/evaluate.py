@@ -43,6 +43,7 @@ from data.files import find_file
 from data.tokenizer import chat_ids, load_for_model
 from engine import checkpoint
 from engine.device import pick_device
+from engine.run import with_changed_rope
 from family import passkey
 from model import MiniCPM, MiniCPMConfig
 
@@ -222,13 +223,7 @@ def change_rope(model, config):
     names = ("rope_theta", "rope_scaling", "rope_factor", "max_position")
     options = {name: getattr(config, name) for name in names}
     changed = {name: value for name, value in options.items() if value not in (None, "unchanged")}
-    values, dropped = {**asdict(model.config), **changed}, []
-    if values["rope_scaling"] != "longrope":
-        dropped += ["rope_short_factor", "rope_long_factor", "original_max_position"]
-    if changed.get("rope_scaling") == "none" and "rope_factor" not in changed:
-        dropped.append("rope_factor")
-    values = {name: value for name, value in values.items() if name not in dropped}
-    (model.config,) = build([MiniCPMConfig], values)
+    (model.config,) = build([MiniCPMConfig], with_changed_rope(asdict(model.config), changed))
 
 
 def open_sources(config, data, tokenizer, meta):
