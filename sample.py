@@ -21,6 +21,7 @@ from configurator import (
     must_be_positive,
     must_not_be_negative,
 )
+from data.files import read_text
 from data.tokenizer import chat_ids, load_for_model
 from engine import checkpoint
 from engine.device import pick_device
@@ -66,11 +67,7 @@ def read_prompt(config):
     """Return the text to continue, or None. Raises BadInput if the file is empty or not UTF-8."""
     if config.prompt_file is None:
         return config.prompt
-    try:
-        text = Path(config.prompt_file).read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise BadInput(f"{config.prompt_file}: not UTF-8 "
-                       f"(byte {error.object[error.start]:#04x} at {error.start})") from None
+    text = read_text(Path(config.prompt_file))
     if not text:
         raise BadInput(f"{config.prompt_file}: the prompt is empty")
     return text
@@ -89,7 +86,10 @@ def with_new_tokens(config, model, ids):
     Raises BadInput if the prompt and they exceed the context.
     """
     context = context_length(model)
-    wanted = config.max_new_tokens or max(1, min(NEW_TOKENS, context - len(ids)))
+    if len(ids) >= context:
+        raise BadInput(f"a prompt of {len(ids)} tokens leaves no room in the context of {context} "
+                       "tokens")
+    wanted = config.max_new_tokens or min(NEW_TOKENS, context - len(ids))
     if len(ids) + wanted > context:
         raise BadInput(f"a prompt of {len(ids)} tokens and --max_new_tokens={wanted} exceed the "
                        f"context of {context} tokens")
@@ -154,8 +154,9 @@ def converse(model, tokenizer, config):
     full, a question that cannot be used, a question without an answer.
     """
     system = [{"role": "system", "content": config.system}] if config.system else []
-    # Raises BadInput if the tokenizer or its template does not serve.
-    chat_ids(tokenizer, [*system, {"role": "user", "content": "?"}], generate=True)
+    # Raises BadInput if the tokenizer or its template does not serve, or the system text fills all.
+    shortest = [*system, {"role": "user", "content": "?"}]
+    with_new_tokens(config, model, chat_ids(tokenizer, shortest, generate=True)[0])
     turns = []
     while True:
         try:

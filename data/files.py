@@ -28,7 +28,10 @@ def find_files(inputs, suffixes):
     Raises BadInput if one of the list is missing or has none.
     """
     files = []
-    for path in (find_file(part.strip()) for part in inputs.split(",")):
+    names = [part.strip() for part in inputs.split(",")]
+    if not all(names):
+        raise BadInput(f"--input={inputs}: has an empty name before or after a comma")
+    for path in map(find_file, names):
         if not path.exists():
             raise BadInput(f"--input: {path}: no such file or folder")
         found = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
@@ -77,11 +80,10 @@ def open_text(path):
     Raises BadInput if the file is missing or is only a pointer to one, UnicodeDecodeError if it is
     UTF-16 with a fault.
     """
-    try:
-        refuse_lfs_pointer(path)
-        file = open(path, "rb")
-    except FileNotFoundError:
-        raise BadInput(f"{path}: no such file") from None
+    if not path.is_file():
+        raise BadInput(f"{path}: " + ("is not a file" if path.exists() else "no such file"))
+    refuse_lfs_pointer(path)
+    file = open(path, "rb")
     start = file.read(4)
     if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         return io.BytesIO((start + file.read()).decode("utf-16").encode("utf-8"))
@@ -111,6 +113,8 @@ def raw_records(path, columns=None):
     except json.JSONDecodeError as error:
         place = f"{path}:{error.lineno}"
         raise BadInput(f"{place}: not JSON ({error.msg}, column {error.colno})") from None
+    except RecursionError:
+        raise BadInput(f"{path}: nested too deeply") from None
     except UnicodeDecodeError as error:
         raise BadInput(f"{path}: not {error.encoding} ({error.reason} at byte "
                        f"{error.start})") from None
@@ -124,6 +128,8 @@ def decode(source):
         record = json.loads(source) if isinstance(source, bytes) else source
     except json.JSONDecodeError as error:
         raise ValueError(f"not JSON ({error.msg}, column {error.colno})") from None
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
     if not isinstance(record, dict):
         raise ValueError("not a JSON object")
     return record

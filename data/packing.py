@@ -171,11 +171,13 @@ def parse_pair(record):
     chosen and rejected may be messages that begin with the prompt, or with the end of it.
     """
     parts = read_parts(record, "preference pair")
+    # HH-RLHF says the prompt in the answers only, which are transcripts then.
+    turns_of = as_turns if {"question", "turns"} & parts.keys() else split_transcript
     prompts, answers = [], []
     for side in ("chosen", "rejected"):
         if not parts.get(side):
             raise ValueError(f"unbalanced pair: {side} is missing or empty")
-        *prompt, answer = normalize(as_turns(parts[side], "assistant"))
+        *prompt, answer = normalize(turns_of(parts[side], "assistant"))
         if answer["role"] != "assistant":
             raise ValueError(f"{side} does not end with the assistant's answer")
         if "learn" in answer:
@@ -250,9 +252,9 @@ def asked_turns(parts):
     if context is not None:
         if not isinstance(question or "", str) or not isinstance(context, str):
             raise ValueError("input or context is text that follows a question which is text")
-        question = question and f"{question}\n{context}"
+        question = f"{question}\n{context}" if question else context
     if question is not None or "answer" in parts:
-        turns += as_turns(question, "user")
+        turns += split_transcript(question, "user")
     return turns
 
 
@@ -266,15 +268,22 @@ def with_system(parts, messages):
     return system + messages
 
 
+def split_transcript(value, role):
+    """Return the turns of a transcript, without a last one that is still to be said; of another
+    value as_turns."""
+    if not isinstance(value, str) or not TRANSCRIPT.match(value):
+        return as_turns(value, role)
+    _, *pieces = TRANSCRIPT.split(value)
+    turns = [{"role": ROLES[speaker.lower()], "content": content}
+             for speaker, content in zip(pieces[::2], pieces[1::2])]
+    return turns if turns[-1]["content"].strip() else turns[:-1]
+
+
 def as_turns(value, role=None):
-    """Return a list of turns: those given, those of a transcript, or a text as the turn of a role.
+    """Return a list of turns: those given, or a text as the turn of a role.
 
     Raises ValueError if the value is something else.
     """
-    if role and isinstance(value, str) and TRANSCRIPT.match(value):
-        _, *pieces = TRANSCRIPT.split(value)
-        return [{"role": ROLES[speaker.lower()], "content": content}
-                for speaker, content in zip(pieces[::2], pieces[1::2])]
     if role and (value is None or isinstance(value, str)):
         value = {"role": role, "content": value}
     turns = [value] if isinstance(value, dict) else value

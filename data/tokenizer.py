@@ -144,8 +144,8 @@ class ReleasedTokenizer(Tokenizer):
         self.bos = self.eos if hf.bos_token is None else hf.bos_token_id
         self.specials = {token.content: i for i, token in added.items() if token.special}
         self.stop_ids = sorted({self.eos, *saved.get("stop_ids", ()), *configured_eos_ids(folder),
-                                *answer_end_ids(hf, self.specials)})
-        self.stop_texts = tuple(text for text, i in self.specials.items() if i in self.stop_ids)
+                                *answer_end_ids(hf)})
+        self.stop_texts = tuple(token.content for i, token in added.items() if i in self.stop_ids)
         backend = hf.backend_tokenizer
         byte_level = "ByteLevel" in f"{backend.pre_tokenizer!r} {backend.decoder!r}"
         self.bytes_of = {i: piece_bytes(piece, byte_level) for piece, i in vocab.items()
@@ -182,19 +182,17 @@ def configured_eos_ids(folder):
     return ids
 
 
-def answer_end_ids(hf, specials):
-    """Return [id] of the special token that a released tokenizer's chat template writes after an
-    answer, [] if there is none.
-
-    specials: {text: id}
-    """
+def answer_end_ids(hf):
+    """Return [id] of the added token that a released tokenizer's chat template writes after an
+    answer, [] if there is none."""
     talk = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
     try:
         text = hf.apply_chat_template(talk, tokenize=False)
     except Exception:                       # chat_ids says it when it is given a conversation
         return []
     rest = text.rpartition("answer")[2]
-    found = [(rest.index(mark), i) for mark, i in specials.items() if mark in rest]
+    found = [(rest.index(token.content), i) for i, token in hf.added_tokens_decoder.items()
+             if token.content in rest]
     return [min(found)[1]] if found else []
 
 
@@ -307,8 +305,9 @@ def load_folder(folder, name=None):
     """
     if not has_tokenizer(folder):
         raise BadInput(f"{folder}: holds no tokenizer ({' or '.join(TOKENIZER_FILES)} is missing)")
-    for path in filter(Path.is_file, (folder / file for file in TOKENIZER_FILES)):
-        refuse_lfs_pointer(path)
+    for pattern in ("tokenizer.tiktoken", *HUB_FILES):
+        for path in filter(Path.is_file, folder.glob(pattern)):
+            refuse_lfs_pointer(path)
     try:
         if (folder / "tokenizer.tiktoken").is_file():
             return load_own(folder)
@@ -465,10 +464,13 @@ def template_ids(tokenizer, messages, generate):
     said = "".join(message["content"] for message in messages)
     # A character that breaks up the names of special tokens in messages: a private one, not used.
     gap = next(char for char in map(chr, range(0xF0000, 0xFFFFE)) if char not in said)
-    messages = [{"role": message["role"],
-                 "content": break_specials(tokenizer, message["content"], gap)}
-                for message in messages]
+    plain = [{"role": message["role"], "content": message["content"]} for message in messages]
+    messages = [{**message, "content": break_specials(tokenizer, message["content"], gap)}
+                for message in plain]
     text = render(tokenizer, messages, generate)
+    if messages != plain and text.replace(gap, "") != render(tokenizer, plain, generate):
+        raise BadInput(f"tokenizer {tokenizer.name!r}: its chat template looks for a special token "
+                       "that a message spells, so the message cannot be encoded as ordinary text")
     spans = [] if generate else answer_spans(tokenizer, messages, text)
     encoded = tokenizer.hf(text, add_special_tokens=False, split_special_tokens=False,
                            return_offsets_mapping=True, verbose=False)
@@ -486,7 +488,7 @@ def template_ids(tokenizer, messages, generate):
 
 def break_specials(tokenizer, content, gap):
     """Return a text with `gap` after the first character of every special token's name in it."""
-    for name in tokenizer.specials:
+    for name in {*tokenizer.specials, *tokenizer.stop_texts}:
         content = content.replace(name, name[0] + gap + name[1:])
     return content
 

@@ -69,7 +69,7 @@ BAD = [(read_conversations, record, says) for record, says in [
     ({"messages": [{"role": "robot", "content": "x"}]}, "turn 1: unknown role 'robot'"), ({"messages": talk("hi", " \n")}, "turn 2: empty answer"),
     ({"messages": talk("", "yo")}, "turn 1: empty text"), ({"messages": [{"role": "user"}]}, "turn 1: empty text"),
     ({"messages": "hi"}, "messages are a list"), ({"messages": ["hi"]}, "messages are a list"), ({"messages": [{"role": []}]}, "unknown role"),
-    ({"instruction": "hi"}, "turn 2: empty answer"), ({"instruction": None, "input": "x", "output": "y"}, "turn 1: empty text"),
+    ({"instruction": "hi"}, "turn 2: empty answer"),
     ({"text": "hi"}, "holds neither messages"), ([1], "not a JSON object"), ('{"messages": [', "not JSON (Expecting value"),
     ("{'a': 1}", "not JSON (Expecting property name enclosed in double quotes, column 2)"), ({"messages": talk("hi", "\ud800")}, "lone surrogate"),
 ]] + [(read_questions, {"messages": [*talk("a"), {"role": "system", "content": "s"}, *talk("a", "b")[1:]]}, "does not follow a user's turn")] + [
@@ -384,7 +384,7 @@ def test_a_question_that_does_not_fit_is_left_out_and_the_conversation_goes_on(s
     model, _, (note,) = say(lines, max_position=60, max_new_tokens=new_tokens, answer="a")
     assert [prompt for prompt, *_ in model.asked] == [
         "<s><用户>one<AI>", "<s><用户>one<AI>a</s><用户>two<AI>"]
-    assert note.startswith("question left out: a prompt of 73 tokens and --max_new_tokens=")
+    assert note.startswith("question left out: a prompt of 73 tokens leaves no room")
 
 
 def test_an_answer_takes_what_fits_unless_a_number_is_asked_for(say):
@@ -393,7 +393,7 @@ def test_an_answer_takes_what_fits_unless_a_number_is_asked_for(say):
     assert [n for *_, n in say([b"x"], max_position=60, max_new_tokens=9)[0].asked] == [9]
     config, model = sample.SampleConfig(), Talker("", 60)
     assert sample.with_new_tokens(config, model, [0] * 59).max_new_tokens == 1
-    with pytest.raises(BadInput, match="60 tokens and --max_new_tokens=1 exceed the context of 60"):
+    with pytest.raises(BadInput, match="a prompt of 60 tokens leaves no room in the context of 60"):
         sample.with_new_tokens(config, model, [0] * 60)
 
 

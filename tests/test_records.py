@@ -125,6 +125,32 @@ def test_what_is_not_understood_is_named_by_file_and_line_and_counted(tmp_path, 
     assert f"skipped 1 of 2; the first: {path}:2: " in capsys.readouterr().out
 
 
+DIALOGUE = "\n\nHuman: hi\n\nAssistant: hello"
+
+
+@pytest.mark.parametrize("record, expected", [
+    ({"instruction": "", "input": "What is rain?", "output": "Water."},
+     [user("What is rain?"), answer("Water.")]),
+    ({"instruction": "Write.", "output": DIALOGUE}, [user("Write."), answer(DIALOGUE.strip())]),
+    ({"prompt": DIALOGUE + "\n\nHuman: q\n\nAssistant:", "response": "a"},
+     [user("hi"), answer("hello"), user("q"), answer("a")])])
+def test_only_a_question_is_read_as_a_transcript(record, expected, tmp_path):
+    assert read_one(read_conversations, tmp_path, record) == expected
+
+
+def test_a_pair_may_quote_a_transcript_or_be_one(tmp_path):
+    quoted = {"prompt": "Write.", "chosen": DIALOGUE, "rejected": "no"}
+    assert read_one(read_pairs, tmp_path, quoted) == ([user("Write.")], DIALOGUE.strip(), "no")
+    told = {"chosen": DIALOGUE, "rejected": DIALOGUE + " you"}
+    assert read_one(read_pairs, tmp_path, told) == ([user("hi")], "hello", "hello you")
+    asked = {"prompt": "\n\nHuman: q\n\nAssistant:", "chosen": " yes", "rejected": " no"}
+    assert read_one(read_pairs, tmp_path, asked) == ([user("q")], "yes", "no")
+    unused = {"context": "Green sky.", "chosen": [user("Colour?"), answer("green")],
+              "rejected": [user("Colour?"), answer("blue")]}
+    with pytest.raises(BadInput, match="prompt differs"):
+        read_one(read_pairs, tmp_path, unused)
+
+
 def test_an_answer_of_weight_0_is_context_and_not_learned(tmp_path):
     """It was learned, whatever its mark."""
     messages = read_one(read_conversations, tmp_path, {"messages": [

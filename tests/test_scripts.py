@@ -306,12 +306,12 @@ def test_bad_prompts_are_one_line(laptop, capsys, tmp_path):
     ckpt = f"--ckpt={laptop[0] / 'out/laptop'}"
     (tmp_path / "bad.txt").write_bytes(b"ab\xff")
     (tmp_path / "empty.txt").write_bytes(b"")
-    assert "not UTF-8 (byte 0xff at 2)" in said_by(sample.main, capsys, ckpt, f"--prompt_file={tmp_path / 'bad.txt'}", code=2)
+    assert "bad.txt: not UTF-8 text (invalid start byte)" in said_by(sample.main, capsys, ckpt, f"--prompt_file={tmp_path / 'bad.txt'}", code=2)
     assert "empty" in said_by(sample.main, capsys, ckpt, f"--prompt_file={tmp_path / 'empty.txt'}", code=2)
     assert "needs a value" in said_by(sample.main, capsys, ckpt, "--prompt=", code=2)
     assert "surrogate" in said_by(sample.main, capsys, ckpt, "--prompt=a\udcff", code=2)
     assert "context of 4096" in said_by(sample.main, capsys, ckpt, "--prompt=" + "word " * 5000, code=2)
-    assert "No such file" in said_by(sample.main, capsys, ckpt, "--prompt_file=nowhere.txt", code=2)
+    assert "no such file" in said_by(sample.main, capsys, ckpt, "--prompt_file=nowhere.txt", code=2)
     assert "no such checkpoint" in said_by(sample.main, capsys, "--ckpt=nowhere", code=2)
 
 

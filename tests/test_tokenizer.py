@@ -493,6 +493,23 @@ def test_added_tokens_that_are_not_special_are_ordinary_vocabulary(kind, tmp_pat
     assert not {*ids} & {*tok.specials.values()}
 
 
+def test_an_end_mark_that_is_not_special_ends_an_answer_too(tmp_path):
+    template = CHATML.replace("<|im_end|>", "<think>")      # an added token that is not special
+    tok = tokenizer.load_tokenizer(str(released_folder(tmp_path / "model", "bytes", template)))
+    said = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    ids, mask = tokenizer.chat_ids(tok, said)
+    assert tok.decode([i for i, learn in zip(ids, mask) if learn]) == "a<think>"
+    assert ids[mask.index(True) + 1] in tok.stop_ids
+
+
+def test_a_template_that_reads_a_special_token_in_a_message_is_refused(tmp_path):
+    template = CHATML.replace("m['content']", "m['content'].split('<|eot|>')[-1]")
+    tok = tokenizer.load_tokenizer(str(released_folder(tmp_path / "model", "bytes", template)))
+    tokenizer.chat_ids(tok, [{"role": "user", "content": "plain"}], generate=True)
+    with pytest.raises(BadInput, match="looks for a special token that a message spells"):
+        tokenizer.chat_ids(tok, [{"role": "user", "content": "a<|eot|>b"}], generate=True)
+
+
 def test_quoted_special_tokens_end_neither_a_preparation_nor_dpo(tmp_path):
     from data.packing import write_rows
     from family import dpo
@@ -601,7 +618,7 @@ def test_a_folder_of_vocabulary_merges_and_added_tokens(tmp_path):
     assert learned(tok, TALK) == "hi\nhi 漢<|end|>assistant<|end|>"
 
 
-@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer.model"])
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer.model", "tokenizer_config.json", "chat_template.jinja"])
 def test_a_git_lfs_pointer_is_named(name, tmp_path):
     folder = released_folder(tmp_path / "model", "bytes")
     (folder / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")

@@ -68,6 +68,8 @@ def conversations(options):
     for identity, say in ((first_question, print), (json.dumps, no_output)):
         fractions = [hash_fraction(identity(messages).encode("utf-8"))
                      for _, messages in read_all(options, say)]
+        if not fractions:
+            raise BadInput(f"--input={options.input}: holds no conversations")
         if len(set(fractions)) > 1:
             break
     else:
