@@ -89,6 +89,10 @@ def expected_error(error):
     return None, None
 
 
+def no_output(*words):
+    """Stand in for print where nothing is to be said."""
+
+
 def refuse_lfs_pointer(path):
     """Raise BadInput if a file is the pointer that git leaves for a file of git-lfs."""
     with open(path, "rb") as file:

@@ -153,6 +153,8 @@ def converse(model, tokenizer, config):
     What had to be left out takes one line on standard error: the oldest turns if the context is
     full, a question that cannot be used, a question without an answer.
     """
+    if sys.stdin is None:
+        raise BadInput("--chat=True: standard input is closed, so nothing can be asked")
     system = [{"role": "system", "content": config.system}] if config.system else []
     # Raises BadInput if the tokenizer or its template does not serve, or the system text fills all.
     shortest = [*system, {"role": "user", "content": "?"}]

@@ -31,6 +31,7 @@ from configurator import (
     exits_cleanly,
     must_be_positive,
     must_not_be_negative,
+    no_output,
     print_differences,
 )
 from data.corpus import prepare_missing
@@ -629,10 +630,6 @@ def run_in_folder(start, world, loss_fn, make_source):
     say(f"finished: {state.step} steps, {state.tokens_seen / 1e6:.1f}M tokens, "
         f"{state.seconds:.0f} s; curves in {out_dir / 'loss.png'}; "
         f"python sample.py --ckpt={out_dir} writes more")
-
-
-def no_output(*words):
-    pass
 
 
 def say_finished(start, world):

@@ -31,7 +31,14 @@ from pathlib import Path
 import numpy as np
 
 from configurator import ROOT, BadInput
-from data.dataset import HEADER, MAGIC, VERSION, open_corpus, parse_mixture
+from data.dataset import (
+    HEADER,
+    MAGIC,
+    VERSION,
+    open_corpus,
+    parse_mixture,
+    shipped_corpora,
+)
 from data.tokenizer import load_tokenizer
 from engine import checkpoint
 
@@ -386,7 +393,17 @@ def exit_with_parent():
     threading.Thread(target=wait, daemon=True).start()
 
 
-# ---- helpers of the scripts: holding out, fetching
+# ---- helpers of the scripts: options, holding out, fetching
+
+def input_problems(inputs, name):
+    """Return one line per problem of the options --input and --name of a corpus of local files."""
+    given, shipped = {"input": inputs, "name": name}, shipped_corpora()
+    lines = [f"--{option}=... is required" for option, value in given.items() if not value]
+    if name and (not re.fullmatch(r"[\w-]+", name) or name.lower() in shipped):
+        lines.append(f"--name={name}: letters, digits, '_' and '-', and none of the shipped "
+                     + ", ".join(shipped))
+    return lines
+
 
 def held_out(identity, share):
     """Return whether a document belongs to the validation split, decided by its name alone."""

@@ -282,7 +282,8 @@ def held_out_loss(model, split, token_bytes, block_size, max_tokens, batch_size,
     return np.concatenate(rows).T
 
 
-def measure(model, sources, token_bytes, block_size, max_tokens, batch_size, bos=None):
+def measure(model, sources, token_bytes, block_size, max_tokens, batch_size, bos=None,
+            rows_only=False):
     """Return the held-out loss of a mixture: what train.py and tools/evaluate.py report, as a dict.
 
     loss, bpb   nats per token, bits per byte. A source counts by its share, however many windows of
@@ -292,13 +293,15 @@ def measure(model, sources, token_bytes, block_size, max_tokens, batch_size, bos
 
     sources     {Split: share}; the shares sum to 1
     max_tokens  to read from all sources together; None: all that they have
+    bos         token id that opens a document, if attention stays within documents; with rows_only
+                it does so in packed rows alone
     raises      BadInput if no source has anything to predict
     """
     parts, shares = [], []
     for split, share in sources.items():
         tokens = split.n_tokens if max_tokens is None else int(max_tokens * share)
         part = held_out_loss(model, split, token_bytes, block_size, tokens, batch_size,
-                             model.wte.weight.device, bos)
+                             model.wte.weight.device, None if rows_only and not split.row else bos)
         if part[2].any():
             parts.append(part)
             shares.append(share)

@@ -43,6 +43,7 @@ from configurator import (
     exits_cleanly,
     must_be_positive,
     must_not_be_negative,
+    no_output,
 )
 from data import packing
 from data.corpus import hold_out_limit
@@ -57,7 +58,6 @@ from train import (
     batch_size_at,
     from_checkpoint,
     launch,
-    no_output,
     open_tokenizer,
     run_training,
 )

@@ -122,7 +122,7 @@ def bits_per_byte(folder, corpus, eval_tokens, shape):
     model, tokenizer = runs.load_model(folder)
     held_out = open_corpus(shape["data_dir"], corpus, tokenizer, "val")
     config = evaluate.EvaluateConfig(eval_tokens=eval_tokens)
-    return evaluate.bits_per_byte(model, held_out, tokenizer, config, 256)["bpb"]
+    return evaluate.bits_per_byte(model, {held_out: 1.0}, tokenizer, config, 256)["bpb"]
 
 
 def experiment(settings, config):

@@ -163,6 +163,18 @@ def test_one_window_has_no_standard_error_and_a_split_without_text_no_bits(data_
     assert measure(model, {text: 0.5, empty: 0.5}, sizes, BLOCK, None, 16)["bpb"] == pytest.approx(of_text["bpb"])
 
 
+def test_documents_are_kept_apart_in_packed_rows_only_if_nothing_is_known_of_the_training(data_dir):
+    """A mixture with packed rows was masked as a whole."""
+    (rows, text), model, sizes = corpora(data_dir, "instruct", "pytorch"), tiny_model(), TOKENIZER.token_bytes()
+
+    def bpb(sources, bos, **options):
+        return measure(model, sources, sizes, BLOCK, None, 16, bos, **options)["bpb"]
+    apart, together = ({split: bpb({split: 1.0}, bos) for split in (rows, text)} for bos in (TOKENIZER.bos, None))
+    assert all(apart[split] != together[split] for split in (rows, text))
+    assert bpb({rows: 1.0}, TOKENIZER.bos, rows_only=True) == apart[rows]
+    assert bpb({text: 1.0}, TOKENIZER.bos, rows_only=True) == together[text]
+
+
 def test_the_other_tasks_take_the_first_corpus_that_suits_them(data_dir, tmp_path, capsys):
     data = "instruct:0.5,pytorch:0.3,speeches:0.2"
     run(tmp_path / "run", data_dir, data=data)

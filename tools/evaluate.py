@@ -96,17 +96,17 @@ class EvaluateConfig:
 
 # ---- the tasks
 
-def bits_per_byte(model, corpus, tokenizer, config, block_size, doc_mask=None):
-    """Return data.dataset.measure of a held-out split, and whether documents were masked.
+def bits_per_byte(model, sources, tokenizer, config, block_size, doc_mask=None):
+    """Return data.dataset.measure of held-out splits, and whether all documents were masked.
 
-    corpus    Split, or {Split: share} of a mixture
+    sources   {Split: share} of a mixture
     doc_mask  whether the model was trained with it; None: unknown, so in packed rows only
     """
-    sources = corpus if isinstance(corpus, dict) else {corpus: 1.0}
-    if doc_mask is None:
-        doc_mask = any(source.row for source in sources)
     found = measure(model, sources, tokenizer.token_bytes(), block_size, config.eval_tokens,
-                    config.batch_size, tokenizer.bos if doc_mask else None)
+                    config.batch_size, None if doc_mask is False else tokenizer.bos,
+                    rows_only=doc_mask is None)
+    if doc_mask is None:
+        doc_mask = all(source.row for source in sources)
     return {**found, "doc_mask": doc_mask}
 
 

@@ -11,17 +11,26 @@ first turn, so that all answers to one question are in the same split; by a hash
 conversation if all begin with the same question.
 """
 import json
-import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))    # the project
 
-from configurator import BadInput, configure, exits_cleanly, must_be_positive  # noqa: E402
+from configurator import (  # noqa: E402
+    BadInput,
+    configure,
+    exits_cleanly,
+    must_be_positive,
+    no_output,
+)
 from data import packing  # noqa: E402
-from data.corpus import PrepareOptions, hash_fraction, hold_out_limit  # noqa: E402
-from data.dataset import shipped_corpora  # noqa: E402
+from data.corpus import (  # noqa: E402
+    PrepareOptions,
+    hash_fraction,
+    hold_out_limit,
+    input_problems,
+)
 from data.files import RECORD_SUFFIXES, find_files  # noqa: E402
 
 
@@ -36,12 +45,7 @@ class ChatOptions:
                                 # False: stop at the first one
 
     def problems(self):
-        lines = [f"--{option}=... is required" for option in ("input", "name")
-                 if not getattr(self, option)]
-        shipped = shipped_corpora()
-        if self.name and (not re.fullmatch(r"[\w-]+", self.name) or self.name.lower() in shipped):
-            lines.append(f"--name={self.name}: letters, digits, '_' and '-', and none of the "
-                         f"shipped {', '.join(shipped)}")
+        lines = input_problems(self.input, self.name)
         lines += must_be_positive(self, "block_size")
         if not 0 < self.val_share < 1:
             lines.append(f"--val_share={self.val_share}: must be above 0 and below 1")
@@ -78,10 +82,6 @@ def conversations(options):
     limit = hold_out_limit(fractions, options.val_share)
     for (place, messages), fraction in zip(read_all(options, no_output), fractions):
         yield "val" if fraction < limit else "train", messages, place
-
-
-def no_output(text):
-    pass
 
 
 @exits_cleanly

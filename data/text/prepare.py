@@ -8,7 +8,6 @@ Documents are held out by a hash of their text, so copies of a document are in t
 there are fewer than 1 / val_share documents, the last val_share of each document is held out
 instead.
 """
-import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +15,13 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))             # the project
 
 from configurator import BadInput, configure, exits_cleanly  # noqa: E402
-from data.corpus import PrepareOptions, hash_fraction, hold_out_limit, prepare  # noqa: E402
-from data.dataset import shipped_corpora  # noqa: E402
+from data.corpus import (  # noqa: E402
+    PrepareOptions,
+    hash_fraction,
+    hold_out_limit,
+    input_problems,
+    prepare,
+)
 from data.files import TEXT_SUFFIXES, find_files, read_texts  # noqa: E402
 
 
@@ -28,12 +32,7 @@ class TextOptions:
     val_share: float = 0.05     # share of the documents that is held out, above 0, at most 0.5
 
     def problems(self):
-        required = ("input", "name")
-        lines = [f"--{option}=... is required" for option in required if not getattr(self, option)]
-        shipped = shipped_corpora()
-        if self.name and (not re.fullmatch(r"[\w-]+", self.name) or self.name.lower() in shipped):
-            lines.append(f"--name={self.name}: letters, digits, '_' and '-', and none of the "
-                         f"shipped {', '.join(shipped)}")
+        lines = input_problems(self.input, self.name)
         if not 0 < self.val_share <= 0.5:
             lines.append(f"--val_share={self.val_share}: above 0, at most 0.5")
         return lines
