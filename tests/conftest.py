@@ -10,6 +10,20 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"     # one thread per worker, also in the processes of a test
 
 
+def pytest_xdist_auto_num_workers(config):
+    """Run the tests of a GPU one after the other: they measure, and share its memory."""
+    return 0 if config.option.markexpr == "gpu" else None
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    """Keep the outcome of a test for its fixtures (tests/test_gpu.py)."""
+    report = yield
+    if call.when == "call":
+        item.outcome = report.outcome
+    return report
+
+
 @pytest.fixture(scope="session")
 def data_dir(tmp_path_factory):
     """Two small corpora as bytes, 'one' and 'two', and 'one' with bpe4096 as well."""
