@@ -262,7 +262,7 @@ def train(config, batches, loss_fn, model, state=None, optimizer_tensors=None, v
                  plus every aux whose name ends in _loss. aux goes to the metrics, averaged over
                  sequences
     state        engine.run.RunState; None: a new run
-    optimizer_tensors  (name, tensor) pairs of the checkpoint that the run continues
+    optimizer_tensors  (name, StoredTensor) pairs of the checkpoint that the run continues
     validate     validate(model) -> dict for metrics.jsonl
     tokenizer    is saved in every checkpoint; None: no checkpoints and no files (labs)
     should_stop  called in every step before the forward pass; True saves and ends the generator
@@ -504,7 +504,7 @@ def build_model(start, world):
     if start.folder is None:
         init_weights(model, config.seed, copy)
         return model
-    tensors = checkpoint.read_weights(start.folder, torch.float32, (world.rank, world.size))
+    tensors = checkpoint.open_weights(start.folder, (world.rank, world.size))
     was_tied = checkpoint.read_meta(start.folder)["model"]["tie_word_embeddings"]
     if was_tied and not start.model_config.tie_word_embeddings:
         tensors = untie(tensors)
@@ -610,7 +610,7 @@ def run_in_folder(start, world, loss_fn, make_source):
     model = build_model(start, world)
     optimizer_tensors = None
     if start.kind in ("resume", "branch"):
-        optimizer_tensors = checkpoint.read_tensors(start.folder, "optimizer",
+        optimizer_tensors = checkpoint.open_tensors(start.folder, "optimizer",
                                                     (world.rank, world.size))
     world.barrier()                     # nothing is removed before every rank could start
     if world.rank == 0:
