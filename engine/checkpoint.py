@@ -465,5 +465,6 @@ def clear(out_dir):
     """Remove the files of a run from its folder, and nothing else."""
     for path in [*Path(out_dir).glob("step-*"), *Path(out_dir).glob(".step-*.tmp")]:
         shutil.rmtree(path)
-    for name in ("metrics.jsonl", "config.json", "loss.png", "nonfinite.json"):
-        (Path(out_dir) / name).unlink(missing_ok=True)
+    for name in ("metrics.jsonl", "config.json", "loss.png", "nonfinite.json", "trace-rank*.json"):
+        for path in Path(out_dir).glob(name):
+            path.unlink()

@@ -109,6 +109,13 @@ def update(*argv):
     train.main(list(argv))
 
 
+def work(**functions):
+    """Do the jobs of the file that the command names."""
+    torch.set_num_threads(1)
+    for job, *arguments in json.loads(Path(sys.argv[1]).read_text()):
+        functions[job](*arguments)
+
+
 # ---- the tests
 
 @pytest.fixture(scope="module")
@@ -124,12 +131,12 @@ def options(place, name, *more):
     return [str(place / "tiny.py"), f"--out_dir={place / name}", *more]
 
 
-def together(place, processes, *jobs):
+def together(place, processes, *jobs, program=__file__):
     """Do jobs in one group of processes."""
     path = place / f"jobs-{processes}.json"
     path.write_text(json.dumps(jobs))
     command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--rdzv-backend=c10d",
-               "--rdzv-endpoint=localhost:0", __file__, str(path)]
+               "--rdzv-endpoint=localhost:0", program, str(path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stdout + done.stderr
 
@@ -244,6 +251,4 @@ def test_what_is_missing_or_fits_no_parameter_is_one_line(place, tmp_path):
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    for job, *arguments in json.loads(Path(sys.argv[1]).read_text()):
-        {"load": load, "update": update}[job](*arguments)
+    work(load=load, update=update)
