@@ -674,11 +674,12 @@ def run_in_folder(start, world, loss_fn, make_source):
 
 
 def run_updates(updates):
-    """Run the loop to its end, without garbage collection of what the first update has set up.
+    """Run the loop to its end. The garbage collector skips what exists after the first update.
 
-    Python's collector looks through every object now and then, a million of them after torch,
-    model and compiled code, at another moment on every rank, and all ranks wait for each. What
-    train() leaves to be collected later is collected as ever.
+    A full collection looks through every object: 400,000 after torch, the model and compiled code,
+    which takes a tenth of a second or more, on each rank at another moment, and all ranks wait for
+    each. What is created later is collected as ever. Labs call train() often and in one process, so
+    they do without.
     """
     try:
         for number, _ in enumerate(updates):

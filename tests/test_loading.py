@@ -1,6 +1,7 @@
 """Each process of a run reads only its own part of a checkpoint, however many processes wrote it.
 
-This file is also the program of the processes: torchrun test_loading.py JOBS.json, a list of [function below, arguments].
+This file is also the program of the processes: torchrun test_loading.py JOBS.json, a list of
+[function below, arguments].
 """
 import json
 import os
@@ -86,8 +87,9 @@ def whole(tensor):
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
-def dump(out, config, batches, loss_fn, model, state, optimizer_tensors, validate, tokenizer, should_stop, world):
-    """In the place of train.train: save the weights and the optimizer's state as they were loaded, and what was read."""
+def dump(out, config, batches, loss_fn, model, state, optimizer_tensors, validate, tokenizer,
+         should_stop, world):
+    """In the place of train.train: save weights and moments as loaded, and what was read."""
     optimizer = train.make_optimizer(config, model, optimizer_tensors)
     tensors = {**model.state_dict(), **checkpoint.optimizer_state(optimizer)}
     tensors = {name: whole(tensor).clone() for name, tensor in tensors.items()}
@@ -122,7 +124,8 @@ def work(**functions):
 def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("loading")
     text = (ROOT / "LICENSE").read_text(encoding="utf-8")
-    write_corpus(folder / "data" / "one" / "bytes", load_tokenizer("bytes"), [("train", text * 4), ("val", text[:700])])
+    write_corpus(folder / "data" / "one" / "bytes", load_tokenizer("bytes"),
+                 [("train", text * 4), ("val", text[:700])])
     (folder / "tiny.py").write_text(TINY + f"data_dir = {str(folder / 'data')!r}\n")
     return folder
 
@@ -135,19 +138,22 @@ def together(place, processes, *jobs, program=__file__):
     """Do jobs in one group of processes."""
     path = place / f"jobs-{processes}.json"
     path.write_text(json.dumps(jobs))
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--rdzv-backend=c10d",
-               "--rdzv-endpoint=localhost:0", program, str(path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}",
+               "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", program, str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stdout + done.stderr
 
 
 def state_of(folder):
     """All tensors of a checkpoint, read whole."""
-    return {name: tensor for part in ("model", "optimizer") for name, tensor in checkpoint.read_tensors(folder, part)}
+    return {**dict(checkpoint.read_tensors(folder, "model")),
+            **dict(checkpoint.read_tensors(folder, "optimizer"))}
 
 
 def same(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) and a[name].dtype == b[name].dtype for name in a)
+    equal = all(torch.equal(a[name], b[name]) and a[name].dtype == b[name].dtype for name in a)
+    return a.keys() == b.keys() and equal
 
 
 def shares(place, out, processes, expected):
@@ -157,13 +163,14 @@ def shares(place, out, processes, expected):
 
 
 EXPERTS = ["--num_experts=3"]               # on 4 ranks one has no row of the router
-needs_gloo = pytest.mark.skipif(sys.platform == "win32", reason="torchrun with gloo is tried on Linux and macOS")
+needs_gloo = pytest.mark.skipif(sys.platform == "win32", reason="gloo: tried on Linux and macOS")
 
 
 def check(place, out, processes, part, expected):
     """What was loaded is what was saved, to the bit, and each process has read this part of it."""
     assert same(load_file(place / f"{out}.safetensors"), expected), out
-    assert shares(place, out, processes, expected) == pytest.approx([part] * processes, abs=0.02), out
+    read = shares(place, out, processes, expected)
+    assert read == pytest.approx([part] * processes, abs=0.02), out
 
 
 @needs_gloo
@@ -172,10 +179,11 @@ def test_each_process_reads_its_part_of_a_checkpoint(place):
     update(*options(place, "one"))
     hf = place / "hf"
     convert.main([f"--ckpt={place / 'one'}", f"--to_hf={hf}"])
-    for path in hf.glob("tokenizer*"):                                   # converted, it is another one than the corpus has
+    for path in hf.glob("tokenizer*"):                                   # is not the corpus's
         path.unlink()
     together(place, 2, ["update", *options(place, "two")],
-             ["load", str(place / "2to2"), *options(place, "two")], ["load", str(place / "1to2"), *options(place, "one")],
+             ["load", str(place / "2to2"), *options(place, "two")],
+             ["load", str(place / "1to2"), *options(place, "one")],
              ["load", str(place / "hf2"), *options(place, "init", f"--init_from={hf}")])
     load(str(place / "2to1"), *options(place, "two"))
     one, two = (state_of(checkpoint.resolve(place / name)) for name in ("one", "two"))
@@ -188,7 +196,8 @@ def test_each_process_reads_its_part_of_a_checkpoint(place):
 @pytest.mark.slow
 @needs_gloo
 def test_checkpoints_of_two_and_four_processes_with_empty_shards_and_replicas(place):
-    together(place, 2, ["update", *options(place, "two")], ["update", *options(place, "experts", *EXPERTS)])
+    together(place, 2, ["update", *options(place, "two")],
+             ["update", *options(place, "experts", *EXPERTS)])
     two, experts = (state_of(checkpoint.resolve(place / name)) for name in ("two", "experts"))
     together(place, 4, ["load", str(place / "2to4"), *options(place, "experts", *EXPERTS)],
              ["load", str(place / "2to2x2"), *options(place, "two", "--replicate=2")],
@@ -202,14 +211,16 @@ def test_checkpoints_of_two_and_four_processes_with_empty_shards_and_replicas(pl
 def test_any_region_is_read_from_the_pieces_that_hold_it(tmp_path, monkeypatch):
     monkeypatch.setattr(stored, "BLOCK", 40)                             # of a few rows each
     tensor, pieces = torch.arange(6 * 7 * 5.).view(6, 7, 5), []
-    for i, (a, b) in enumerate([(0, 3), (3, 3), (3, 7)]):                # shards of stacked experts, an empty one among them
+    for i, (a, b) in enumerate([(0, 3), (3, 3), (3, 7)]):                # shards; one is empty
         save_file({"w": tensor[:, a:b].contiguous()}, tmp_path / f"{i}.safetensors")
         (part,) = stored.stored_tensors(tmp_path / f"{i}.safetensors").values()
         assert (part.shape, part.dtype) == ((6, b - a, 5), torch.float32)
         pieces.append(part.pieces[0]._replace(offset=(0, a, 0)))
     lazy = stored.StoredTensor((6, 7, 5), torch.float32, pieces)
-    assert torch.equal(lazy.read(), tensor) and torch.equal(lazy.read(dtype=torch.bfloat16), tensor.bfloat16())
-    for region in ((0, 6, 2, 5, 0, 5), (1, 2, 0, 7, 4, 5), (5, 6, 3, 4, 0, 1), (2, 2, 0, 7, 0, 5), (6, 6, 7, 7, 5, 5)):
+    assert torch.equal(lazy.read(), tensor)
+    assert torch.equal(lazy.read(dtype=torch.bfloat16), tensor.bfloat16())
+    for region in ((0, 6, 2, 5, 0, 5), (1, 2, 0, 7, 4, 5), (5, 6, 3, 4, 0, 1), (2, 2, 0, 7, 0, 5),
+                   (6, 6, 7, 7, 5, 5)):
         slices = tuple(slice(*region[i:i + 2]) for i in (0, 2, 4))
         assert torch.equal(lazy[slices], tensor[slices]), region
     torch.save({"w": tensor, "n": torch.tensor(7)}, tmp_path / "x.bin")
@@ -217,21 +228,17 @@ def test_any_region_is_read_from_the_pieces_that_hold_it(tmp_path, monkeypatch):
     assert torch.equal(found["w"].read(), tensor) and found["n"].read() == 7
 
 
-def test_the_stacked_tensors_of_a_released_model_are_read_in_parts_too():
-    files = {}
-    class File:                                                          # in the place of read_slice
-        def __call__(self, piece, slices):
-            return files[piece.name][slices]
-    for name, rows in (("0.w1", 4), ("0.w3", 4), ("1.w1", 4), ("1.w3", 4)):
-        files[name] = torch.randn(rows, 3)
-    parts = [stored.StoredTensor((4, 3), torch.float32, [stored.Piece(None, name, (4, 3), (0, 0))]) for name in files]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stored, "read_slice", File())
-        for experts, whole in ((0, torch.cat(list(files.values()))), (2, torch.cat(list(files.values())).view(2, 8, 3))):
-            stack = released.stack_rows(parts, experts)
-            assert stack.shape == whole.shape and torch.equal(stack.read(), whole)
-            region = tuple(slice(n // 3, n) for n in whole.shape)
-            assert torch.equal(stack[region], whole[region])
+def test_the_stacked_tensors_of_a_released_model_are_read_in_parts_too(tmp_path):
+    names = ("0.w1", "0.w3", "1.w1", "1.w3")                             # of two experts
+    tensors = {name: torch.randn(4, 3) for name in names}
+    save_file(tensors, tmp_path / "x.safetensors")
+    found = stored.stored_tensors(tmp_path / "x.safetensors")
+    rows = torch.cat(list(tensors.values()))
+    for experts, whole in ((0, rows), (2, rows.view(2, 8, 3))):
+        stack = released.stack_rows([found[name] for name in names], experts)
+        assert stack.shape == whole.shape and torch.equal(stack.read(), whole)
+        region = tuple(slice(n // 3, n) for n in whole.shape)
+        assert torch.equal(stack[region], whole[region])
 
 
 def test_what_is_missing_or_fits_no_parameter_is_one_line(place, tmp_path):
@@ -245,9 +252,10 @@ def test_what_is_missing_or_fits_no_parameter_is_one_line(place, tmp_path):
         dict(checkpoint.open_tensors(folder, "model"))
     p = torch.nn.Parameter(torch.ones(4, 2))
     optimizer = torch.optim.AdamW([{"params": [p], "names": ["w"]}])
-    for name, shape in (("w/exp_avg", (8, 2)), ("other/exp_avg", (4, 2))):      # cut to size, and a KeyError
+    for name, shape in (("w/exp_avg", (8, 2)), ("x/exp_avg", (4, 2))):   # was cut; a KeyError
+        tensors = [(name, stored.StoredTensor(shape, torch.float32, []))]
         with pytest.raises(BadInput, match=f"optimizer state has {name} .*fits no parameter"):
-            checkpoint.restore_optimizer(optimizer, [(name, stored.StoredTensor(shape, torch.float32, []))], fused=True)
+            checkpoint.restore_optimizer(optimizer, tensors, fused=True)
 
 
 if __name__ == "__main__":
