@@ -146,7 +146,7 @@ def test_a_run_killed_around_a_skip_resumes_to_the_bit(train_tiny, monkeypatch):
     straight = train_tiny("straight", *options)                          # skips now and then
     steps = [x["step"] for x in skipped(straight)]
     assert any(8 < step < 28 for step in steps)
-    for at in {next(step for step in steps if step > 8) + more for more in (-1, 0, 1)}:
+    for at in {next(step for step in steps if step > 8) + more for more in (0, 2)}:
         broken = interrupted(monkeypatch, train_tiny, at, f"broken{at}", *options)
         train_tiny(f"broken{at}", *options)
         assert curve(broken) == curve(straight) and same(weights(broken), weights(straight))
