@@ -12,6 +12,7 @@ Repeating a command continues its run where it was. A command goes through
 iterates over it; DPO and the labs use it too.
 """
 import dataclasses
+import gc
 import math
 import os
 from collections import namedtuple
@@ -37,7 +38,7 @@ from configurator import (
 from data.corpus import prepare_missing
 from data.dataset import open_data, parse_mixture
 from data.tokenizer import has_tokenizer, load_tokenizer
-from engine import checkpoint, device, distributed, metrics
+from engine import checkpoint, device, distributed, metrics, trace
 from engine.distributed import World
 from engine.run import (
     fall_start,
@@ -56,6 +57,9 @@ from model import MiniCPM, MiniCPMConfig, init_weights, load_weights, optimizer_
 from wsd import lr_at
 
 MAX_OVERFLOWS = 20                      # float16: the run stops after so many in a row
+SPIKE_WINDOW = 50       # updates in the running mean of gradient norms: with fewer, the high norms
+                        # of the first updates and chance decide
+MAX_SPIKES = 20         # in a row; more are a new level of the norm (other data), not a spike
 
 
 @dataclass
@@ -100,6 +104,8 @@ class TrainConfig:
     beta2: float = 0.95                 # AdamW
     grad_clip: float = 1.0              # largest gradient norm; 0: no clipping
     fused: bool = True                  # fused AdamW kernel
+    skip_spikes: float = 0.0            # skip an update whose gradient norm exceeds so many times
+                                        # its running mean; 0: never
     # ---- evaluation and logging
     eval_interval: int = 500            # updates between evaluations; 0: only at the end
     eval_tokens: int = 131072           # held-out tokens per evaluation
@@ -107,6 +113,7 @@ class TrainConfig:
     sample_tokens: int = 200            # length of the sample printed at the end; 0: none
     tensorboard: bool = False           # True: also to out_dir/tensorboard
     wandb: str | None = None            # also to this project of Weights & Biases
+    profile_steps: str | None = None    # A:B traces updates A+1 to B to out_dir/trace-rank0.json
     quiet: bool = False                 # True: no progress bar and no messages
     # ---- checkpoints
     save_interval: int = 500            # updates between checkpoints; 0: decay start and end only
@@ -139,6 +146,13 @@ class TrainConfig:
         problems += [f"--{name}={getattr(self, name)}: must be at least 0 and below 1"
                      for name in ("beta1", "beta2", "decay_share")
                      if getattr(self, name) is not None and not 0 <= getattr(self, name) < 1]
+        if self.skip_spikes and not self.skip_spikes > 1:
+            problems.append(f"--skip_spikes={self.skip_spikes}: is a factor above 1, or 0")
+        try:
+            trace.parse_steps(self.profile_steps or "0:1")
+        except ValueError:
+            problems.append(f"--profile_steps={self.profile_steps}: is A:B with 0 <= A < B, as in "
+                            "10:12")
         return problems + self.start_problems() + self.schedule_problems() + self.data_problems()
 
     def start_problems(self):
@@ -262,7 +276,7 @@ def train(config, batches, loss_fn, model, state=None, optimizer_tensors=None, v
                  plus every aux whose name ends in _loss. aux goes to the metrics, averaged over
                  sequences
     state        engine.run.RunState; None: a new run
-    optimizer_tensors  (name, tensor) pairs of the checkpoint that the run continues
+    optimizer_tensors  (name, StoredTensor) pairs of the checkpoint that the run continues
     validate     validate(model) -> dict for metrics.jsonl
     tokenizer    is saved in every checkpoint; None: no checkpoints and no files (labs)
     should_stop  called in every step before the forward pass; True saves and ends the generator
@@ -308,6 +322,7 @@ def train(config, batches, loss_fn, model, state=None, optimizer_tensors=None, v
             batch_size = batch_size_at(config, state.step)
             count = batch_size // world.size
             batch, n_targets = batches(state.plan, state.position + world.rank * count, count)
+            log.batch_ready()
             n_targets, stop = world.mean(n_targets, should_stop())     # > 0: a rank has to stop
             if stop:
                 saver.save()
@@ -331,7 +346,8 @@ def train(config, batches, loss_fn, model, state=None, optimizer_tensors=None, v
             world.mean_tensors(results)
             loss, grad_norm = torch.stack((results.pop("loss"), grad_norm)).tolist()
             check_finite(config, state, scaler, loss, grad_norm, batch_size, tokenizer, world)
-            scaler.step(optimizer)
+            if not is_spike(config, state, grad_norm, world, log):
+                scaler.step(optimizer)
             scaler.update()
 
             # Count and log.
@@ -456,6 +472,32 @@ def check_finite(config, state, scaler, loss, grad_norm, batch_size, tokenizer, 
         raise non_finite(out_dir, state, batch_size, loss, grad_norm, world.rank)
 
 
+def is_spike(config, state, grad_norm, world, log):
+    """Return whether --skip_spikes skips this update; if not, the running mean learns its norm.
+
+    The norm tells before the update what the loss tells one update later, when the damage is done;
+    and a batch of unusual text has a high loss though its gradient is harmless. Step, samples and
+    schedule go on. All ranks decide alike: they compare the same mean over ranks.
+    """
+    if not config.skip_spikes or not math.isfinite(grad_norm):     # float16's scaler skips those
+        return False
+    (norm,) = world.mean(grad_norm)
+    limit = config.skip_spikes * state.norm_mean
+    if state.norm_count >= SPIKE_WINDOW and norm > limit and state.spikes < MAX_SPIKES:
+        state.spikes += 1
+        log.say(f"step {state.step + 1}: gradient norm {norm:.4g}, above {limit:.4g} "
+                f"(--skip_spikes={config.skip_spikes:g}): the update is skipped")
+        log.write(step=state.step + 1, skipped=True, grad_norm=norm, limit=limit)
+        return True
+    if state.spikes == MAX_SPIKES:
+        log.say(f"step {state.step + 1}: {MAX_SPIKES} updates skipped in a row: the running mean "
+                "of the gradient norm begins anew")
+        state.norm_count = 0
+    state.spikes, state.norm_count = 0, state.norm_count + 1
+    state.norm_mean += (norm - state.norm_mean) / min(state.norm_count, SPIKE_WINDOW)
+    return False
+
+
 def run_validation(model, validate, state, log):
     """Call validate(model), write its result to metrics.jsonl and print it."""
     if validate:
@@ -504,7 +546,7 @@ def build_model(start, world):
     if start.folder is None:
         init_weights(model, config.seed, copy)
         return model
-    tensors = checkpoint.read_weights(start.folder, torch.float32, (world.rank, world.size))
+    tensors = checkpoint.open_weights(start.folder, (world.rank, world.size))
     was_tied = checkpoint.read_meta(start.folder)["model"]["tie_word_embeddings"]
     if was_tied and not start.model_config.tie_word_embeddings:
         tensors = untie(tensors)
@@ -610,16 +652,15 @@ def run_in_folder(start, world, loss_fn, make_source):
     model = build_model(start, world)
     optimizer_tensors = None
     if start.kind in ("resume", "branch"):
-        optimizer_tensors = checkpoint.read_tensors(start.folder, "optimizer",
+        optimizer_tensors = checkpoint.open_tensors(start.folder, "optimizer",
                                                     (world.rank, world.size))
     world.barrier()                     # nothing is removed before every rank could start
     if world.rank == 0:
         init_run_dir(start, say)
     world.barrier()
     with stop_on_signals() as should_stop:
-        for _ in train(config, batches, loss_fn, model, state, optimizer_tensors, validate,
-                       tokenizer, should_stop, world):
-            pass
+        run_updates(train(config, batches, loss_fn, model, state, optimizer_tensors, validate,
+                          tokenizer, should_stop, world))
     if world.rank == 0:
         metrics.draw(out_dir)
     if state.step != state.max_steps:
@@ -630,6 +671,23 @@ def run_in_folder(start, world, loss_fn, make_source):
     say(f"finished: {state.step} steps, {state.tokens_seen / 1e6:.1f}M tokens, "
         f"{state.seconds:.0f} s; curves in {out_dir / 'loss.png'}; "
         f"python sample.py --ckpt={out_dir} writes more")
+
+
+def run_updates(updates):
+    """Run the loop to its end. The garbage collector skips what exists after the first update.
+
+    A full collection looks through every object: 400,000 after torch, the model and compiled code,
+    which takes a tenth of a second or more, on each rank at another moment, and all ranks wait for
+    each. What is created later is collected as ever. Labs call train() often and in one process, so
+    they do without.
+    """
+    try:
+        for number, _ in enumerate(updates):
+            if number == 0:
+                gc.collect()
+                gc.freeze()
+    finally:
+        gc.unfreeze()
 
 
 def say_finished(start, world):

@@ -7,10 +7,10 @@ A checkpoint is written to a folder beside its final place and renamed when it i
 killed run leaves the last good one. Its meta.json lists every file with its sha256. This file knows
 no model. resolve, read_meta and read_weights take the folders of released models too (released.py).
 """
-import contextlib
 import errno
 import hashlib
 import json
+import math
 import os
 import platform
 import re
@@ -23,18 +23,19 @@ from pathlib import Path
 
 import torch
 from filelock import FileLock, Timeout
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from configurator import ROOT, BadInput
 from engine import distributed
 from engine.released import (
     is_released,
+    open_released,
     read_json,
-    read_released,
     read_released_config,
     refuse_adapter,
 )
+from engine.stored import StoredTensor, stored_tensors
 
 STEP = re.compile(r"step-(\d{8,})")
 
@@ -313,23 +314,31 @@ def from_meta(cls, meta, part, where):
                        "version") from None
 
 
-def read_weights(folder, dtype=None, share=(0, 1)):
-    """Yield (our name, tensor) of a checkpoint or a released folder, in `dtype` or as stored.
-
-    share: see read_tensors.
-    """
-    if is_released(folder):
-        yield from read_released(folder, dtype)
-        return
-    for name, tensor in read_tensors(folder, "model", share):
-        yield name, tensor if dtype is None else tensor.to(dtype)
+def read_weights(folder, dtype=None):
+    """Yield (our name, tensor) of a checkpoint or a released folder, in `dtype` or as stored."""
+    for name, stored in open_weights(folder):
+        yield name, stored.read(dtype=dtype)
 
 
-def read_tensors(folder, part, share=(0, 1)):
-    """Yield (name, tensor) of part "model" or "optimizer", one whole tensor at a time.
+def read_tensors(folder, part):
+    """Yield (name, tensor) of part "model" or "optimizer", one whole tensor at a time."""
+    for name, stored in open_tensors(folder, part):
+        yield name, stored.read()
 
-    share: (rank, number of ranks): each rank verifies the sha256 of its part of the files only.
-    Raises BadInput that names the damaged file.
+
+def open_weights(folder, share=(0, 1)):
+    """Yield (our name, StoredTensor) of a checkpoint or a released folder. share: see
+    open_tensors."""
+    return open_released(folder) if is_released(folder) else open_tensors(folder, "model", share)
+
+
+def open_tensors(folder, part, share=(0, 1)):
+    """Yield (name, StoredTensor) of part "model" or "optimizer": nothing but the regions that the
+    caller takes is read, from the pieces of as many ranks as wrote them.
+
+    share: (rank, number of ranks): each rank verifies the sha256 of its part of the files only,
+    which are those that it reads if as many ranks wrote them. Raises BadInput that names the
+    damaged file.
     """
     folder, meta = Path(folder), read_meta(folder)
     names, index = [f"{part}.safetensors"], None
@@ -337,46 +346,36 @@ def read_tensors(folder, part, share=(0, 1)):
         check_file(folder / "index.json", meta)
         index = read_json(folder / "index.json").get(part, {})
         names = sorted({file for entry in index.values() for file, _ in entry["pieces"]})
-    for i, name in enumerate(names):
-        check_file(folder / name, meta, verify=i % share[1] == share[0])
-    with contextlib.ExitStack() as stack:
-        files = {name: stack.enter_context(safe_open(folder / name, "pt")) for name in names}
-        if index is None:
-            for name in files[names[0]].keys():
-                yield name, files[names[0]].get_tensor(name)
-            return
-        for name, entry in index.items():
-            yield name, join_shards(files, name, entry, folder)
-
-
-def join_shards(files, name, entry, folder):
-    """Return the whole tensor of an entry of index.json."""
-    if len(entry["pieces"]) == 1:
-        return files[entry["pieces"][0][0]].get_tensor(name)
-    shards = [(files[file].get_tensor(name), offset) for file, offset in entry["pieces"]]
-    whole = torch.empty(entry["shape"], dtype=shards[0][0].dtype)
-    for shard, offset in shards:
-        whole[tuple(slice(first, first + n) for first, n in zip(offset, shard.shape))] = shard
-    if sum(shard.numel() for shard, _ in shards) != whole.numel():
-        raise BadInput(f"{folder}: index.json lacks shards of {name}; {remedy(folder)}")
-    return whole
+    found = {name: check_file(folder / name, meta, verify=i % share[1] == share[0])
+             for i, name in enumerate(names)}
+    if index is None:
+        yield from found[names[0]].items()
+        return
+    for name, entry in index.items():
+        parts = [found[file][name] for file, _ in entry["pieces"] if name in found[file]]
+        if sum(math.prod(part.shape) for part in parts) != math.prod(entry["shape"]):
+            raise BadInput(f"{folder}: index.json lacks shards of {name}; {remedy(folder)}")
+        pieces = [part.pieces[0]._replace(offset=tuple(offset))
+                  for part, (_, offset) in zip(parts, entry["pieces"])]
+        yield name, StoredTensor(tuple(entry["shape"]), parts[0].dtype, pieces)
 
 
 def check_file(path, meta, verify=True):
-    """Raise BadInput if a file of a checkpoint is missing or, with verify, has changed."""
+    """Return {name: StoredTensor} of a file of a checkpoint, {} if it is JSON.
+
+    Raises BadInput if it is missing, damaged or, with verify, not what was saved.
+    """
     recorded = meta["files"].get(path.name)
     if recorded is None or not path.is_file():
         raise BadInput(f"{path}: missing; {remedy(path.parent)}")
     try:
-        if path.suffix == ".safetensors":
-            with safe_open(path, "pt"):
-                pass
-    except (SafetensorError, OSError, ValueError) as error:
-        raise BadInput(f"{path}: not a whole safetensors file ({error}); "
-                       f"{remedy(path.parent)}") from None
+        tensors = stored_tensors(path) if path.suffix == ".safetensors" else {}
+    except BadInput as error:
+        raise BadInput(f"{error}; {remedy(path.parent)}") from None
     if verify and sha256(path) != recorded:
         raise BadInput(f"{path}: changed since it was saved (sha256 differs); "
                        f"{remedy(path.parent)}")
+    return tensors
 
 
 def remedy(folder):
@@ -395,17 +394,23 @@ def optimizer_state(optimizer):
 
 
 def restore_optimizer(optimizer, tensors, fused):
-    """Load (name, tensor) pairs of optimizer_state. Raises BadInput if one is missing."""
+    """Load (name, StoredTensor) pairs of optimizer_state, of each the part that this rank holds.
+
+    Raises BadInput if one is missing or fits no parameter.
+    """
     params = {name: p for group in optimizer.param_groups
               for name, p in zip(group["names"], group["params"])}
-    for name, tensor in tensors:
-        name, _, key = name.rpartition("/")
-        p = params[name]
+    for full_name, stored in tensors:
+        name, _, key = full_name.rpartition("/")
+        p = params.get(name)
+        if p is None or key != "step" and stored.shape != p.shape:
+            raise BadInput(f"the checkpoint's optimizer state has {full_name} {stored.shape}, "
+                           "which fits no parameter; use --init_from to take the weights only")
         if key == "step":
-            optimizer.state[p][key] = tensor.to(p.device if fused else "cpu")
+            optimizer.state[p][key] = stored.read().to(p.device if fused else "cpu")
         else:
             optimizer.state[p][key] = torch.zeros_like(p)
-            distributed.copy_local_shard(optimizer.state[p][key], tensor)
+            distributed.copy_local_shard(optimizer.state[p][key], stored)
     if not optimizer.state:                                # saved before the first update
         return
     for name, p in params.items():
@@ -460,5 +465,6 @@ def clear(out_dir):
     """Remove the files of a run from its folder, and nothing else."""
     for path in [*Path(out_dir).glob("step-*"), *Path(out_dir).glob(".step-*.tmp")]:
         shutil.rmtree(path)
-    for name in ("metrics.jsonl", "config.json", "loss.png", "nonfinite.json"):
-        (Path(out_dir) / name).unlink(missing_ok=True)
+    for name in ("metrics.jsonl", "config.json", "loss.png", "nonfinite.json", "trace-rank*.json"):
+        for path in Path(out_dir).glob(name):
+            path.unlink()

@@ -2,7 +2,8 @@
 resume, drawn as loss.png.
 
 Training lines have step, loss, loss_max (the highest since the line before), lr, tokens, grad_norm,
-tok_per_s; evaluation lines have step, val_loss, val_bpb; further lines say what happened at a step.
+tok_per_s, and on several ranks what rank_times returns; evaluation lines have step, val_loss,
+val_bpb; further lines say what happened at a step.
 """
 import hashlib
 import json
@@ -15,13 +16,14 @@ from tqdm import tqdm
 
 from configurator import BadInput
 from engine.device import peak_flops
+from engine.trace import Trace
 
 
 class TrainingLog:
     """Writes a run's metrics.jsonl and boards, shows its progress bar, and measures its speed.
 
     tok_per_s covers the time between start_step() and end_step() only, without the first step,
-    which compiles.
+    which compiles. batch_ready() ends what a rank does before it first waits for the others.
     """
 
     def __init__(self, config, state, model_config, world, writes_files):
@@ -36,6 +38,8 @@ class TrainingLog:
         self.bar = tqdm(total=state.max_steps, initial=state.step, unit="step",
                         disable=True if config.quiet else None)
         self.steps, self.tokens, self.seconds, self.loss_max = 0, 0, 0.0, -math.inf
+        self.own_seconds = []           # before batch_ready(), of the updates since the last line
+        self.trace = Trace(config, state, world, self.say)
         self.start = time.monotonic() - state.seconds
         self.first_step_end = None
 
@@ -64,7 +68,11 @@ class TrainingLog:
             board(line)
 
     def start_step(self):
+        self.trace.start_step()
         self.step_start = time.monotonic()
+
+    def batch_ready(self):
+        self.own_seconds.append(time.monotonic() - self.step_start)
 
     def end_step(self, tokens, lr, loss, grad_norm, aux):
         """Record an update and return its line; every log_interval updates it goes to
@@ -85,10 +93,12 @@ class TrainingLog:
             mfu = self.flops_per_token * speed / (self.world.size * self.peak_flops)
             line["mfu"] = round(mfu, 4)
         if state.step % self.config.log_interval == 0 or state.step == state.max_steps:
+            line |= rank_times(self.world, self.own_seconds)
             self.write(**line)
             self.bar.set_postfix_str(f"loss {loss:.3f} lr {lr:.2g} {speed or 0:,} tok/s"
                                      + self.time_left(), refresh=False)
-            self.tokens, self.seconds, self.loss_max = 0, 0.0, -math.inf
+            self.tokens, self.seconds, self.loss_max, self.own_seconds = 0, 0.0, -math.inf, []
+        self.trace.end_step()
         self.bar.total = state.max_steps
         self.bar.update()
         return line
@@ -103,6 +113,23 @@ class TrainingLog:
         self.bar.close()
         if self.file:
             self.file.close()
+        self.trace.close()
+
+
+def rank_times(world, own_seconds):
+    """Return {"rank_s_max", "rank_s_min", "slowest_rank"}: the seconds per update that the slowest
+    and the fastest rank worked before they first waited for another; {} on one rank.
+
+    That is the time a rank takes to have its batch: a slow disk, a busy processor. A GPU that
+    computes slowly does not show, because from there on all ranks wait for each other within the
+    update, in every block; a trace (--profile_steps) shows it.
+    """
+    if world.size == 1:
+        return {}
+    times = world.all_gather(sum(own_seconds) / len(own_seconds))
+    slowest = max(times)
+    return {"rank_s_max": round(slowest, 4), "rank_s_min": round(min(times), 4),
+            "slowest_rank": times.index(slowest)}
 
 
 def open_boards(config, out_dir):

@@ -2,21 +2,17 @@
 
 The tables of names below are the centre: CONFIG_NAMES for the fields of config.json, the others for
 tensors. `read_released_config` turns config.json into values of MiniCPMConfig, `released_names`
-fills the tensor tables in for one model, and `read_released` yields its tensors under our names.
+fills the tensor tables in for one model, and `open_released` yields its tensors under our names.
 checkpoint.py calls these, so every script that takes a checkpoint also takes a released folder;
 tools/convert.py writes such folders from the same tables.
 """
 import json
 import math
-import pickle
 from pathlib import Path
 
-import torch
-from safetensors import SafetensorError, safe_open
-
 from configurator import BadInput, refuse_lfs_pointer
+from engine.stored import StoredTensor, same_content, stored_tensors
 
-BLOCK = 2 ** 24         # elements copied at a time
 FORMS = {"MiniCPMForCausalLM": "minicpm", "GraniteForCausalLM": "granite",
          "GraniteMoeForCausalLM": "granite", "LlamaForCausalLM": "llama"}
 REFUSED = {"MiniCPM3ForCausalLM": "it uses multi-head latent attention (MLA), a different model",
@@ -226,12 +222,11 @@ def unsupported(config, form, values):
 
 # ---- weights
 
-def read_released(folder, dtype=None):
-    """Yield (our name, tensor) for every tensor of a released model.
+def open_released(folder):
+    """Yield (our name, StoredTensor) for every tensor of a released model.
 
-    It holds one block of rows in memory besides the tensors that it has yielded.
-    dtype: of the tensors; None: as stored. Before it reads any weight it raises BadInput that lists
-    every missing, unexpected or misshapen tensor.
+    Before the first one it raises BadInput that lists every missing, unexpected or misshapen
+    tensor.
     """
     form, model = read_released_config(folder)
     names, found = released_names(form, model), released_tensors(Path(folder))
@@ -240,23 +235,19 @@ def read_released(folder, dtype=None):
     if tied_head:
         expected["lm_head.weight"] = expected["model.embed_tokens.weight"]
     check_tensors(folder, expected, found)
-    if tied_head:
-        head = row_blocks("lm_head.weight", found)
-        embedding = row_blocks("model.embed_tokens.weight", found)
-        if not all(map(torch.equal, head, embedding)):
-            raise BadInput(f"{folder}: lm_head.weight is not the embedding but config.json ties "
-                           'the two; set "tie_word_embeddings" to false')
+    if tied_head and not same_content(found["lm_head.weight"], found["model.embed_tokens.weight"]):
+        raise BadInput(f"{folder}: lm_head.weight is not the embedding but config.json ties "
+                       'the two; set "tie_word_embeddings" to false')
     for ours, released in names.items():
-        tensor = stack_rows(released, found, dtype)
-        if ".experts." in ours and tensor.dim() == 2:       # stored as one tensor per expert
-            tensor = tensor.view(model["num_experts"], -1, tensor.shape[1])
-        yield ours, tensor
+        parts = [found[name] for name in released]
+        one_per_expert = ".experts." in ours and len(parts[0].shape) == 2
+        yield ours, stack_rows(parts, model["num_experts"] if one_per_expert else 0)
 
 
 def check_tensors(folder, expected, found):
     """Raise BadInput unless exactly the expected tensors were found, with the expected shapes.
 
-    expected {name: shape}, found {name: (path, shape)}
+    expected {name: shape}, found {name: StoredTensor}
     """
     problems = []
     for name in sorted(expected.keys() | found.keys()):
@@ -265,42 +256,28 @@ def check_tensors(folder, expected, found):
         elif name not in expected:
             if not name.endswith("rotary_emb.inv_freq"):    # a table that old versions stored
                 problems.append(f"{folder}: tensor {name} is not part of the model of config.json")
-        elif found[name][1] != expected[name]:
-            problems.append(f"{folder}: tensor {name} is {found[name][1]}, "
+        elif found[name].shape != expected[name]:
+            problems.append(f"{folder}: tensor {name} is {found[name].shape}, "
                             f"config.json needs {expected[name]}")
     if problems:
         raise BadInput(*problems)
 
 
-def stack_rows(names, found, dtype):
-    """Return one tensor with the rows of all the named released tensors, in order."""
-    n_rows, filled, tensor = sum(found[name][1][0] for name in names), 0, None
-    for name in names:
-        for block in row_blocks(name, found):
-            if tensor is None:
-                tensor = torch.empty(n_rows, *block.shape[1:], dtype=dtype or block.dtype)
-            tensor[filled:filled + len(block)] = block
-            filled += len(block)
-    return tensor
-
-
-def row_blocks(name, found):
-    """Yield a stored tensor some rows at a time.
-
-    The file is opened for each block, so that little of it stays mapped into memory.
-    """
-    path, shape = found[name]
-    step = max(1, BLOCK * shape[0] // max(1, math.prod(shape)))
-    for first in range(0, shape[0], step):
-        if path.suffix == ".safetensors":
-            with safe_open(path, "pt") as file:
-                yield file.get_slice(name)[first:first + step]
-        else:
-            yield load_bin(path)[name][first:first + step]
+def stack_rows(parts, n_experts):
+    """Return the StoredTensor (rows, columns) that has the rows of all parts, in order; with
+    n_experts above 0 these are the rows of so many experts: (experts, rows, columns)."""
+    rows, columns = sum(part.shape[0] for part in parts), parts[0].shape[1:]
+    origin, pieces, first = (0,) * len(columns), [], 0
+    for part in parts:
+        row = divmod(first, rows // n_experts) if n_experts else (first,)
+        pieces.append(part.pieces[0]._replace(offset=(*row, *origin)))
+        first += part.shape[0]
+    shape = (n_experts, rows // n_experts) if n_experts else (rows,)
+    return StoredTensor((*shape, *columns), parts[0].dtype, pieces)
 
 
 def released_tensors(folder):
-    """Return {released name: (path of its file, shape)}.
+    """Return {released name: StoredTensor}.
 
     Raises BadInput if a file is missing or damaged.
     """
@@ -313,32 +290,13 @@ def released_tensors(folder):
             if missing:
                 raise BadInput(*[f"{path}: missing, though {index.name} names it"
                                  for path in missing])
-            shapes = {file: stored_shapes(path) for file, path in paths.items()}
-            return {name: (paths[file], shapes[file][name]) for name, file in weight_map.items()
-                    if name in shapes[file]}
+            files = {file: stored_tensors(path) for file, path in paths.items()}
+            return {name: files[file][name] for name, file in weight_map.items()
+                    if name in files[file]}
         if whole.is_file():
-            return {name: (whole, shape) for name, shape in stored_shapes(whole).items()}
+            return stored_tensors(whole)
     raise BadInput(f"{folder}: has a config.json but no weights (model.safetensors, "
                    "pytorch_model.bin, or an index of shards)")
-
-
-def stored_shapes(path):
-    """Return {name: shape} of a weight file. Raises BadInput if it is damaged."""
-    refuse_lfs_pointer(path)
-    try:
-        if path.suffix == ".safetensors":
-            with safe_open(path, "pt") as file:
-                return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
-        return {name: tuple(tensor.shape) for name, tensor in load_bin(path).items()}
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError,
-            AttributeError) as error:
-        reason = str(error).splitlines()[0]
-        raise BadInput(f"{path}: not a complete file of tensors ({reason})") from None
-
-
-def load_bin(path):
-    """Return the tensors of a torch .bin file, memory-mapped; other pickled objects are refused."""
-    return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
 
 
 def read_json(path):

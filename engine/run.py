@@ -24,7 +24,7 @@ WARMUP_STEPS_TIMED = 100                # most updates of it in a run that is gi
 MAY_CHANGE = ("max_steps minutes micro_batch_size eval_interval eval_tokens log_interval "
               "save_interval keep_last keep_every sample_tokens skip_samples overwrite quiet "
               "tensorboard wandb async_save timeout replicate shard recompute "
-              "sync_micro_steps").split()
+              "sync_micro_steps profile_steps skip_spikes").split()
 # Options that name files: two spellings of one path are one value.
 PATHS = ("data_dir", "init_from", "branch_from", "tokenizer", "pairs", "val_pairs")
 # Model options that may differ from the checkpoint a run starts from, besides rope_...
@@ -63,6 +63,9 @@ class RunState:
     corpora: dict = field(default_factory=dict)  # {source: corpus_sha256}, see note_corpora
     scaler: dict | None = None          # of float16
     overflows: int = 0                  # of float16, in a row
+    norm_mean: float = 0.0              # running mean of gradient norms, see is_spike in train.py
+    norm_count: int = 0                 # updates that it has seen
+    spikes: int = 0                     # updates skipped in a row
 
     @property
     def decay_start(self):

@@ -49,7 +49,7 @@ def test_damage_is_one_line_that_names_the_file(tmp_path):
 
     weights = "model.safetensors"
     for step, (name, says, damage) in enumerate([
-        (weights, "not a whole safetensors file", edit(weights, lambda raw: raw[:-1])), (weights, "not a whole", edit(weights, lambda raw: b"")),
+        (weights, "not a complete file of tensors", edit(weights, lambda raw: raw[:-1])), (weights, "not a complete", edit(weights, lambda raw: b"")),
         (weights, "changed since", edit(weights, lambda raw: raw[:-1] + bytes([raw[-1] ^ 1]))), (weights, "missing", lambda path: (path / weights).unlink()),
         ("meta.json", "damaged", edit("meta.json", lambda raw: raw[:40])), ("meta.json", "damaged", edit("meta.json", lambda raw: b"\xff")),
         ("meta.json", "not the meta.json", edit("meta.json", lambda raw: b"[]")), ("meta.json", "not the meta.json", edit("meta.json", lambda raw: b"{}")),
@@ -77,7 +77,7 @@ def test_a_pickle_is_never_run(tmp_path, capsys):
         assert "single files (pickles) are never read" in capsys.readouterr().err
         (path / "model.safetensors").write_bytes(raw)
         for _ in range(2):
-            with pytest.raises(BadInput, match="not a whole safetensors file"):
+            with pytest.raises(BadInput, match="not a complete file of tensors"):
                 dict(checkpoint.read_tensors(path, "model"))
             checkpoint.amend_meta(path.parent, 1, files={"model.safetensors": checkpoint.sha256(path / "model.safetensors")})
     assert names(tmp_path) == ["evil.pt", "run"]
