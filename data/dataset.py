@@ -552,6 +552,8 @@ def prepare_command(folder):
         script = f"{owner}/prepare.py"
         if owner != name:
             remarks.append(f"with the --suffix or --block_size that makes it {name}")
+        if owner == "fineweb_edu":
+            remarks.append("the comment of the run's config says with how many --tokens")
     if tokenizer not in BUILT_IN:
         remarks.append(f"FOLDER is that of tokenizer {tokenizer!r}")
         tokenizer = "FOLDER"
