@@ -51,7 +51,8 @@ SHARE_ERROR = 0.05          # a source's share differs from the one asked for by
 PREPARE_AGAIN = "delete the folder and prepare it again"
 # Repeating data up to about 4 times costs little against as much new data, and ever more after that
 # (Muennighoff et al. 2023, "Scaling Data-Constrained Language Models"). MiniCPM read 1.1T tokens,
-# 1T of them in the stable stage, of de-duplicated text (sections 5 and 6); it names no repeats.
+# 1T of them in the stable stage, of de-duplicated text (sections 5 and 6); the paper does not say
+# how often any of it was repeated.
 MAX_EPOCHS = 4
 
 # What a run reads: hash of the documents of a corpus (or None), samples that an epoch of it has.
@@ -162,7 +163,8 @@ def locate(plan, seed, index):
 def count_epochs(plan, seed, end, sources):
     """Return {name: epochs} of each of the sources that the samples before index `end` read.
 
-    sources: {name: Source}; a branch does not open what only its trunk has read
+    sources: {name: Source}. What is missing there is left out: a branch does not open the corpora
+    that only its trunk has read
     """
     drawn = Counter()
     for (first, mixture), (stop, _) in zip(plan, [*plan[1:], (end, None)]):
@@ -597,19 +599,20 @@ def open_data(config, tokenizer, world=World()):
     conversations are to be trained on without doc_mask. Raises BadInput if a corpus is missing, too
     short, or of another tokenizer.
     """
-    shares, sources = parse_mixture(config.data), {}
+    shares, sources, held_out = parse_mixture(config.data), {}, {}
     for name in {**shares, **parse_mixture(config.decay_data or config.data)}:
-        for split in ("val", "train"):
-            corpus = open_corpus(config.data_dir, name, tokenizer, split)
-            check_block_size(corpus, config.block_size)
-        samples = samples_per_epoch(corpus.n_tokens, config.block_size, corpus.row)
-        sources[name] = Source(corpus.corpus_sha256, samples)
-        if corpus.row and not config.doc_mask and not config.quiet:
+        train, val = (open_corpus(config.data_dir, name, tokenizer, split)
+                      for split in ("train", "val"))
+        for split in (train, val):
+            check_block_size(split, config.block_size)
+        if name in shares:
+            held_out[val] = shares[name]
+        samples = samples_per_epoch(train.n_tokens, config.block_size, train.row)
+        sources[name] = Source(train.corpus_sha256, samples)
+        if train.row and not config.doc_mask and not config.quiet:
             print(f"note: the documents of a row of {name} attend to each other; "
                   "--doc_mask=True keeps them apart")
     bos = tokenizer.bos if config.doc_mask else None
-    held_out = {open_corpus(config.data_dir, name, tokenizer, "val"): share
-                for name, share in shares.items()}
     token_bytes = tokenizer.token_bytes()
     at_once = config.micro_batch_size or min(config.batch_size,
                                              max(1, EVAL_TOKENS_PER_FORWARD // config.block_size))
