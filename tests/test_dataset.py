@@ -305,7 +305,7 @@ def test_shards_stay_open_without_a_file_descriptor_each(tmp_path):
     assert headers == 200 and sum(tokens, []) == 3 * [0, *range(3, 1001), 1]
 
 
-def test_what_is_written_to_a_batch_does_not_reach_the_shard(tmp_path):
+def test_what_is_written_to_the_array_does_not_reach_the_shard(tmp_path):
     split = corpus(tmp_path)
     split.open_shard(0)[:] = 7
     assert Split(split.folder, "train").read(0, 3).tolist() == [0, 3, 4]
