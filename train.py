@@ -36,7 +36,7 @@ from configurator import (
     print_differences,
 )
 from data.corpus import prepare_missing
-from data.dataset import open_data, parse_mixture
+from data.dataset import MAX_EPOCHS, Prefetch, count_epochs, open_data, parse_mixture
 from data.tokenizer import has_tokenizer, load_tokenizer
 from engine import checkpoint, device, distributed, metrics, trace
 from engine.distributed import World
@@ -628,7 +628,8 @@ def check_processes(config, world):
 def run_training(start, world, loss_fn=language_loss, make_source=open_data):
     """Lock the run's folder and do the whole run in it.
 
-    make_source  (config, tokenizer) -> (batches, validate, hashes): see data.dataset.open_data
+    make_source  (config, tokenizer, world) -> (batches, validate, sources): see
+                 data.dataset.open_data
     """
     out_dir = Path(start.config.out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
@@ -646,8 +647,11 @@ def run_in_folder(start, world, loss_fn, make_source):
     if world.rank == 0:
         prepare_missing(config, tokenizer)
     world.barrier()
-    batches, validate, hashes = make_source(config, tokenizer)
-    note_corpora(state, hashes, say)
+    batches, validate, sources = make_source(config, tokenizer, world)
+    note_corpora(state, {name: source.sha256 for name, source in sources.items()}, say)
+    timed = state.max_steps is None
+    if not timed:
+        say_epochs(config, state, sources, say)
     device.decide_compile(config, state, world.device, say)
     model = build_model(start, world)
     optimizer_tensors = None
@@ -658,7 +662,7 @@ def run_in_folder(start, world, loss_fn, make_source):
     if world.rank == 0:
         init_run_dir(start, say)
     world.barrier()
-    with stop_on_signals() as should_stop:
+    with stop_on_signals() as should_stop, Prefetch(batches, world) as batches:
         run_updates(train(config, batches, loss_fn, model, state, optimizer_tensors, validate,
                           tokenizer, should_stop, world))
     if world.rank == 0:
@@ -666,6 +670,8 @@ def run_in_folder(start, world, loss_fn, make_source):
     if state.step != state.max_steps:
         say(f"stopped at step {state.step} and saved; the same command continues")
         return
+    if timed:
+        say_epochs(config, state, sources, say)
     if config.sample_tokens and world.size == 1:
         say(f"--- a sample, temperature 0.7\n{sample_text(config, model, tokenizer)}\n---")
     say(f"finished: {state.step} steps, {state.tokens_seen / 1e6:.1f}M tokens, "
@@ -677,9 +683,8 @@ def run_updates(updates):
     """Run the loop to its end. The garbage collector skips what exists after the first update.
 
     A full collection looks through every object: 400,000 after torch, the model and compiled code,
-    which takes a tenth of a second or more, on each rank at another moment, and all ranks wait for
-    each. What is created later is collected as ever. Labs call train() often and in one process, so
-    they do without.
+    0.7 s on a busy CPU, on each rank at another moment, and all ranks wait for each. What is
+    created later is collected as ever. Labs call train() often in one process and do without.
     """
     try:
         for number, _ in enumerate(updates):
@@ -688,6 +693,23 @@ def run_updates(updates):
                 gc.freeze()
     finally:
         gc.unfreeze()
+
+
+def say_epochs(config, state, sources, say):
+    """Print how many epochs of each source the whole run reads, its decay included, and a warning
+    if one is read too often. The run's horizon must be known."""
+    plan, position = list(state.plan), state.position
+    for step in range(state.step, state.max_steps):
+        if step == state.decay_start and config.decay_data:         # see begin_decay
+            plan.append([position, config.decay_data])
+        position += batch_size_at(config, step)
+    epochs = count_epochs(plan, config.seed, position, sources)
+    say("epochs of the whole run: "
+        + ", ".join(f"{name} {n:.2f}" for name, n in epochs.items()))
+    often = [name for name, n in epochs.items() if n > MAX_EPOCHS]
+    if often:
+        say(f"note: {' and '.join(often)}: after about {MAX_EPOCHS} epochs, repeated data teaches "
+            "ever less (Muennighoff et al. 2023); prepare more of it, or train for fewer steps")
 
 
 def say_finished(start, world):

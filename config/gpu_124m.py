@@ -1,4 +1,9 @@
-"""A model of GPT-2 small's shape, 120M parameters, on one GPU: 10B tokens of FineWeb-Edu."""
+"""A model of GPT-2 small's shape, 120M parameters, on one GPU: 10B tokens of FineWeb-Edu.
+
+First prepare them; 1 % is held out, so this is one epoch of the run's 9.83B tokens (20 GB):
+
+    python data/fineweb_edu/prepare.py --tokenizer=gpt2 --tokens=9_930_000_000
+"""
 out_dir = "out/gpu_124m"
 data = "fineweb_edu"
 tokenizer = "gpt2"

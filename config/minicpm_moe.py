@@ -3,6 +3,11 @@
 13,590,468,864 parameters without the embedding, 4,035,320,064 of them active. First upcycle:
 
     python -m family.upcycle --ckpt=out/minicpm_2b --out=out/minicpm_moe_start
+
+The data of config/minicpm_2b.py serves. One epoch for this run alone, of which 1 % is held out:
+
+    python data/fineweb_edu/prepare.py --tokenizer=openbmb/MiniCPM-2B-sft-bf16 --sample=all \
+        --tokens=517_000_000_000
 """
 init_from = "out/minicpm_moe_start"
 out_dir = "out/minicpm_moe"

@@ -1,6 +1,9 @@
 """Wind-tunnel model 0.2B (paper, appendix table 8).
 
 The paper states neither batch size nor sequence length; those here are our choice.
+Prepare one epoch of data (one corpus of the largest number serves all of these models):
+
+    python data/fineweb_edu/prepare.py --tokenizer=gpt2 --tokens=4_880_000_000
 """
 out_dir = "out/tunnel_200m"
 data = "fineweb_edu"

@@ -317,9 +317,9 @@ def check_plan(part, plan, overwrite):
     file = part / "plan"
     if file.exists() and file.read_text() != digest:
         if not overwrite:
-            raise BadInput(f"{part}: has finished units of another command (input, tokenizer, "
-                           "--tokens or lengths differ); repeat that one, or --overwrite=True "
-                           "drops them")
+            raise BadInput(f"{part}: has finished units of another command (input, sample, "
+                           "tokenizer, --tokens or lengths differ); repeat that one, or "
+                           "--overwrite=True drops them")
         for path in part.glob("*_*"):
             path.unlink()
     file.write_text(digest)

@@ -13,6 +13,9 @@ The way from an index to a batch, in the order of this file:
     sample    block_size tokens from there on, and the same shifted by one: the targets
     batch     consecutive samples, stacked
 
+Because a batch is a pure function, the next one can be prepared while the device computes
+(Prefetch), and the held-out windows can be shared among processes (held_out_windows).
+
 A corpus is a folder data/NAME/TOKENIZER/ with token files ("shards") {train,val}_*.bin and a
 meta.json that lists them; data/corpus.py writes it. There are two kinds:
 
@@ -27,6 +30,8 @@ import json
 import math
 import os
 import struct
+from collections import Counter, namedtuple
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +39,7 @@ import torch
 
 from configurator import ROOT, BadInput
 from data.tokenizer import BUILT_IN
+from engine.distributed import World
 
 # The header of a shard: magic, version, bytes per token, vocabulary size, number of tokens.
 HEADER = struct.Struct("<8sIIQQ")
@@ -43,6 +49,14 @@ PADDING, TEXT, ANSWER = 0, 1, 2         # classes of the tokens of packed rows
 PERIODS = (1000, 10_000, 100_000, 1_000_000)    # see samples_per_period
 SHARE_ERROR = 0.05          # a source's share differs from the one asked for by at most this part
 PREPARE_AGAIN = "delete the folder and prepare it again"
+# Repeating data up to about 4 times costs little against as much new data, and ever more after that
+# (Muennighoff et al. 2023, "Scaling Data-Constrained Language Models"). MiniCPM read 1.1T tokens,
+# 1T of them in the stable stage, of de-duplicated text (sections 5 and 6); the paper does not say
+# how often any of it was repeated.
+MAX_EPOCHS = 4
+
+# What a run reads: hash of the documents of a corpus (or None), samples that an epoch of it has.
+Source = namedtuple("Source", "sha256 samples")
 
 
 # ---- plan -> source: which corpus does sample `index` come from?
@@ -146,7 +160,28 @@ def locate(plan, seed, index):
     return names[source], drawn
 
 
+def count_epochs(plan, seed, end, sources):
+    """Return {name: epochs} of each of the sources that the samples before index `end` read.
+
+    sources: {name: Source}. What is missing there is left out: a branch does not open the corpora
+    that only its trunk has read
+    """
+    drawn = Counter()
+    for (first, mixture), (stop, _) in zip(plan, [*plan[1:], (end, None)]):
+        for name in mixture_sources(mixture)[0]:
+            drawn[name] += samples_drawn(name, mixture, seed, stop - first)
+    return {name: n / sources[name].samples for name, n in drawn.items() if name in sources}
+
+
 # ---- source -> offset: which tokens are sample `index` of a source?
+
+def samples_per_epoch(n_tokens, block_size, row=None):
+    """Return the number of blocks that a corpus is cut into: rows of `row` tokens, if it is packed.
+
+    One block of running text is left over, so that the phase can shift the others.
+    """
+    return n_tokens // row if row else max(1, (n_tokens - 1) // block_size - 1)
+
 
 def sample_offset(name, seed, index, n_tokens, block_size, row=None):
     """Return the first token of the index-th sample of a source.
@@ -155,8 +190,7 @@ def sample_offset(name, seed, index, n_tokens, block_size, row=None):
     epoch has another order of blocks and another phase: the token at which the first block begins.
     In a packed corpus the blocks are its rows, of `row` tokens, and there is no phase.
     """
-    # One block of running text is left over, so that the phase can shift the others.
-    n_blocks = n_tokens // row if row else max(1, (n_tokens - 1) // block_size - 1)
+    n_blocks = samples_per_epoch(n_tokens, block_size, row)
     epoch, position = divmod(index, n_blocks)
     digest = hashlib.sha256(f"{name} {seed} {epoch}".encode()).digest()
     key = int.from_bytes(digest[:8], "little")
@@ -236,13 +270,62 @@ def make_batches(open_source, seed, block_size, bos=None, answers_only=True):
     return batches
 
 
+class Prefetch:
+    """A batch source that prepares the next batch of another one while the device computes.
+
+    It expects the requests of train.py's loop: after the samples from `first` on, those that follow
+    in this rank's next update, from the same plan. Any other request (decay data begins, another
+    batch size, skipped samples) is computed when it comes. So batches and their order are those of
+    `batches`, and an error is raised in the step that uses the batch. All batches are made by one
+    thread; on a CUDA device they lie in pinned memory, from where copies run in the background.
+
+    world  the batch is for this rank and its device
+    ahead  False: pass requests on, without a thread. None: False on a CPU, where a batch takes
+           0.1 ms of the cores that compute
+    """
+
+    def __init__(self, batches, world, ahead=None):
+        self.batches, self.world = batches, world
+        self.ahead = world.device.type != "cpu" if ahead is None else ahead
+        self.thread = ThreadPoolExecutor(1, "next-batch")
+        self.expected = self.future = None
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        """Wait for the thread to end, and drop the batch that it has prepared."""
+        self.thread.shutdown()
+        self.future = None
+
+    def __call__(self, plan, first, count):
+        if not self.ahead:
+            return self.batches(plan, first, count)
+        plan = tuple(map(tuple, plan))          # a copy: the run adds to its plan
+        if (plan, first, count) != self.expected:
+            self.future = self.thread.submit(self.prepare, plan, first, count)
+        batch = self.future.result()
+        self.expected = plan, first + count * self.world.size, count
+        self.future = self.thread.submit(self.prepare, *self.expected)
+        return batch
+
+    def prepare(self, plan, first, count):
+        batch, n_targets = self.batches(plan, first, count)
+        if self.world.device.type == "cuda":
+            with torch.cuda.device(self.world.device):      # a new thread is on GPU 0
+                batch = {name: tensor.pin_memory() for name, tensor in batch.items()}
+        return batch, n_targets
+
+
 # ---- held-out loss
 
-def held_out_windows(split, block_size, max_tokens, batch_size):
-    """Yield batches {"idx", "targets"} of fixed windows that are spread evenly over a split.
+def held_out_windows(split, block_size, max_tokens, batch_size, rank=0, ranks=1):
+    """Yield this rank's batches {"idx", "targets"} of fixed windows, spread evenly over a split.
 
     In packed rows a window is a row and the targets are the answers. All batches have the shape
-    (batch_size, block_size): the last one is filled up with samples whose targets are all -100.
+    (batch_size, block_size), filled up with samples whose targets are all -100. All ranks have the
+    same number of them, because a forward of a sharded model is collective: those of rank 0 come
+    first, and together they are the batches of one process, followed by empty ones.
     """
     if split.row:
         n_windows, stride = split.n_tokens // split.row, split.row
@@ -250,7 +333,8 @@ def held_out_windows(split, block_size, max_tokens, batch_size):
         n_windows, stride = (split.n_tokens - 1) // block_size, block_size
     n_chosen = max(1, min(n_windows, max_tokens // block_size))
     windows = np.unique(np.linspace(0, n_windows - 1, n_chosen).astype(np.int64))
-    for first in range(0, len(windows), batch_size):
+    share = batch_size * math.ceil(len(windows) / (batch_size * ranks))
+    for first in range(rank * share, (rank + 1) * share, batch_size):
         idx = np.zeros((batch_size, block_size), np.int64)
         targets = np.full((batch_size, block_size), -100)
         for i, window in enumerate(windows[first:first + batch_size]):
@@ -260,7 +344,8 @@ def held_out_windows(split, block_size, max_tokens, batch_size):
 
 
 @torch.no_grad()
-def held_out_loss(model, split, token_bytes, block_size, max_tokens, batch_size, device, bos=None):
+def held_out_loss(model, split, token_bytes, block_size, max_tokens, batch_size, device, bos=None,
+                  world=World()):
     """Return (nats, number of targets, number of bytes) per held-out window: float64 (3, windows).
 
     Every target counts towards the loss, <s> and </s> included. These two have no bytes, so bits
@@ -268,9 +353,11 @@ def held_out_loss(model, split, token_bytes, block_size, max_tokens, batch_size,
 
     token_bytes  (vocab_size,) number of bytes of each token
     bos          token id that opens a document, if attention stays within documents
+    world        processes that share the windows; each gets the result of all
     """
     rows = [np.empty((0, 3))]
-    for batch in held_out_windows(split, block_size, max_tokens, batch_size):
+    for batch in held_out_windows(split, block_size, max_tokens, batch_size, world.rank,
+                                  world.size):
         idx, targets = batch["idx"].to(device), batch["targets"].to(device)
         doc_ids = None if bos is None else (idx == bos).cumsum(1)
         nll, _ = model(idx, targets, doc_ids=doc_ids)
@@ -279,11 +366,11 @@ def held_out_loss(model, split, token_bytes, block_size, max_tokens, batch_size,
         n_bytes = (token_bytes[np.where(valid, targets, 0)] * valid).sum(1)
         nats = nll.sum(1).cpu().double().numpy()
         rows.append(np.stack([nats, valid.sum(1), n_bytes], axis=1)[valid.any(1)])
-    return np.concatenate(rows).T
+    return np.concatenate(world.all_gather(np.concatenate(rows))).T
 
 
 def measure(model, sources, token_bytes, block_size, max_tokens, batch_size, bos=None,
-            rows_only=False):
+            rows_only=False, world=World()):
     """Return the held-out loss of a mixture: what train.py and tools/evaluate.py report, as a dict.
 
     loss, bpb   nats per token, bits per byte. A source counts by its share, however many windows of
@@ -295,13 +382,15 @@ def measure(model, sources, token_bytes, block_size, max_tokens, batch_size, bos
     max_tokens  to read from all sources together; None: all that they have
     bos         token id that opens a document, if attention stays within documents; with rows_only
                 it does so in packed rows alone
+    world       processes that share the work; the result is that of one, on each of them
     raises      BadInput if no source has anything to predict
     """
     parts, shares = [], []
     for split, share in sources.items():
         tokens = split.n_tokens if max_tokens is None else int(max_tokens * share)
         part = held_out_loss(model, split, token_bytes, block_size, tokens, batch_size,
-                             model.wte.weight.device, None if rows_only and not split.row else bos)
+                             model.wte.weight.device, None if rows_only and not split.row else bos,
+                             world)
         if part[2].any():
             parts.append(part)
             shares.append(share)
@@ -327,8 +416,9 @@ class Split:
     """The tokens of one split of a corpus, read as if its shards were one array.
 
     Shards are opened and checked when they are first read, so thousands of them on shared storage
-    cost one listing of the folder at the start. The listing makes sure that a shard that is missing
-    on one node stops all ranks before training begins.
+    cost one listing of the folder at the start. From then on they stay mapped, however many there
+    are: a mapping takes no memory of its own and no file descriptor. The listing makes sure that a
+    shard that is missing on one node stops all ranks before training begins.
 
     n_tokens         tokens in all shards
     row              length of a packed row, None if the corpus is running text
@@ -358,7 +448,7 @@ class Split:
         if self.starts[-1] != self.n_tokens:
             raise BadInput(f"{self.folder}: shards hold {self.starts[-1]} tokens, meta.json says "
                            f"{self.n_tokens}; {PREPARE_AGAIN}")
-        self.open_shard = functools.lru_cache(maxsize=64)(self.map_shard)
+        self.open_shard = functools.cache(self.map_shard)
 
     @functools.cached_property
     def classes(self):
@@ -381,13 +471,19 @@ class Split:
         return out
 
     def map_shard(self, i):
-        """Return the tokens of shard i, an array (n,) that is read from disk as it is indexed."""
+        """Return the tokens of shard i, an array (n,) that is read from disk as it is indexed.
+
+        np.memmap would keep a file descriptor per shard, and systems allow 256 or 1,024 of them.
+        torch maps privately: what was written to the array would not reach the file.
+        """
         path, expected = self.folder / self.shards[i], self.starts[i + 1] - self.starts[i]
         count, itemsize = self.read_header(path.name)
         if count != expected:
             raise BadInput(f"{path}: holds {count} tokens, meta.json says {expected}; "
                            f"{PREPARE_AGAIN}")
-        return np.memmap(path, f"<u{itemsize}", "r", offset=HEADER.size)
+        size = HEADER.size + count * itemsize
+        data = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8).numpy()
+        return data[HEADER.size:].view(f"<u{itemsize}")
 
     def read_header(self, name):
         """Check the header and the size of a shard; return (number of tokens, bytes per token)."""
@@ -458,6 +554,8 @@ def prepare_command(folder):
         script = f"{owner}/prepare.py"
         if owner != name:
             remarks.append(f"with the --suffix or --block_size that makes it {name}")
+        if owner == "fineweb_edu":
+            remarks.append("the comment of the run's config says with how many --tokens")
     if tokenizer not in BUILT_IN:
         remarks.append(f"FOLDER is that of tokenizer {tokenizer!r}")
         tokenizer = "FOLDER"
@@ -493,25 +591,28 @@ def check_block_size(split, block_size):
                        f"{split.n_tokens} tokens; lower --block_size{larger}")
 
 
-def open_data(config, tokenizer):
-    """Return (batches, validate, hashes) for a TrainConfig: its batch source, what measures a
-    model, and {corpus: corpus_sha256} of all that it reads.
+def open_data(config, tokenizer, world=World()):
+    """Return (batches, validate, sources) for a TrainConfig: its batch source, what measures a
+    model, and {corpus: Source} of all that it reads.
 
-    Prints a note if conversations are to be trained on without doc_mask. Raises BadInput if a
-    corpus is missing, too short, or of another tokenizer.
+    world: the processes that share the work of validate, which all of them call. Prints a note if
+    conversations are to be trained on without doc_mask. Raises BadInput if a corpus is missing, too
+    short, or of another tokenizer.
     """
-    shares, hashes = parse_mixture(config.data), {}
+    shares, sources, held_out = parse_mixture(config.data), {}, {}
     for name in {**shares, **parse_mixture(config.decay_data or config.data)}:
-        for split in ("train", "val"):
-            corpus = open_corpus(config.data_dir, name, tokenizer, split)
-            check_block_size(corpus, config.block_size)
-        hashes[name] = corpus.corpus_sha256
-        if corpus.row and not config.doc_mask and not config.quiet:
+        train, val = (open_corpus(config.data_dir, name, tokenizer, split)
+                      for split in ("train", "val"))
+        for split in (train, val):
+            check_block_size(split, config.block_size)
+        if name in shares:
+            held_out[val] = shares[name]
+        samples = samples_per_epoch(train.n_tokens, config.block_size, train.row)
+        sources[name] = Source(train.corpus_sha256, samples)
+        if train.row and not config.doc_mask and not config.quiet:
             print(f"note: the documents of a row of {name} attend to each other; "
                   "--doc_mask=True keeps them apart")
     bos = tokenizer.bos if config.doc_mask else None
-    held_out = {open_corpus(config.data_dir, name, tokenizer, "val"): share
-                for name, share in shares.items()}
     token_bytes = tokenizer.token_bytes()
     at_once = config.micro_batch_size or min(config.batch_size,
                                              max(1, EVAL_TOKENS_PER_FORWARD // config.block_size))
@@ -519,9 +620,9 @@ def open_data(config, tokenizer):
     def validate(model):
         """Return the held-out loss of the mixture, in nats per token and in bits per byte."""
         found = measure(model, held_out, token_bytes, config.block_size, config.eval_tokens,
-                        at_once, bos)
+                        at_once, bos, world=world)
         return {"val_loss": found["loss"], "val_bpb": found["bpb"]}
 
     open_train = functools.partial(open_corpus, config.data_dir, tokenizer=tokenizer, split="train")
     batches = make_batches(open_train, config.seed, config.block_size, bos, config.answers_only)
-    return batches, validate, hashes
+    return batches, validate, sources

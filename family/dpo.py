@@ -24,6 +24,7 @@ kl                              log reference - log policy, mean over both answe
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import time
 from dataclasses import asdict, dataclass
@@ -47,7 +48,7 @@ from configurator import (
 )
 from data import packing
 from data.corpus import hold_out_limit
-from data.dataset import permute
+from data.dataset import Source, permute
 from data.tokenizer import chat_ids
 from engine import checkpoint
 from engine.device import choose_micro_batch, pick_dtype
@@ -60,6 +61,7 @@ from train import (
     launch,
     open_tokenizer,
     run_training,
+    split_batch,
 )
 
 HELD_OUT = 0.05                 # share of the prompts, if no file of held-out pairs is given
@@ -279,9 +281,14 @@ def pair_batches(pairs, config):
     return batches
 
 
-def held_out_batches(pairs, size, block_size):
-    """Yield batches of one size over all pairs, the last one filled up with the first pairs."""
-    for first in range(0, len(pairs), size):
+def held_out_batches(pairs, size, block_size, rank, ranks):
+    """Yield this rank's batches over all pairs, filled up with the first pairs.
+
+    All have one size, and all ranks the same number of them, because a forward of a sharded model
+    is collective. Those of rank 0 come first.
+    """
+    share = size * math.ceil(len(pairs) / (size * ranks))
+    for first in range(rank * share, (rank + 1) * share, size):
         yield make_batch(pairs, [i % len(pairs) for i in range(first, first + size)], block_size)
 
 
@@ -299,33 +306,32 @@ def count_updates(config, n_pairs):
 
 # ---- the reference's log-probabilities
 
-def compute_reference(forward, pairs, config, micro, device, rank, ranks):
+def compute_reference(forward, pairs, config, micro, world):
     """Return {split: (n, 2)} log-probabilities of all answers under the model as it is.
 
     The forward and the shapes are those of training, with gradients enabled, because kernels may
-    differ without. Each rank computes its share of the training pairs; the other rows are -inf.
+    differ without. Each rank computes its share.
     """
     batches, batch_size = pair_batches(pairs["train"], config), batch_size_at(config, 0)
-    share, quiet = batch_size // ranks, config.quiet or rank > 0
-    firsts = tqdm(range(0, len(pairs["train"]), batch_size), desc="reference", leave=False,
-                  disable=True if quiet else None)
-    train = (batches(None, first + rank * share, share)[0] for first in firsts)
-    val = held_out_batches(pairs["val"], micro, config.block_size)
-    return {"train": logp_table(forward, train, len(pairs["train"]), micro, device),
-            "val": logp_table(forward, val, len(pairs["val"]), micro, device)}
-
-
-def logp_table(forward, batches, n_pairs, micro, device):
-    """Return (n_pairs, 2) log-probabilities of the answers; -inf for pairs in none of the batches.
-
-    micro: pairs per forward
-    """
-    table = torch.full((n_pairs, 2), -torch.inf, device=device)
-    for batch in batches:
-        for i in range(0, len(batch["index"]), micro):
-            part = {name: tensor[i:i + micro].to(device) for name, tensor in batch.items()}
+    share, quiet = batch_size // world.size, config.quiet or world.rank > 0
+    table = torch.full((len(pairs["train"]), 2), -torch.inf, device=world.device)
+    for first in tqdm(range(0, len(table), batch_size), desc="reference", leave=False,
+                      disable=True if quiet else None):
+        batch, _ = batches(None, first + world.rank * share, share)
+        for part in split_batch(batch, micro, world.device):
             table[part["index"]] = answer_logp(forward, part)[0].detach()
-    return table
+    table = torch.stack(world.all_gather(table.cpu())).amax(0)      # -inf: pairs of other ranks
+    return {"train": table.to(world.device),
+            "val": held_out_logp(forward, pairs["val"], micro, config.block_size, world)}
+
+
+def held_out_logp(forward, pairs, micro, block_size, world):
+    """Return (n, 2) log-probabilities of the answers of all pairs; each rank computes its share."""
+    rows = []
+    for batch in held_out_batches(pairs, micro, block_size, world.rank, world.size):
+        (part,) = split_batch(batch, micro, world.device)
+        rows.append(answer_logp(forward, part)[0].detach())
+    return torch.cat(world.all_gather(torch.cat(rows).cpu()))[:len(pairs)].to(world.device)
 
 
 def reference_fingerprint(start, pairs, tokenizer, device):
@@ -408,6 +414,7 @@ def train_dpo(start, world):
     if start.kind == "init":
         start = new_run(start, len(pairs["train"]))
     config, state, device = start.config, start.state, world.device
+    state.plan = [[0, "pairs"]]             # a plan of corpora is not used, but counts the epochs
     path = Path(config.out_dir, REFERENCE)
     two_rows = dataclasses.replace(config, block_size=2 * config.block_size)    # memory of a pair
     state.micro = config.micro_batch_size or state.micro or world.from_rank0(choose_micro_batch(
@@ -423,10 +430,7 @@ def train_dpo(start, world):
     def loss(forward, part):
         if not reference:                                   # before the first update
             clock = time.monotonic()
-            reference.update(compute_reference(forward, pairs, config, state.micro, device,
-                                               world.rank, world.size))
-            shares = world.all_gather(reference["train"].cpu())
-            reference["train"] = torch.stack(shares).amax(0).to(device)
+            reference.update(compute_reference(forward, pairs, config, state.micro, world))
             if world.rank == 0:
                 write_reference(path, reference, fingerprint)
             world.barrier()
@@ -440,15 +444,14 @@ def train_dpo(start, world):
 
     @torch.no_grad()
     def validate(model):
-        batches = held_out_batches(pairs["val"], state.micro, config.block_size)
-        policy = logp_table(model, batches, len(pairs["val"]), state.micro, device)
+        policy = held_out_logp(model, pairs["val"], state.micro, config.block_size, world)
         losses, values = dpo_metrics(policy, reference["val"], val_tokens, config)
         return {f"val_{name}": value.cpu().double().mean().item()
                 for name, value in {"loss": losses, **values}.items()}
 
     batches = pair_batches(pairs["train"], config)
-    hashes = {"pairs": fingerprint["pairs"]}
-    run_training(start, world, loss, lambda config, tokenizer: (batches, validate, hashes))
+    sources = {"pairs": Source(fingerprint["pairs"], len(pairs["train"]))}
+    run_training(start, world, loss, lambda *options: (batches, validate, sources))
 
 
 @exits_cleanly

@@ -1,10 +1,13 @@
 """bench.py: it measures the updates of the loop, nanoGPT takes its turn, bad input is one line."""
 import json
 import subprocess
+import threading
+import time
 
 import pytest
 import torch
 
+from data.dataset import Prefetch
 from model import MiniCPM, MiniCPMConfig, init_weights
 from tools import bench
 from train import language_loss, train
@@ -111,6 +114,33 @@ def test_time_counts_for_the_phase_in_which_it_passes(monkeypatch):
     options, config, shape = bench.read_options([*TINY, "--micro_batch_size=2"])
     times, how = bench.step(options, config, shape)
     assert times == [1 + 2 * 2 + 2 * 4 + 8] * 2 and how["phases"] == {"data": 1, "forward": 4, "backward": 8, "rest": 8}
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_a_batch_that_is_prepared_ahead_costs_no_time_of_an_update(monkeypatch, ahead):
+    """As on a GPU: the source works in its thread while the loss is computed, and the phases stay."""
+    class Source(Prefetch):
+        def __init__(self, batches, world):
+            super().__init__(batches, world, ahead)
+
+    def batches(config, vocab_size, real=bench.random_batches):
+        source = real(config, vocab_size)
+
+        def slow(*where):
+            time.sleep(0.05)
+            return source(*where)
+        return slow
+
+    def loss(forward, part):
+        time.sleep(0.1)
+        return language_loss(forward, part)
+    monkeypatch.setattr(bench, "Prefetch", Source)
+    monkeypatch.setattr(bench, "random_batches", batches)
+    monkeypatch.setattr(bench, "language_loss", loss)
+    threads = threading.enumerate()
+    _, how = bench.step(*bench.read_options(TINY))
+    assert how["phases"]["forward"] > 0.1 and (how["phases"]["data"] > 0.05) != ahead
+    assert threading.enumerate() == threads
 
 
 def test_looking_at_the_loop_does_not_change_it(monkeypatch):

@@ -1,7 +1,12 @@
 """Corpora and batches: an epoch reads every token once, a batch depends on its index alone, damage is reported."""
+import dataclasses
 import hashlib
 import json
 import os
+import re
+import subprocess
+import sys
+import threading
 import time
 import tracemalloc
 from collections import Counter
@@ -10,7 +15,8 @@ import numpy as np
 import pytest
 import torch
 
-from configurator import BadInput, build
+import train as train_module
+from configurator import ROOT, BadInput, build
 from data.corpus import write_corpus, write_shard
 from data.dataset import (
     HEADER,
@@ -18,8 +24,11 @@ from data.dataset import (
     PADDING,
     TEXT,
     VERSION,
+    Prefetch,
+    Source,
     Split,
     check_block_size,
+    count_epochs,
     held_out_loss,
     held_out_windows,
     locate,
@@ -32,6 +41,9 @@ from data.dataset import (
 )
 from data.packing import write_rows
 from data.tokenizer import load_tokenizer
+from engine import metrics
+from engine.distributed import World
+from engine.run import new_state
 from train import TrainConfig
 
 
@@ -138,6 +150,19 @@ def test_held_out_windows_have_one_shape(tmp_path):
         idx, targets = (torch.cat([batch[key] for batch in batches]) for key in ("idx", "targets"))
         assert (idx[:len(starts), 1] - 3).tolist() == list(starts) and torch.equal(targets[:len(starts), :-1], idx[:len(starts), 1:])
         assert (targets[len(starts):] == -100).all() and (targets[:len(starts)] >= 0).all()
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 7])
+def test_the_shares_of_all_ranks_are_the_batches_of_one_process(tmp_path, ranks):
+    split = Split(corpus(tmp_path).folder, "val")
+    for tokens in (96, 40, 1):
+        whole = list(held_out_windows(split, 8, tokens, 5))
+        shares = [list(held_out_windows(split, 8, tokens, 5, rank, ranks)) for rank in range(ranks)]
+        assert {len(share) for share in shares} == {-(-len(whole) // ranks)}
+        batches = [batch for share in shares for batch in share]
+        for one, many in zip(whole, batches):
+            assert all(torch.equal(one[key], many[key]) for key in one)
+        assert all((batch["targets"] == -100).all() for batch in batches[len(whole):])
 
 
 def test_a_split_that_cannot_be_used_says_what_to_do(tmp_path):
@@ -256,6 +281,36 @@ def test_shards_are_opened_when_they_are_read_and_old_corpora_still_open(tmp_pat
             Split(folder, "train")
 
 
+READ = """
+import json, resource, sys
+sys.path.insert(0, {root!r})
+from data.dataset import Split
+resource.setrlimit(resource.RLIMIT_NOFILE, (100, 100))
+headers, plain = [], Split.read_header
+Split.read_header = lambda self, name: headers.append(name) or plain(self, name)
+split = Split({folder!r}, "train")
+tokens = [split.read(at, 5).tolist() for _ in range(3) for at in range(0, split.n_tokens, 5)]
+print(json.dumps([len(headers), tokens]))
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no RLIMIT_NOFILE")
+def test_shards_stay_open_without_a_file_descriptor_each(tmp_path):
+    """Of more than 64 shards all were opened and checked again and again."""
+    folder = corpus(tmp_path, n_tokens=1000, shard_tokens=5).folder
+    code = READ.format(root=str(ROOT), folder=str(folder))
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert said.returncode == 0, said.stderr
+    headers, tokens = json.loads(said.stdout)
+    assert headers == 200 and sum(tokens, []) == 3 * [0, *range(3, 1001), 1]
+
+
+def test_what_is_written_to_the_array_does_not_reach_the_shard(tmp_path):
+    split = corpus(tmp_path)
+    split.open_shard(0)[:] = 7
+    assert Split(split.folder, "train").read(0, 3).tolist() == [0, 3, 4]
+
+
 def test_a_trillion_tokens_are_addressed_without_holding_anything(tmp_path):
     """The 1.1T tokens of the paper in 11,000 shards, here hard links to one sparse file."""
     n_shards, per_shard = 11_000, 10 ** 8
@@ -302,3 +357,150 @@ def test_the_loader_is_faster_than_training_on_a_laptop(tmp_path):
         times.append(time.perf_counter() - began)
     print(f"{8 * 256 / np.median(times) / 1e6:.1f}M tokens/s")
     assert 8 * 256 / np.median(times) > 1e6
+
+
+# ---- the next batch, prepared in a thread
+
+def recorded(requests, batches):
+    """batches, which also records the requests and the thread that makes them."""
+    def source(plan, first, count):
+        requests.append((first, count, threading.current_thread().name))
+        return batches(plan, first, count)
+    return source
+
+
+def test_the_next_batch_is_prepared_ahead_and_every_batch_is_the_one_asked_for(tmp_path):
+    splits = {"a": corpus(tmp_path), "b": corpus(tmp_path, "b", 411)}
+    plain, requests = make_batches(splits.get, 1, 8, bos=0), []
+    plan = [[0, "a:0.7,b:0.3"]]
+    with Prefetch(recorded(requests, plain), World(1, 2), ahead=True) as batches:
+        def same(first, count):
+            got, expected = batches(plan, first, count), plain(plan, first, count)
+            assert got[1] == expected[1] and got[0].keys() == expected[0].keys()
+            assert all(torch.equal(got[0][key], expected[0][key]) for key in got[0])
+        for first in (4, 12, 20, 28):       # rank 1 of 2 has 4 of the 8 samples of an update
+            same(first, 4)
+        batches.future.result()
+        assert [first for first, *_ in requests] == [4, 12, 20, 28, 36]
+        plan.append([36, "b"])              # the decay begins: the prepared batch is of no use
+        same(36, 4)
+        same(44, 2)                         # another batch size
+        same(300, 2)                        # skipped samples
+        same(4, 4)                          # once more from the start
+    assert {name for *_, name in requests} == {"next-batch_0"}
+    requests.clear()
+    with Prefetch(recorded(requests, plain), World(1, 2)) as batches:   # a CPU: no thread
+        same(4, 4)
+    assert requests == [(4, 4, threading.current_thread().name)]
+
+
+def test_a_damaged_shard_is_reported_in_the_step_that_reads_it(tmp_path):
+    split = corpus(tmp_path)
+    batches = make_batches(lambda name: split, 1, 8)
+    for damaged in range(24):               # the first sample that reads shard 2, of one epoch
+        idx = batches([[0, "a"]], damaged, 1)[0]["idx"]
+        if ((idx >= 102) & (idx < 152)).any():
+            break
+    path = split.folder / "train_000002.bin"
+    path.write_bytes(path.read_bytes()[:-1])
+    split = Split(split.folder, "train")
+    with Prefetch(make_batches(lambda name: split, 1, 8), World(), ahead=True) as batches:
+        for first in range(damaged):
+            batches([[0, "a"]], first, 1)
+        for _ in range(2):                  # nothing is forgotten, whoever asks again
+            with pytest.raises(BadInput, match="train_000002.bin: 131 bytes instead of 132"):
+                batches([[0, "a"]], damaged, 1)
+
+
+def test_a_run_with_a_thread_is_the_run_without_one(train_tiny, monkeypatch):
+    """Decay data, a batch schedule, a failure and a resume. The thread ends with the run."""
+    options = ["--max_steps=12", "--decay_steps=4", "--decay_data=two:0.5,one:0.5",
+               "--batch_schedule=0:4,3:8", "--micro_batch_size=4", "--save_interval=5"]
+    plain, requests, threads = train_tiny("plain", *options), [], threading.enumerate()
+    loop = train_module.train
+
+    def failing(*args, **kwargs):
+        for update in loop(*args, **kwargs):
+            if update.step == 7:
+                raise InterruptedError
+            yield update
+    monkeypatch.setattr(train_module, "Prefetch", lambda batches, world: Prefetch(
+        recorded(requests, batches), world, ahead=True))
+    monkeypatch.setattr(train_module, "train", failing)
+    with pytest.raises(InterruptedError):
+        train_tiny("ahead", *options)
+    assert threading.enumerate() == threads
+    monkeypatch.setattr(train_module, "train", loop)
+    ahead = train_tiny("ahead", *options)
+    assert threading.enumerate() == threads
+    assert {name for *_, name in requests} == {"next-batch_0"}
+    curves = [[(x["step"], x["loss"], x["grad_norm"]) for x in metrics.read(run)[0]]
+              for run in (plain, ahead)]
+    assert len(curves[0]) == 12 and curves[0] == curves[1]
+    assert metrics.read(plain)[1] == metrics.read(ahead)[1]
+
+
+# ---- epochs
+
+def test_epochs_are_the_samples_drawn_over_the_samples_there_are():
+    plan = [[0, "a:0.7,b:0.3"], [1300, "b:3,c:1"], [2345, "c"]]
+    sources = {name: Source(None, samples) for name, samples in zip("abc", (100, 250, 7))}
+    drawn = Counter(locate(plan, 5, i)[0] for i in range(3000))
+    found = count_epochs(plan, 5, 3000, sources)
+    assert found == {name: drawn[name] / sources[name].samples for name in "abc"}
+    del sources["a"]                        # only the trunk of this branch has read it
+    assert set(count_epochs(plan, 5, 3000, sources)) == {"b", "c"}
+
+
+def test_an_epoch_has_as_many_samples_as_a_run_reads_without_repeats(tmp_path):
+    """Also of packed rows."""
+    tok = load_tokenizer("bytes")
+    messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    write_rows(tmp_path / "talk" / "bytes", tok, [("train", messages), ("val", messages)] * 9, 16)
+    write_corpus(tmp_path / "text" / "bytes", tok,
+                 [("train", "".join(map(chr, range(32, 127))) * 2), ("val", "x" * 20)])
+    for name in ("text", "talk"):
+        (config,) = build([TrainConfig], {"data": name, "max_steps": 2, "block_size": 16,
+                                          "doc_mask": True, "data_dir": str(tmp_path)})
+        batches, _, sources = open_data(config, tok)
+        n = sources[name].samples
+        split, offsets = open_corpus(tmp_path, name, tok, "train"), []
+        read = split.read
+        split.read = lambda offset, length: offsets.append(offset) or read(offset, length)  # noqa: B023
+        batches = make_batches({name: split}.get, config.seed, 16)
+        batches([[0, name]], 0, n)
+        assert n > 1 and len(set(offsets)) == n == len(offsets)
+
+
+@pytest.mark.parametrize("steps, one, warns", [(10, 6, False), (24, 20, True)])
+def test_a_run_says_how_many_epochs_it_reads_and_warns_above_four(train_tiny, capsys, steps, one, warns):
+    """Nothing said that a run of 1.1T tokens would read a default corpus 11,000 times."""
+    n_tokens = 4 * len((ROOT / "LICENSE").read_text(encoding="utf-8")) + 2
+    epoch = (n_tokens - 1) // 16 - 1        # samples of either corpus
+    options = ["--batch_schedule=0:64,2:60", f"--max_steps={steps}", "--decay_steps=4"]
+    train_tiny("run", *options, "--decay_data=two:0.75,one:0.25")
+    said, drawn = capsys.readouterr().out, (one - 2) * 60 + 128
+    seen = [float(word.strip(",")) for word in
+            re.search(r"epochs of the whole run: one (\S+), two (\S+)\n", said).groups()]
+    assert seen == pytest.approx([(drawn + 60) / epoch, 180 / epoch], abs=0.06)
+    notes = re.findall("note: (.*): after about 4 epochs, .* prepare more of it", said)
+    assert notes == (["one"] if warns else [])
+    train_tiny("silent", *options, "--quiet=True")
+    assert "epochs" not in capsys.readouterr().out
+
+
+def test_a_timed_run_says_its_epochs_at_its_end_and_a_resumed_one_the_same_again(train_tiny, capsys):
+    train_tiny("timed", "--minutes=0.03", "--eval_interval=0")
+    said = capsys.readouterr().out
+    assert said.count("epochs of the whole run: one ") == 1
+    assert said.index("epochs of") > said.index("parameters without the embedding")
+    (config,) = build([TrainConfig], {"data": "a", "decay_data": "b", "max_steps": 30,
+                                      "batch_schedule": "0:4,3:8", "decay_steps": 10})
+    new, lines = new_state(config), []
+    sources = {name: Source(None, 9) for name in "ab"}
+    resumed = dataclasses.replace(new, step=25, samples_seen=12 + 22 * 8,
+                                  plan=[[0, "a"], [12 + 17 * 8, "b"]])
+    for state in (new, resumed):
+        train_module.say_epochs(config, state, sources, lines.append)
+    assert lines[:2] == lines[2:] and lines[0] == f"epochs of the whole run: a {148 / 9:.2f}, b {80 / 9:.2f}"
+    assert new.plan == [[0, "a"]]

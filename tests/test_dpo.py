@@ -167,7 +167,27 @@ def test_batches_have_few_shapes_and_every_epoch_its_own_order():
     assert dpo.count_updates(config, 10) == 5
 
 
+def test_held_out_pairs_are_shared_by_the_ranks_and_none_is_left_out():
+    row = torch.zeros(1, dtype=torch.int32).numpy()
+    pairs = [((row, row), (row, row))] * 13
+    for ranks in (1, 2, 3, 5):
+        shares = [[batch["index"].tolist() for batch in dpo.held_out_batches(pairs, 4, 8, rank, ranks)]
+                  for rank in range(ranks)]
+        assert {len(share) for share in shares} == {-(-4 // ranks)}      # collective forwards
+        index = [i for share in shares for batch in share for i in batch]
+        assert index[:13] == list(range(13)) and {len(batch) for share in shares for batch in share} == {4}
+
+
 # ---- runs
+
+def test_a_run_says_its_epochs_once(place, capsys):
+    run(place, "epochs", "--max_steps=2", "--quiet=False", "--batch_size=50", "--eval_interval=0")
+    said = capsys.readouterr().out
+    assert said.count("epochs of") == 1 and "epochs of the whole run: pairs 0.40\n" in said
+    run(place, "often", "--max_steps=2", "--quiet=False", "--batch_size=60", "--eval_interval=0", "--max_pairs=25")
+    said = capsys.readouterr().out
+    assert "run: pairs 4.80" in said and "note: pairs: after about 4 epochs" in said
+
 
 def test_a_run_starts_at_ln_2_and_learns_the_preference(place):
     training, held_out = curve(place / "straight")

@@ -1,10 +1,14 @@
 """The prepare.py scripts: what goes into a corpus, what is held out, what is refused. No test needs a network."""
+import ast
+import dataclasses
 import hashlib
 import importlib.util
 import io
 import json
 import os
 import random
+import re
+import runpy
 import signal
 import subprocess
 import sys
@@ -14,9 +18,11 @@ from pathlib import Path
 
 import pytest
 
-from configurator import ROOT, BadInput
+from configurator import ROOT, BadInput, configure
 from data import packing, tokenizer
-from data.dataset import open_corpus
+from data.corpus import PrepareOptions
+from data.dataset import open_corpus, parse_mixture
+from train import TrainConfig, batch_size_at
 
 
 def script(name):
@@ -543,6 +549,13 @@ def test_fineweb_from_a_folder_is_fineweb_from_the_hub(pages, tmp_path, monkeypa
         open = lambda path: open(pages / Path(path).name, "rb")                                    # noqa: E731
     monkeypatch.setitem(sys.modules, "huggingface_hub", Hub)
     assert run_fineweb(tmp_path, "hub") == expected
+    globbed, plain = [], Hub.glob
+    monkeypatch.setattr(Hub, "glob", lambda pattern: globbed.append(pattern) or plain(pattern))
+    for sample in ("100BT", "350BT", "all"):
+        assert run_fineweb(tmp_path, sample, f"--sample={sample}") == expected
+    prefix = "datasets/HuggingFaceFW/fineweb-edu@0123abcd"
+    assert globbed == [f"{prefix}/sample/100BT/*.parquet", f"{prefix}/sample/350BT/*.parquet",
+                       f"{prefix}/data/*/*.parquet"]
 
     def cut(path):
         raise ConnectionError("the line\nis down")
@@ -580,6 +593,48 @@ def test_fineweb_without_a_network_or_its_packages_takes_one_line(tmp_path, monk
     assert "pip install pyarrow huggingface_hub" in error_of(fineweb, [f"--data_dir={tmp_path}"], capsys)
     assert "--tokens=5: at least" in error_of(fineweb, ["--tokens=5"], capsys)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_fineweb_sample_that_is_too_small_takes_one_line(tmp_path, capsys):
+    """Only 10 billion tokens could be had, and nothing said so before they were all read."""
+    fineweb = script("fineweb_edu")
+    for argv, says in (
+            (["--tokens=20_000_000_000"], "10BT has about 10,000,000,000; give --sample=100BT"),
+            (["--tokens=400_000_000_000", "--sample=100BT"], "; give --sample=all"),
+            (["--tokens=2_000_000_000_000", "--sample=all"], "; train for several epochs of fewer"),
+            (["--sample=all", f"--input={tmp_path}"], "is read from the hub; leave out --input")):
+        assert says in error_of(fineweb, argv, capsys)
+
+
+def fineweb_commands(path):
+    """Yield (name, tokenizer, tokens) of each command of data/fineweb_edu in a config's docstring."""
+    text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
+    for line in re.findall(r"data/fineweb_edu/prepare.py (.*)", text.replace("\\\n", " ")):
+        (options, asked), given = configure(line.split(), PrepareOptions,
+                                            script("fineweb_edu").FinewebOptions, usage="")
+        assert "tokens" in given, line
+        yield f"fineweb_edu{options.suffix or ''}", options.tokenizer, asked.tokens
+
+
+def test_a_config_names_the_data_that_its_run_reads_once():
+    """It named no command, or one that prepares 100M tokens for a run of 1.1T."""
+    fields, checked = {field.name for field in dataclasses.fields(TrainConfig)}, 0
+    of_first_half = list(fineweb_commands(ROOT / "config" / "minicpm_128k_32k.py"))
+    for path in sorted((ROOT / "config").glob("*.py")):
+        values = {name: x for name, x in runpy.run_path(str(path)).items() if name in fields}
+        config = TrainConfig(**values)
+        prepared = {(name, tokenizer): tokens for name, tokenizer, tokens in
+                    [*(of_first_half if "128k" in path.name else []), *fineweb_commands(path)]}
+        for name, share in parse_mixture(config.data).items():
+            if not name.startswith("fineweb_edu"):
+                continue
+            reads = share * config.block_size * sum(
+                batch_size_at(config, step) for step in range(config.max_steps))
+            tokenizer = values.get("tokenizer", "openbmb/MiniCPM-2B-sft-bf16")  # of init_from
+            epochs = reads / (0.99 * prepared[name, tokenizer])
+            assert 0.98 < epochs <= 1 or path.name == "minicpm_128k.py" and epochs < 1, (path, name)
+            checked += 1
+    assert checked == 7 + 1 + 3 + 4
 
 
 @pytest.mark.parametrize("name", ["pytorch", "plays", "speeches", "text", "fineweb_edu"])

@@ -27,9 +27,10 @@ import numpy as np
 import torch
 
 from configurator import ROOT, BadInput, exits_cleanly, must_be_positive, print_differences
-from data.dataset import make_batches
+from data.dataset import Prefetch, make_batches
 from engine import checkpoint
 from engine.device import check_memory, choose_micro_batch, pick_device, pick_dtype
+from engine.distributed import World
 from engine.run import new_state
 from model import MiniCPM, init_weights
 from train import language_loss, read_config, train
@@ -135,7 +136,8 @@ def step(bench, config, shape):
     device, state, model = pick_device(config.device), new_state(config), MiniCPM(shape)
     init_weights(model, config.seed)
     model.to(device)
-    batches, clock = random_batches(config, shape.vocab_size), PhaseClock(device)
+    batches = Prefetch(random_batches(config, shape.vocab_size), World(device=device))
+    clock = PhaseClock(device)
 
     def timed_batches(*where):
         clock.end("rest")                                                # freed the last gradients
@@ -150,10 +152,10 @@ def step(bench, config, shape):
     # The gradient of the embedding is the last one of every backward pass.
     model.wte.weight.register_post_accumulate_grad_hook(lambda p: clock.end("backward"))
     updates = train(config, timed_batches, timed_loss, model, state)
-    for _ in range(WARM_UP + bench.updates):
-        next(updates)
-        clock.end_update()
-    updates.close()
+    with batches, contextlib.closing(updates):
+        for _ in range(WARM_UP + bench.updates):
+            next(updates)
+            clock.end_update()
     seconds, phases = clock.result()
     return seconds, {"phases": phases, "dtype": model.numerics.dtype, "compiled": state.compiled,
                      "micro": state.micro, "n_params": shape.n_params}

@@ -1,7 +1,11 @@
-"""FineWeb-Edu, sample-10BT: educational web pages, streamed from the Hugging Face hub.
+"""FineWeb-Edu: educational web pages, streamed from the Hugging Face hub.
 
-    python data/fineweb_edu/prepare.py --tokens=100000000 [--tokenizer=bpe4096] [--processes=8]
+    python data/fineweb_edu/prepare.py --tokens=100_000_000 [--tokenizer=bpe4096] [--processes=8]
+    python data/fineweb_edu/prepare.py --sample=350BT --tokens=300_000_000_000 ...
     python data/fineweb_edu/prepare.py --input=FOLDER ...    local parquet files, without a network
+
+The comment of a config says how many tokens its run reads. Up to about 4 epochs of fewer cost
+little (data/dataset.py: MAX_EPOCHS).
 
 Needs pip install pyarrow, and huggingface_hub without --input. A document is a page; 1 % of the
 pages are held out, by a hash of their id. If the command is killed or the network fails, the same
@@ -12,13 +16,19 @@ import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))             # the project
 
 from configurator import BadInput, configure, exits_cleanly  # noqa: E402
 from data.corpus import PrepareOptions, held_out, prepare_units  # noqa: E402
 
-HUB, SAMPLE = "HuggingFaceFW/fineweb-edu", "sample/10BT"
+HUB = "HuggingFaceFW/fineweb-edu"
+# Files of each sample on the hub, and about how many tokens of GPT-2's they hold.
+SAMPLES = {"10BT": ("sample/10BT/*.parquet", 10 * 10 ** 9),
+           "100BT": ("sample/100BT/*.parquet", 100 * 10 ** 9),
+           "350BT": ("sample/350BT/*.parquet", 350 * 10 ** 9),
+           "all": ("data/*/*.parquet", 1300 * 10 ** 9)}
 COLUMNS = ["id", "text"]
 VAL_SHARE = 0.01
 BYTES_PER_TOKEN = 4             # estimate for English text; affects only the size of the units
@@ -26,7 +36,9 @@ BYTES_PER_TOKEN = 4             # estimate for English text; affects only the si
 
 @dataclass
 class FinewebOptions:
-    tokens: int = 100_000_000   # stop after about so many, at least 1 million of the 10 billion
+    tokens: int = 100_000_000   # stop after about so many, at least 1 million
+    sample: Literal[tuple(SAMPLES)] = '10BT'    # files to read: random samples of 10, 100 and 350
+                                # billion tokens, or all the 1.3 trillion
     input: str = ""             # folder of parquet files with columns id and text; empty: the hub
     processes: int = 0          # processes that read and tokenize; 0: half the number of cores
 
@@ -34,13 +46,22 @@ class FinewebOptions:
         lines = []
         if self.tokens < 10 ** 6:
             lines.append(f"--tokens={self.tokens}: at least 1,000,000")
+        if self.input and self.sample != "10BT":
+            lines.append(f"--sample={self.sample}: is read from the hub; leave out --input")
+        size = SAMPLES[self.sample][1]
+        if not self.input and self.tokens > size:
+            larger = [name for name, (_, other) in SAMPLES.items() if other >= self.tokens]
+            remedy = f"give --sample={larger[0]}" if larger else "train for several epochs of fewer"
+            lines.append(f"--tokens={self.tokens}: --sample={self.sample} has about {size:,}; "
+                         + remedy)
         if self.processes < 0:
             lines.append(f"--processes={self.processes}: at least 1, or 0 for half the cores")
         return lines
 
 
-def find_files(folder):
-    """Return the names of the parquet files of a folder, or of the latest revision on the hub."""
+def find_files(folder, sample):
+    """Return the names of the parquet files of a folder; if it is empty, of a sample in the latest
+    revision on the hub."""
     if folder:
         found = sorted(str(path) for path in Path(folder).resolve().rglob("*.parquet"))
         if not found:
@@ -49,20 +70,20 @@ def find_files(folder):
     with errors_name(HUB):
         import huggingface_hub
         revision = huggingface_hub.HfApi().dataset_info(HUB).sha
-        pattern = f"datasets/{HUB}@{revision}/{SAMPLE}/*.parquet"
+        pattern = f"datasets/{HUB}@{revision}/{SAMPLES[sample][0]}"
         found = huggingface_hub.HfFileSystem().glob(pattern)
     if not found:
         raise BadInput(f"{pattern}: no such file on the hub")
     return sorted(f"hf://{path}" for path in found)
 
 
-def units(folder, tokens):
+def units(folder, sample, tokens):
     """Yield the units of work: [file, first row group, end of the row groups, bytes of text].
 
     A unit has about a hundredth of the tokens wanted, but not more than fill a shard.
     """
     unit_bytes = min(tokens // 100, 10 ** 8) * BYTES_PER_TOKEN
-    for file in find_files(folder):
+    for file in find_files(folder, sample):
         with open_parquet(file) as parquet:
             n_groups, column = parquet.metadata.num_row_groups, parquet.schema.names.index("text")
             first = size = 0
@@ -123,7 +144,7 @@ def errors_name(source):
 def main(argv):
     (options, fineweb), _ = configure(argv, PrepareOptions, FinewebOptions, usage=__doc__)
     processes = fineweb.processes or max(1, (os.cpu_count() or 2) // 2)
-    work = units(fineweb.input, fineweb.tokens)
+    work = units(fineweb.input, fineweb.sample, fineweb.tokens)
     prepare_units("fineweb_edu", work, documents, options, fineweb.tokens, processes)
 
 
