@@ -65,14 +65,14 @@ def test_a_range_that_is_none_is_one_line(train_tiny, capsys, value):
 
 def slow_rank(*argv):
     """Train while rank 1 takes its time to make a batch."""
-    def make_source(config, tokenizer):
-        batches, validate, hashes = OPEN_DATA(config, tokenizer)
+    def make_source(config, tokenizer, world):
+        batches, validate, sources = OPEN_DATA(config, tokenizer, world)
 
         def slow(plan, first, count):
             if torch.distributed.get_rank() == 1:
                 time.sleep(0.05)
             return batches(plan, first, count)
-        return slow, validate, hashes
+        return slow, validate, sources
     train_module.run_training.__defaults__ = (train_module.language_loss, make_source)
     train_module.main(list(argv))
 

@@ -4,6 +4,7 @@
                                             updates of train.py's loop, phase by phase
     python -m tools.bench --task=decode     tokens/s of generation, one sequence at a time
     python -m tools.bench --nanogpt=PATH    updates, next to those of a nanoGPT checkout
+    torchrun --nproc_per_node=8 -m tools.bench config/NAME.py    updates of several processes
 
 The config is config/laptop.py if none is given. Tokens are random, so no corpus is needed, and no
 files are written. With --nanogpt each program runs in a process of its own, because memory that one
@@ -26,19 +27,33 @@ from typing import Literal
 import numpy as np
 import torch
 
-from configurator import ROOT, BadInput, exits_cleanly, must_be_positive, print_differences
+from configurator import (
+    ROOT,
+    BadInput,
+    exits_cleanly,
+    must_be_positive,
+    no_output,
+    print_differences,
+)
 from data.dataset import Prefetch, make_batches
-from engine import checkpoint
-from engine.device import check_memory, choose_micro_batch, pick_device, pick_dtype
-from engine.distributed import World
-from engine.run import new_state
+from engine import checkpoint, distributed
+from engine.device import (
+    check_memory,
+    choose_micro_batch,
+    decide_compile,
+    peak_flops,
+    pick_device,
+    pick_dtype,
+)
+from engine.run import Start, new_state
 from model import MiniCPM, init_weights
-from train import language_loss, read_config, train
+from train import batch_size_at, build_model, check_processes, language_loss, read_config, train
 
 PHASES = {"data": "data", "forward": "forward", "backward": "backward",
           "rest": "rest (clipping, optimizer, the loop's own work)"}
 WARM_UP = 4                             # updates before the timed ones; the first one compiles
 PROMPT_TOKENS = 16
+ATTENTION = ("attention", "flash", "fmha", "sdpa")      # a part of the name of every fused kernel
 PROGRAMS = ("nanogpt-float32", "nanogpt-bfloat16", "ours")
 
 
@@ -46,7 +61,8 @@ PROGRAMS = ("nanogpt-float32", "nanogpt-bfloat16", "ours")
 class BenchConfig:
     task: Literal['step', 'decode'] = 'step'    # what to measure: updates, or generation
     updates: int = 10                   # timed updates, at least 2; the median is reported
-    peak_flops: float | None = None     # peak FLOP/s of the chip in the compute dtype, for MFU
+    peak_flops: float | None = None     # peak FLOP/s of a chip in the compute dtype, for MFU;
+                                        # unset: that of the GPU's data sheet, if known
     nanogpt: str | None = None          # folder of a nanoGPT checkout to compare updates with
     program: Literal[PROGRAMS] = 'ours'     # with nanogpt and json: the one to measure
     rounds: int = 3                     # turns of each program with nanogpt; generations of decode
@@ -74,7 +90,8 @@ def read_options(argv):
     if bench.nanogpt and (shape.num_experts or shape.n_head * shape.head_size != shape.n_embd):
         raise BadInput("--nanogpt: it has no experts, and its head size is n_embd / n_head; give "
                        "another shape")
-    check_memory(shape, pick_device(config.device))
+    if distributed.UNDER_TORCHRUN and (bench.task != "step" or bench.nanogpt):
+        raise BadInput("--task=decode, --nanogpt: only in one process, without torchrun")
     return bench, config, shape
 
 
@@ -130,14 +147,16 @@ class PhaseClock:
 
 
 def step(bench, config, shape):
-    """Time updates of train.py's loop, as in a long run, through the functions that it calls."""
+    """Time updates of train.py's loop, as in a long run, through the functions that it calls.
+    Under torchrun they are timed as a whole: FSDP calls no hook at the end of a backward pass."""
     # A distant end: no decay begins, and compiling pays off.
     config = replace(config, max_steps=10 ** 9, minutes=None, quiet=True)
-    device, state, model = pick_device(config.device), new_state(config), MiniCPM(shape)
-    init_weights(model, config.seed)
-    model.to(device)
-    batches = Prefetch(random_batches(config, shape.vocab_size), World(device=device))
-    clock = PhaseClock(device)
+    world = distributed.init_world(config)
+    check_processes(config, world)
+    check_memory(shape, world.device, world.shards)
+    start = Start(config, shape, new_state(config), None, "scratch", {})
+    decide_compile(config, start.state, world.device, say=no_output)
+    model, clock = build_model(start, world), PhaseClock(world.device)
 
     def timed_batches(*where):
         clock.end("rest")                                                # freed the last gradients
@@ -151,14 +170,33 @@ def step(bench, config, shape):
 
     # The gradient of the embedding is the last one of every backward pass.
     model.wte.weight.register_post_accumulate_grad_hook(lambda p: clock.end("backward"))
-    updates = train(config, timed_batches, timed_loss, model, state)
+    batches = Prefetch(random_batches(config, shape.vocab_size), world)
+    updates = train(config, timed_batches, timed_loss, model, start.state, world=world)
     with batches, contextlib.closing(updates):
-        for _ in range(WARM_UP + bench.updates):
+        for i in range(WARM_UP + bench.updates):
+            if i == WARM_UP and world.device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats()
             next(updates)
             clock.end_update()
+    memory = torch.cuda.max_memory_allocated() if world.device.type == "cuda" else None
     seconds, phases = clock.result()
-    return seconds, {"phases": phases, "dtype": model.numerics.dtype, "compiled": state.compiled,
-                     "micro": state.micro, "n_params": shape.n_params}
+    facts = {"phases": phases} if world.alone else {"processes": world.size}
+    return seconds, {**facts, "dtype": model.numerics.dtype, "compiled": start.state.compiled,
+                     "micro": start.state.micro, "n_params": shape.n_params,
+                     "peak_memory": memory, "attention": attention_kernels(config, model, world)}
+
+
+def attention_kernels(config, model, world):
+    """Return the names of the attention kernels of a forward pass, for one sequence; empty if the
+    softmax is written out."""
+    batch, _ = random_batches(config, model.config.vocab_size)([[0, "random"]], 0, 1)
+    on_device = {name: tensor.to(world.device) for name, tensor in batch.items()}
+    with torch.profiler.profile() as profiler:
+        language_loss(model, on_device)
+        synchronize(world.device)
+    kinds = [event for event in profiler.events() if event.device_type.name != "CPU"]
+    names = {event.name for event in kinds or profiler.events()}
+    return sorted(name for name in names if any(word in name.lower() for word in ATTENTION))
 
 
 def load_nanogpt(folder, config, shape):
@@ -207,6 +245,7 @@ def step_of_nanogpt(bench, config, shape):
 
 def decode(bench, config, shape):
     """Time MiniCPM.generate at batch size 1, with weights in the compute dtype."""
+    check_memory(shape, pick_device(config.device))
     device, model = pick_device(config.device), MiniCPM(shape)
     dtype, seconds = pick_dtype(config.dtype, device), []
     init_weights(model, config.seed)
@@ -223,7 +262,7 @@ def decode(bench, config, shape):
 
 def measure(bench, config, shape):
     """Make the measurement that the options name; return a dict for JSON, times in seconds."""
-    tokens = config.batch_size * config.block_size
+    tokens = batch_size_at(config, 0) * config.block_size
     if bench.task == "decode":
         tokens = bench.new_tokens
         seconds, facts = decode(bench, config, shape)
@@ -235,9 +274,10 @@ def measure(bench, config, shape):
              "fastest": min(seconds), "slowest": max(seconds),
              "tokens_per_s": tokens / median(seconds), "device": str(pick_device(config.device)),
              **facts, "dtype": str(facts["dtype"]).removeprefix("torch.")}
-    if "phases" in facts:
+    if bench.task == "step" and bench.program == "ours":
+        peak = bench.peak_flops or peak_flops(pick_device(config.device), no_output)
         found["flops_per_s"] = shape.flops_per_token(config.block_size) * found["tokens_per_s"]
-        found["mfu"] = found["flops_per_s"] / bench.peak_flops if bench.peak_flops else None
+        found["mfu"] = found["flops_per_s"] / (facts.get("processes", 1) * peak) if peak else None
     settings = {**asdict(bench), **asdict(config), **asdict(shape)}
     return {**found, "settings": settings, "provenance": checkpoint.provenance()}
 
@@ -283,7 +323,10 @@ def main(argv):
     bench, config, shape = read_options(argv)
     if bench.nanogpt and not bench.json:
         return compare(bench, argv)
-    found = measure(bench, config, shape)
+    with distributed.failing_ranks_exit():
+        found = measure(bench, config, shape)
+    if int(os.environ.get("RANK", 0)) > 0:
+        return
     if bench.json:
         print(json.dumps(found))
         return
@@ -291,11 +334,15 @@ def main(argv):
     print(summary(found))
     if bench.task == "decode":
         return
-    whole = sum(found["phases"].values())
-    for phase, seconds in found["phases"].items():
-        print(f"{1000 * seconds:10.2f} ms  {seconds / whole:6.1%}  {PHASES[phase]}")
+    phases = found.get("phases", {})
+    for phase, seconds in phases.items():
+        share = seconds / sum(phases.values())
+        print(f"{1000 * seconds:10.2f} ms  {share:6.1%}  {PHASES[phase]}")
     mfu = f"{found['mfu']:.1%}" if found["mfu"] else "n/a (give --peak_flops)"
     print(f"{found['flops_per_s'] / 1e9:10,.1f} GFLOP/s, MFU {mfu}")
+    print(f"attention: {', '.join(found['attention']) or 'softmax written out'}")
+    if found["peak_memory"]:
+        print(f"memory: at most {found['peak_memory'] / 2 ** 30:.2f} GiB per GPU")
 
 
 if __name__ == "__main__":
