@@ -292,7 +292,7 @@ def train(config, batches, loss_fn, model, state=None, optimizer_tensors=None, v
         scaler.load_state_dict(state.scaler)
     log = metrics.TrainingLog(config, state, model.config, world, writes_files=bool(tokenizer))
     device.decide_compile(config, state, world.device, log.say)    # labs; else decided already
-    forward = torch.compile(model, dynamic=False) if state.compiled and world.size == 1 else model
+    forward = torch.compile(model, dynamic=False) if state.compiled and world.alone else model
     decide_micro_batch(config, state, model, forward, loss_fn, batches, world, log.say)
     saver = checkpoint.CheckpointWriter(config, state, model, optimizer, scaler, tokenizer, world,
                                         log)
@@ -395,7 +395,7 @@ def set_numerics(config, model, world):
     torch.use_deterministic_algorithms(deterministic)
     if on_cpu:
         device.tune_malloc()
-    if world.size == 1:
+    if world.alone:
         model.to(world.device)
     model.train()
     model.numerics.dtype = device.pick_dtype(config.dtype, world.device)
@@ -421,7 +421,7 @@ def decide_micro_batch(config, state, model, forward, loss_fn, batches, world, s
     batch = batch_size_at(config, state.step) // world.size
     state.micro = world.from_rank0(
         device.choose_micro_batch(model.config, config, batch, world.device, world.shards))
-    if world.device.type == "cuda" and world.size == 1:
+    if world.device.type == "cuda" and world.alone:
         attempt = partial(try_micro_batch, config, state, model, forward, loss_fn, batches, world)
         state.micro = device.halve_until_it_fits(state.micro, attempt, say)
 
@@ -536,12 +536,12 @@ def build_model(start, world):
     config = start.config
     with torch.device("meta"):
         model = MiniCPM(start.model_config)
-    if world.size > 1:
+    if not world.alone:
         dtype = device.pick_dtype(config.dtype, world.device)
         distributed.distribute(model, config, world.mesh, dtype, start.state.compiled)
     elif config.recompute:
         distributed.recompute_blocks(model, config.recompute)
-    model.to_empty(device=world.device if world.size > 1 else "cpu")
+    model.to_empty(device="cpu" if world.alone else world.device)
     copy = distributed.copy_local_shard
     if start.folder is None:
         init_weights(model, config.seed, copy)
@@ -598,7 +598,7 @@ def launch(config, model_config, given, run):
         distributed.check_same_config(world, {**requested, "code": checkpoint.code_hash()})
         restarted = any(world.all_gather(is_restart()))
         start = resolve_start(config, model_config, given, restarted)
-        if world.size == 1:             # a branch has the device of its trunk
+        if world.alone:                 # a branch has the device of its trunk
             world = World(device=device.pick_device(start.config.device))
         check_processes(start.config, world)
         device.check_memory(start.model_config, world.device, world.shards)
@@ -620,9 +620,9 @@ def check_processes(config, world):
     if uneven:
         option = "batch_schedule" if config.batch_schedule else "batch_size"
         raise BadInput(f"--{option}: {uneven[0]} is not a multiple of the {world.size} processes")
-    if world.size > 1 and device.pick_dtype(config.dtype, world.device) == torch.float16:
-        raise BadInput("--dtype=float16: its loss scaler works in one process; give bfloat16 or "
-                       "float32 under torchrun")
+    if not world.alone and device.pick_dtype(config.dtype, world.device) == torch.float16:
+        raise BadInput("--dtype=float16: its loss scaler does not work with shards; give bfloat16 "
+                       "or float32, or start one process without torchrun")
 
 
 def run_training(start, world, loss_fn=language_loss, make_source=open_data):
@@ -672,7 +672,7 @@ def run_in_folder(start, world, loss_fn, make_source):
         return
     if timed:
         say_epochs(config, state, sources, say)
-    if config.sample_tokens and world.size == 1:
+    if config.sample_tokens and world.alone:
         say(f"--- a sample, temperature 0.7\n{sample_text(config, model, tokenizer)}\n---")
     say(f"finished: {state.step} steps, {state.tokens_seen / 1e6:.1f}M tokens, "
         f"{state.seconds:.0f} s; curves in {out_dir / 'loss.png'}; "

@@ -45,6 +45,11 @@ class World:
     attempt: str = ""                   # the same on all ranks, and another one after every restart
 
     @property
+    def alone(self):
+        """Whether this process was started without torchrun, so that nothing is sharded."""
+        return self.mesh is None
+
+    @property
     def shards(self):
         """Number of processes that one copy of the model is sharded over."""
         return self.mesh.size(1) if self.mesh else 1
