@@ -185,6 +185,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             top, total = add(logits, top, total)
             if N * (first + width) <= keep:
                 ctx.kept[first] = logits
+            del logits                  # else it would be there during the next product
         logsumexp = top + total.log()
         nll = torch.where(targets >= 0, logsumexp - target_logit, 0)
         ctx.save_for_backward(hidden, weight, targets, logsumexp, nll)
@@ -240,15 +241,16 @@ def slice_logits(hidden, rows, n_columns):
 def add_exponentials(logits, top, total):
     """Return (top, total) with a slice of logits (N, width) taken in: the largest logit, and the
     sum of exp(logit - top), of each row."""
-    logits = logits.float()
+    logits = logits.to(torch.float32, copy=True)        # to work in place
     new_top = torch.maximum(top, logits.amax(1))
-    exponentials = (logits - new_top[:, None]).exp_()
-    return new_top, total * (top - new_top).exp() + exponentials.sum(1)
+    sum_exp = logits.sub_(new_top[:, None]).exp_().sum(1)
+    return new_top, total * (top - new_top).exp() + sum_exp
 
 
 def scaled_softmax(logits, logsumexp, scale):
     """Return softmax times scale (N,) of a slice of logits (N, width), in their dtype."""
-    return (logits.float() - logsumexp[:, None]).exp_().mul_(scale[:, None]).to(logits.dtype)
+    p = logits.to(torch.float32, copy=True).sub_(logsumexp[:, None]).exp_()
+    return p.mul_(scale[:, None]).to(logits.dtype)
 
 
 def targets_inside(targets, first, width):
