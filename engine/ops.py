@@ -181,7 +181,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             rows = slice_rows(weight, first, width, hidden.dtype)
             logits = slice_logits(hidden, rows, V - first)
             inside, column = targets_inside(targets, first, width)
-            target_logit += logits.gather(1, column)[:, 0] * inside
+            target_logit += torch.where(inside, logits.gather(1, column)[:, 0], 0)
             top, total = add(logits, top, total)
             if N * (first + width) <= keep:
                 ctx.kept[first] = logits
