@@ -245,10 +245,11 @@ def test_attention_with_a_document_mask_equals_the_written_out_one(monkeypatch, 
 
 
 @pytest.mark.slow
-def test_compiled_attention_with_a_document_mask_equals_the_written_out_one():
-    """The CPU's kernel reads the lists of blocks, as a GPU's does. A minute of C++."""
-    for T in (1, 100, 129, 300):
-        check_attention(T)
+@pytest.mark.parametrize("T", [1, 100, 129, 300])
+def test_compiled_attention_with_a_document_mask_equals_the_written_out_one(T):
+    """The CPU's kernel reads the lists of blocks, as a GPU's does. 20 seconds of C++ each."""
+    torch._dynamo.reset()               # torch 2.13's C++ for lengths that vary does not compile
+    check_attention(T)
 
 
 @torch.no_grad()
