@@ -287,9 +287,10 @@ def optimizer_groups(model, weight_decay):
 
 @dataclass
 class Numerics:
-    """Compute dtype and attention kernel, shared by all modules; may change at any time."""
+    """How to compute, shared by all modules; may change at any time."""
     dtype: torch.dtype = torch.float32  # of matrices and their inputs
     flash: bool = True                  # fused attention kernels, if faster (ops.attention)
+    compiled: bool = False              # compile the slices of the loss (ops.cross_entropy)
 
 
 class Linear(nn.Linear):
@@ -526,8 +527,8 @@ class MiniCPM(nn.Module):
 
         logits   a product in the compute dtype: in bfloat16 they are float32 numbers that were
                  rounded to bfloat16. The loss and generation use the same
-        nll      (B, T) float32 in nats, 0 if the target is -100; the logits of a large vocabulary
-                 are never all held
+        nll      (B, T) float32 in nats, 0 if the target is -100; the float32 logits of a large
+                 vocabulary are never all held
         aux      routing_metrics of a model with experts while gradients are enabled, else empty
         doc_ids  (B, T): a token attends within its document only
         cache    KVCache: idx continues what it holds, and is added to it
@@ -535,7 +536,8 @@ class MiniCPM(nn.Module):
         hidden, routing = self.hidden(idx, doc_ids, cache)
         if targets is None:
             return F.linear(hidden, self.head_weight.to(hidden.dtype)).float()
-        nll = ops.cross_entropy(hidden.flatten(0, 1), self.head_weight, targets.flatten())
+        nll = ops.cross_entropy(hidden.flatten(0, 1), self.head_weight, targets.flatten(),
+                                self.numerics.compiled)
         aux = {}
         if self.config.num_experts and torch.is_grad_enabled():
             logits, expert = zip(*routing)

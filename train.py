@@ -292,6 +292,7 @@ def train(config, batches, loss_fn, model, state=None, optimizer_tensors=None, v
         scaler.load_state_dict(state.scaler)
     log = metrics.TrainingLog(config, state, model.config, world, writes_files=bool(tokenizer))
     device.decide_compile(config, state, world.device, log.say)    # labs; else decided already
+    model.numerics.compiled = state.compiled
     forward = torch.compile(model, dynamic=False) if state.compiled and world.alone else model
     decide_micro_batch(config, state, model, forward, loss_fn, batches, world, log.say)
     saver = checkpoint.CheckpointWriter(config, state, model, optimizer, scaler, tokenizer, world,

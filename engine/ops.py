@@ -6,18 +6,32 @@ Numbers that justify a trick are in LOG.md. Letters in shape comments are those 
 """
 import functools
 import itertools
+import math
 
 import torch
 import torch.nn.functional as F
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
+# tokens per block of a BlockMask
+MASK_BLOCK = 128
 # keys; on a CPU the fused kernel's backward is slower than a written-out softmax up to here
 EXPLICIT_ATTENTION_UP_TO = 1024
-# logits held at a time (128 MiB in float32); a larger product goes through in slices
-MAX_LOGITS = 2 ** 25
+# The loss holds at most so many logits in float32 at a time; a larger product goes through in
+# slices. A GPU needs large products to be busy: 1 GiB, a CPU 128 MiB.
+MAX_LOGITS = {"cpu": 2 ** 25, "mps": 2 ** 25, "cuda": 2 ** 28}
+# logits that forward keeps for backward in the compute dtype: 2 GiB in bfloat16 on a GPU
+KEPT_LOGITS = {"cpu": 0, "mps": 0, "cuda": 2 ** 30}
+# a slice has a multiple of so many columns: other bfloat16 products leave a GPU's fast kernels
+COLUMN_MULTIPLE = 128
 # an expert's rows on a CPU are padded to a multiple: oneDNN builds a kernel per row count
 ROW_MULTIPLE = 32
 ONEDNN = torch.backends.mkldnn.is_available()
+
+
+@functools.cache
+def compile_once(function):
+    """Return the compiled function, the same one every time."""
+    return torch.compile(function)
 
 
 # ---- products
@@ -38,11 +52,6 @@ def linear(x, weight):
 
 # ---- attention
 
-@functools.cache
-def compiled_flex_attention():
-    return torch.compile(flex_attention)
-
-
 def attention_mask(doc_ids, T, S, device, flex):
     """Return which of S tokens each of the last T may attend to: itself and the ones before it, in
     its own document.
@@ -54,13 +63,42 @@ def attention_mask(doc_ids, T, S, device, flex):
     if doc_ids is None and T in (1, S):
         return None
     if flex and T == S:
-        def visible(b, h, q, k):
-            return (q >= k) & (doc_ids[b, q] == doc_ids[b, k])
-        return create_block_mask(visible, len(doc_ids), None, T, S, device=device)
+        return document_mask(doc_ids)
     causal = torch.ones(T, S, dtype=torch.bool, device=device).tril(S - T)
     if doc_ids is None:
         return causal[None, None]
     return (causal & (doc_ids[:, -T:, None] == doc_ids[:, None, :]))[:, None]       # (B, 1, T, S)
+
+
+def document_mask(doc_ids):
+    """Return attention_mask of doc_ids (B, T) as a BlockMask, from the smallest and largest number
+    in each block of tokens. (create_block_mask would compute all T x T elements first.)
+
+    Exact for any numbers; if they are not sorted, some blocks are looked into for nothing.
+    """
+    def visible(b, h, q, k):
+        return (q >= k) & (doc_ids[b, q] == doc_ids[b, k])
+
+    T, device = doc_ids.shape[1], doc_ids.device
+    k_block = torch.arange(math.ceil(T / MASK_BLOCK), device=device)
+    q_block = k_block[:, None]
+    token = torch.arange(len(k_block) * MASK_BLOCK, device=device).clamp(max=T - 1)
+    low, high = doc_ids[:, token].view(-1, 1, len(k_block), MASK_BLOCK).aminmax(dim=3)
+    q_low, q_high = low[..., :, None], high[..., :, None]
+    k_low, k_high = low[..., None, :], high[..., None, :]
+    # (B, 1, query blocks, key blocks): which see some of their tokens, and which see all
+    some = (k_block <= q_block) & (q_low <= k_high) & (k_low <= q_high)
+    full = (k_block < q_block) & (q_low == k_high) & (k_low == q_high)
+    full &= q_block < T // MASK_BLOCK                   # as create_block_mask: no padding in it
+    return BlockMask.from_kv_blocks(*columns_of(some & ~full), *columns_of(full), MASK_BLOCK,
+                                    visible, (T, T))
+
+
+def columns_of(blocks):
+    """Return the number of True columns in each row, and their indices, which the others follow."""
+    blocks = blocks.int()
+    order = blocks.argsort(dim=-1, descending=True, stable=True)
+    return blocks.sum(-1, dtype=torch.int32), order.int()
 
 
 def attention(q, k, v, mask, flash):
@@ -72,7 +110,9 @@ def attention(q, k, v, mask, flash):
     """
     grouped = q.shape[1] != k.shape[1]
     if isinstance(mask, BlockMask):
-        return compiled_flex_attention()(q, k, v, block_mask=mask, enable_gqa=grouped)
+        inside = torch.compiler.is_compiling()          # a compiled block compiles it with the rest
+        flex = flex_attention if inside else compile_once(flex_attention)
+        return flex(q, k, v, block_mask=mask, enable_gqa=grouped)
     slow_backward = (q.device.type == "cpu" and k.shape[2] <= EXPLICIT_ATTENTION_UP_TO
                      and torch.is_grad_enabled())
     if not flash or slow_backward:
@@ -98,74 +138,126 @@ def explicit_attention(q, k, v, mask):
 
 # ---- the loss
 
-def cross_entropy(hidden, weight, targets):
-    """Return -log softmax(hidden @ weight^T)[target] without ever holding all logits of a large
-    vocabulary.
+def cross_entropy(hidden, weight, targets, compiled=False):
+    """Return -log softmax(hidden @ weight^T)[target] without ever holding all float32 logits of a
+    large vocabulary.
 
     hidden (N, C), weight (V, C), targets (N,) int64 -> (N,) float32 in nats, 0 if the target is
     -100. The logits are a product in the dtype of hidden; all that follows is float32.
+
+    compiled  compile the pointwise part of the slices
     """
-    if len(hidden) * len(weight) <= MAX_LOGITS:
+    device, N, V = hidden.device.type, len(hidden), len(weight)
+    aligned = V % COLUMN_MULTIPLE == 0 or device != "cuda"
+    if aligned and N * V <= MAX_LOGITS[device]:
         logits = F.linear(hidden, weight.to(hidden.dtype)).float()         # (N, V)
         return F.cross_entropy(logits, targets, ignore_index=-100, reduction="none")
-    return chunked_cross_entropy(hidden, weight, targets)
+    keep = KEPT_LOGITS[device] if torch.is_grad_enabled() else 0
+    return chunked_cross_entropy(hidden, weight, targets, keep, compiled)
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
-    """cross_entropy over slices of the vocabulary with a running log-sum-exp. Backward computes
-    each slice's logits again.
+    """cross_entropy over slices of the vocabulary with a running log-sum-exp.
+
+    Forward keeps the logits of the first slices, at most `keep` numbers, in the dtype of the
+    product, which loses nothing. Backward computes the other slices' logits again: if none are
+    kept, the head costs four products instead of three. Nothing else is computed twice, except
+    that softmax takes the exponential of each logit in both directions.
 
     Slicing the vocabulary rather than the tokens touches each row of the weight, and of its
     gradient, once.
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets):
-        N = len(hidden)
+    def forward(ctx, hidden, weight, targets, keep, compiled):
+        N, V = len(hidden), len(weight)
+        width = slice_width(N, V, hidden.device.type)
+        add = compile_once(add_exponentials) if compiled else add_exponentials
         top = hidden.new_full((N,), float("-inf"), dtype=torch.float32)    # largest logit so far
         total = top.new_zeros(N)                                           # sum of exp(logit - top)
         target_logit = top.new_zeros(N)
-        for first, last in vocabulary_slices(N, len(weight)):
-            logits = F.linear(hidden, weight[first:last].to(hidden.dtype)).float()     # (N, slice)
-            inside, column = targets_inside(targets, first, last)
-            target_logit += logits.gather(1, column)[:, 0] * inside
-            new_top = torch.maximum(top, logits.amax(1))
-            total = total * (top - new_top).exp() + logits.sub_(new_top[:, None]).exp_().sum(1)
-            top = new_top
+        ctx.kept, ctx.compiled = {}, compiled
+        for first in range(0, V, width):
+            rows = slice_rows(weight, first, width, hidden.dtype)
+            logits = slice_logits(hidden, rows, V - first)
+            inside, column = targets_inside(targets, first, width)
+            target_logit += torch.where(inside, logits.gather(1, column)[:, 0], 0)
+            top, total = add(logits, top, total)
+            if N * (first + width) <= keep:
+                ctx.kept[first] = logits
+            del logits                  # else it would be there during the next product
         logsumexp = top + total.log()
-        ctx.save_for_backward(hidden, weight, targets, logsumexp)
-        return torch.where(targets >= 0, logsumexp - target_logit, 0)
+        nll = torch.where(targets >= 0, logsumexp - target_logit, 0)
+        ctx.save_for_backward(hidden, weight, targets, logsumexp, nll)
+        return nll
 
     @staticmethod
     def backward(ctx, grad):
-        hidden, weight, targets, logsumexp = ctx.saved_tensors
+        hidden, weight, targets, logsumexp, nll = ctx.saved_tensors
+        N, V = len(hidden), len(weight)
+        width = slice_width(N, V, hidden.device.type)
+        softmax = compile_once(scaled_softmax) if ctx.compiled else scaled_softmax
         grad = torch.where(targets >= 0, grad, 0)
+        d_target = (torch.expm1(-nll) * grad).to(hidden.dtype)             # (softmax - 1) * grad
         d_hidden = torch.zeros_like(hidden, dtype=torch.float32)
         d_weight = torch.empty_like(weight)
-        for first, last in vocabulary_slices(len(hidden), len(weight)):
-            rows = weight[first:last].to(hidden.dtype)
-            # softmax, (N, slice)
-            d_logits = F.linear(hidden, rows).float().sub_(logsumexp[:, None]).exp_()
-            inside, column = targets_inside(targets, first, last)
-            d_logits.scatter_add_(1, column, -inside[:, None].float())
-            d_logits = d_logits.mul_(grad[:, None]).to(hidden.dtype)
+        for first in range(0, V, width):
+            rows = slice_rows(weight, first, width, hidden.dtype)
+            logits = ctx.kept.pop(first, None)  # a second backward pass computes all of them again
+            if logits is None:
+                logits = slice_logits(hidden, rows, V - first)
+            d_logits = softmax(logits, logsumexp, grad)                    # (N, width)
+            del logits
+            inside, column = targets_inside(targets, first, width)
+            at_target = torch.where(inside, d_target, d_logits.gather(1, column)[:, 0])
+            d_logits.scatter_(1, column, at_target[:, None])
             d_hidden += d_logits @ rows
-            d_weight[first:last] = d_logits.T @ hidden
-        return d_hidden.to(hidden.dtype), d_weight, None
+            d_weight[first:first + width] = (d_logits.T @ hidden)[:V - first]
+        return d_hidden.to(hidden.dtype), d_weight, None, None, None
 
 
-def vocabulary_slices(n_rows, vocab_size):
-    """Return [(first, last)] that cover the vocabulary, so that n_rows times a slice stays within
-    MAX_LOGITS."""
-    width = max(1, MAX_LOGITS // n_rows)
-    return [(first, min(first + width, vocab_size)) for first in range(0, vocab_size, width)]
+def slice_width(n_rows, vocab_size, device):
+    """Return the number of columns of every slice, so that n_rows times it stays within MAX_LOGITS
+    if COLUMN_MULTIPLE columns do. The slices are about as wide as the last one, which is padded."""
+    columns = max(1, MAX_LOGITS[device] // n_rows // COLUMN_MULTIPLE) * COLUMN_MULTIPLE
+    n_slices = math.ceil(vocab_size / columns)
+    return math.ceil(vocab_size / n_slices / COLUMN_MULTIPLE) * COLUMN_MULTIPLE
 
 
-def targets_inside(targets, first, last):
+def slice_rows(weight, first, width, dtype):
+    """Return rows first to first + width of the weight; zeros follow the last row."""
+    rows = weight[first:first + width].to(dtype)
+    missing = width - len(rows)
+    return F.pad(rows, (0, 0, 0, missing)) if missing else rows
+
+
+def slice_logits(hidden, rows, n_columns):
+    """Return hidden @ rows^T with -inf from column n_columns on: no softmax, no gradient there."""
+    logits = F.linear(hidden, rows)
+    logits[:, n_columns:] = float("-inf")
+    return logits
+
+
+def add_exponentials(logits, top, total):
+    """Return (top, total) with a slice of logits (N, width) taken in: the largest logit, and the
+    sum of exp(logit - top), of each row."""
+    logits = logits.to(torch.float32, copy=True)        # to work in place
+    new_top = torch.maximum(top, logits.amax(1))
+    sum_exp = logits.sub_(new_top[:, None]).exp_().sum(1)
+    return new_top, total * (top - new_top).exp() + sum_exp
+
+
+def scaled_softmax(logits, logsumexp, scale):
+    """Return softmax times scale (N,) of a slice of logits (N, width), in their dtype."""
+    p = logits.to(torch.float32, copy=True).sub_(logsumexp[:, None]).exp_()
+    return p.mul_(scale[:, None]).to(logits.dtype)
+
+
+def targets_inside(targets, first, width):
     """Return which targets (N,) lie in a slice, and the column of each in it, (N, 1), clamped to
     the slice."""
-    inside = (targets >= first) & (targets < last)
-    return inside, (targets - first).clamp(0, last - first - 1)[:, None]
+    column = targets - first
+    return (column >= 0) & (column < width), column.clamp(0, width - 1)[:, None]
 
 
 # torch.compile may reorder the slices and keep all of them, which takes three times the memory.

@@ -146,8 +146,8 @@ def test_a_batch_that_is_prepared_ahead_costs_no_time_of_an_update(monkeypatch, 
 def test_looking_at_the_loop_does_not_change_it(monkeypatch):
     """The weights after a measurement are those of train() left alone."""
     options, config, shape = bench.read_options([*TINY, "--schedule=constant", "--warmup_steps=0"])
-    models = []
-    monkeypatch.setattr(bench, "MiniCPM", lambda shape: models.append(MiniCPM(shape)) or models[-1])
+    models, build = [], bench.build_model
+    monkeypatch.setattr(bench, "build_model", lambda *a: models.append(build(*a)) or models[-1])
     bench.step(options, config, shape)
     alone = MiniCPM(shape)
     init_weights(alone, config.seed)

@@ -70,7 +70,7 @@ from model import MiniCPM, MiniCPMConfig, init_weights, optimizer_groups
 config = MiniCPMConfig(vocab_size={vocab_size}, n_layer=4, n_head=8, n_embd=512, n_ff=1280)
 model = MiniCPM(config)
 init_weights(model, 0)
-model.numerics.dtype = torch.bfloat16
+model.numerics.dtype, model.numerics.compiled = torch.bfloat16, {compiled}
 optimizer = torch.optim.AdamW(optimizer_groups(model, 0.1), lr=1e-3, fused=True)
 forward = torch.compile(model, dynamic=False) if {compiled} else model
 

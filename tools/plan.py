@@ -164,11 +164,6 @@ class FusedRMSNorm(torch.autograd.Function):
         return torch.empty_like(x), None, torch.empty_like(weight), None
 
 
-def first_slices(n_rows, vocab_size, all_slices=ops.vocabulary_slices):
-    """Return three of the slices that the loss goes through: the memory is that of all of them."""
-    return all_slices(n_rows, vocab_size)[:3]
-
-
 @functools.cache
 def simulate(setup):
     """Return {category: bytes} at the memory peak of one rank in an update; "peak" is their sum."""
@@ -181,7 +176,8 @@ def simulate(setup):
             model = MiniCPM(setup.model)
         model.numerics.dtype, model.numerics.flash = dtype, True
         with (mock.patch.object(ops, "EXPLICIT_ATTENTION_UP_TO", 0),     # as on a GPU
-              mock.patch.object(ops, "vocabulary_slices", first_slices),
+              mock.patch.dict(ops.MAX_LOGITS, cpu=ops.MAX_LOGITS["cuda"]),
+              mock.patch.dict(ops.KEPT_LOGITS, cpu=ops.KEPT_LOGITS["cuda"]),
               mock.patch("torch.nn.functional.rms_norm", FusedRMSNorm.apply),
               FakeTensorMode(allow_non_fake_inputs=True)):
             distributed.distribute(model, setup, mesh, dtype, compiled=False)
