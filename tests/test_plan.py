@@ -34,9 +34,9 @@ def refused(capsys, *argv):
 
 def setup_of(*argv):
     (options, config, model), _ = configure(list(argv), plan.PlanConfig, TrainConfig, MiniCPMConfig, usage="")
-    replicate, shard = distributed.mesh_shape(config, options.gpus)
+    replicate, shard = distributed.mesh_shape(config, options.gpus, plan.GPUS_PER_NODE)
     return plan.Setup(model, config.dtype, config.block_size, config.batch_size, config.micro_batch_size, replicate, shard,
-                      config.recompute, config.sync_micro_steps)
+                      config.recompute, config.sync_micro_steps, config.reshard_after_forward)
 
 
 @pytest.fixture
