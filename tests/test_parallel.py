@@ -18,6 +18,7 @@ from configurator import ROOT, BadInput
 from data.corpus import write_corpus
 from data.tokenizer import load_tokenizer
 from engine import checkpoint, distributed, metrics
+from engine.run import RunState
 from model import Block, MiniCPM, MiniCPMConfig, init_weights
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="torchrun with gloo is tried on Linux and macOS")
@@ -261,10 +262,21 @@ def test_all_blocks_share_one_compiled_graph(alone_in_a_group, monkeypatch, kind
     assert all(torch.equal(a, b) for a, b in zip(found, eager))
 
 
-def test_experts_in_float32_compile_in_parts(alone_in_a_group, monkeypatch):
-    model, counter = sharded(True, monkeypatch, n_layer=2, num_experts=4)
-    loss_and_gradient(model, None)
-    assert counter.frame_count > 1
+def test_experts_in_float32_compile_in_parts_or_the_run_says_that_they_do_not(alone_in_a_group, monkeypatch):
+    for recompute in (0, 1):
+        model, counter = sharded(True, monkeypatch, n_layer=2, num_experts=4, recompute=recompute)
+        loss_and_gradient(model, None)
+        config, said = train.TrainConfig(max_steps=1, recompute=recompute, fused=False), []
+        train.describe(config, train.make_optimizer(config, model, None), model, RunState(compiled=True, micro=1), torch.float32,
+                       distributed.World(), said.append)
+        noted = said[-1].startswith("compile: not the blocks that --recompute names")
+        assert noted == (counter.frame_count == 0) == bool(recompute)
+
+
+def test_one_copy_is_sharded_in_one_dimension(alone_in_a_group):
+    """FSDP2 would treat a mesh of 1 x N as copies, and reduce between them."""
+    from torch.distributed.tensor import Shard
+    assert sharded(False, n_layer=1)[0].blocks[0].attn.wqkv.weight.placements == (Shard(0),)
 
 
 def test_blocks_compile_for_every_size_of_training_and_evaluation(alone_in_a_group, monkeypatch):
