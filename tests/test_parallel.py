@@ -19,7 +19,7 @@ from data.corpus import write_corpus
 from data.tokenizer import load_tokenizer
 from engine import checkpoint, distributed, metrics
 from engine.run import RunState
-from model import Block, MiniCPM, MiniCPMConfig, init_weights
+from model import Block, Linear, MiniCPM, MiniCPMConfig, init_weights
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="torchrun with gloo is tried on Linux and macOS")
 
@@ -288,6 +288,35 @@ def test_blocks_compile_for_every_size_of_training_and_evaluation(alone_in_a_gro
             model.eval()(torch.zeros(batch, 16, dtype=torch.int64))
         model.train()
     assert counter.frame_count == 12
+
+
+HAS_COMPILER = pytest.mark.skipif(not shutil.which("g++"), reason="Inductor needs a C++ compiler")
+
+
+@HAS_COMPILER
+def test_what_evaluates_on_a_cpu_can_be_compiled():
+    """Under torchrun evaluation runs through the compiled blocks, without gradients."""
+    layer, x = Linear(64, 96), torch.randn(2, 32, 64)
+    torch.nn.init.normal_(layer.weight)
+    with torch.no_grad():
+        assert torch.allclose(torch.compile(layer, dynamic=False, fullgraph=True)(x), layer(x), atol=1e-4)
+
+
+@pytest.mark.slow
+@HAS_COMPILER
+def test_compiled_recomputed_blocks_train_and_evaluate_alike(place):
+    (place / "compiled.py").write_text((place / "runs.py").read_text().replace(
+        "import torch, train", "import torch, train; train.device.COMPILE_PAYS_AFTER = 0"))
+    variants = {"0": ["--recompute=0"], "1": ["--recompute=1"], "2-mask": ["--recompute=2", "--doc_mask=True"]}
+    runs = [options(place, f"compiled-{name}", *more, "--compile=True") for name, more in variants.items()]
+    (place / "compiled.json").write_text(json.dumps(runs))
+    process = launch(2, place / "compiled.py", place / "compiled.json")
+    said = process.communicate(timeout=400)[0]
+    assert process.returncode == 0 and said.count("cpu, float32, compiled") == len(variants), said
+    for name, more in variants.items():
+        assert close(losses(place, f"compiled-{name}"), alone(place, f"eager-{name}", *more)), name
+        found, expected = (metrics.read(place / f"{kind}-{name}")[1] for kind in ("compiled", "eager"))
+        assert close([x["val_bpb"] for x in found], [x["val_bpb"] for x in expected]), name
 
 
 # ---- failures
