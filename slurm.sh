@@ -5,8 +5,10 @@
 #
 # One torchrun per node starts one process per GPU. If a process fails, torchrun restarts all of
 # them from the last checkpoint. If a node is lost, the job step ends; --requeue queues the job
-# again, and the same command continues the run. Before the time limit Slurm sends SIGTERM: the
-# processes finish their step, save, and exit.
+# again, and the same command continues the run. 300 s before the time limit Slurm sends SIGTERM:
+# the processes finish their step, save, and exit. torchrun gives them 240 s for that (by default
+# 30 s) and then kills them. Raise both numbers if a save takes longer (save_pause_s in
+# metrics.jsonl); for preemption the partition's GraceTime must be as long.
 #SBATCH --job-name=minicpm
 #SBATCH --ntasks-per-node=1
 #SBATCH --gpus-per-node=8
@@ -22,4 +24,5 @@ head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 export OMP_NUM_THREADS=$((SLURM_CPUS_PER_TASK / 8))
 srun --kill-on-bad-exit=1 torchrun --nnodes="$SLURM_NNODES" --nproc_per_node=8 --max-restarts=20 \
-    --rdzv-backend=c10d --rdzv-endpoint="$head:29500" --rdzv-id="$SLURM_JOB_ID" train.py "$@"
+    --shutdown-timeout=240 --rdzv-backend=c10d --rdzv-endpoint="$head:29500" \
+    --rdzv-id="$SLURM_JOB_ID" train.py "$@"

@@ -129,9 +129,12 @@ class TrainConfig:
     deterministic: bool | None = None   # bit-exact repeats; unset: True on a CPU, else False
     recompute: int = 0                  # activation checkpointing of every n-th block; 0: none
     # ---- several processes (torchrun)
-    replicate: int = 0                  # copies of the model; 0: processes / shard, or 1
-    shard: int = 0                      # processes per copy; 0: processes / replicate
+    replicate: int = 0                  # copies of the model; 0: processes / shard
+    shard: int = 0                      # processes per copy; 0: processes / replicate. Neither
+                                        # given: all processes, on several nodes those of a node
     sync_micro_steps: bool = False      # True: reduce at every micro-step, which takes less memory
+    reshard_after_forward: bool = True  # False: blocks stay gathered from forward to backward,
+                                        # which takes more memory and fewer all-gathers
     timeout: float = 10.0               # minutes after which a silent process counts as dead
 
     def problems(self):
@@ -297,7 +300,7 @@ def train(config, batches, loss_fn, model, state=None, optimizer_tensors=None, v
     decide_micro_batch(config, state, model, forward, loss_fn, batches, world, log.say)
     saver = checkpoint.CheckpointWriter(config, state, model, optimizer, scaler, tokenizer, world,
                                         log)
-    describe(optimizer, model, state, dtype, world, log.say)
+    describe(config, optimizer, model, state, dtype, world, log.say)
     try:
         while state.step != state.max_steps:
             # A run given minutes learns its horizon when the stable share of the time is spent.
@@ -414,15 +417,30 @@ def make_optimizer(config, model, tensors):
     return optimizer
 
 
-def decide_micro_batch(config, state, model, forward, loss_fn, batches, world, say):
-    """Set state.micro, the sequences per forward: as given, as before a resume, or what fits."""
-    state.micro = config.micro_batch_size or state.micro
-    if state.micro:
-        return
+def set_micro_batch(config, state, model_config, world):
+    """Set state.micro, the sequences per forward: as given, as before a resume, or what fits into
+    the memory of every process. Returns whether it was chosen now.
+
+    A run that continues with another number of processes, or with other options that decide what
+    fits, chooses again.
+    """
+    setup = {"processes": world.size, "shards": world.shards, "recompute": config.recompute,
+             "reshard_after_forward": config.reshard_after_forward}
+    keep = config.micro_batch_size or state.micro and state.micro_for in (None, setup)
+    state.micro_for = setup
+    if keep:
+        state.micro = config.micro_batch_size or state.micro
+        return False
     batch = batch_size_at(config, state.step) // world.size
-    state.micro = world.from_rank0(
-        device.choose_micro_batch(model.config, config, batch, world.device, world.shards))
-    if world.device.type == "cuda" and world.alone:
+    state.micro = min(world.all_gather(
+        device.choose_micro_batch(model_config, config, batch, world.device, world.shards)))
+    return True
+
+
+def decide_micro_batch(config, state, model, forward, loss_fn, batches, world, say):
+    """Set state.micro. On a single GPU a trial follows the estimate."""
+    chosen = set_micro_batch(config, state, model.config, world)
+    if chosen and world.device.type == "cuda" and world.alone:
         attempt = partial(try_micro_batch, config, state, model, forward, loss_fn, batches, world)
         state.micro = device.halve_until_it_fits(state.micro, attempt, say)
 
@@ -439,7 +457,7 @@ def try_micro_batch(config, state, model, forward, loss_fn, batches, world, micr
         model.zero_grad()
 
 
-def describe(optimizer, model, state, dtype, world, say):
+def describe(config, optimizer, model, state, dtype, world, say):
     """Print the parameter groups and how the run computes."""
     for group in optimizer.param_groups:
         n_params = sum(p.numel() for p in group["params"])
@@ -447,10 +465,14 @@ def describe(optimizer, model, state, dtype, world, say):
             f"learning rate x {group['lr_scale']:.4g}, weight decay {group['weight_decay']:g}")
     mesh = ""
     if world.mesh:
-        mesh = f", {world.size} processes: {world.mesh.size(0)} x {world.mesh.size(1)}"
+        mesh = f", {world.size} processes: {world.replicas} x {world.shards}"
     say(f"{model.config.n_params_non_embedding:,} parameters without the embedding, "
         f"{model.config.n_params:,} with it; {world.device}, {str(dtype).removeprefix('torch.')}, "
         f"{'compiled' if state.compiled else 'eager'}, micro-batch {state.micro}{mesh}")
+    if state.compiled and config.recompute and model.config.num_experts \
+            and dtype != torch.bfloat16:
+        say("compile: not the blocks that --recompute names, because their experts' products are "
+            "compiled in bfloat16 only")
 
 
 def begin_decay(config, state, log):
@@ -596,7 +618,10 @@ def launch(config, model_config, given, run):
     with distributed.failing_ranks_exit():
         world = distributed.init_world(config)
         requested = requested_config(config, model_config)
-        distributed.check_same_config(world, {**requested, "code": checkpoint.code_hash()})
+        dtype = device.pick_dtype(config.dtype, world.device)
+        distributed.check_same_config(world, {
+            **requested, "code": checkpoint.code_hash(), "device": world.device.type,
+            "dtype": str(dtype).removeprefix("torch.")})
         restarted = any(world.all_gather(is_restart()))
         start = resolve_start(config, model_config, given, restarted)
         if world.alone:                 # a branch has the device of its trunk
@@ -611,6 +636,7 @@ def launch(config, model_config, given, run):
             run(start, world)
         except torch.OutOfMemoryError:
             raise device.out_of_memory() from None
+        world.barrier()                 # torchrun of one node may end the other nodes when it ends
 
 
 def check_processes(config, world):

@@ -91,7 +91,7 @@ class CheckpointWriter:
                 "model": asdict(self.model.config), "keep": keep,
                 "tokenizer_hash": self.tokenizer.hash, "provenance": provenance()}
         meta = json.loads(json.dumps(meta))                # a copy: the state goes on changing
-        if world.mesh and world.mesh.get_local_rank("replicate") > 0:
+        if world.replica_rank > 0:
             return lambda: None                            # replicas are equal: one of them writes
         parts = {"model": self.model.state_dict(), "optimizer": optimizer_state(self.optimizer)}
         shards, placements = {}, {}
@@ -104,7 +104,7 @@ class CheckpointWriter:
                                 for name, shard in shards[part].items()}
         sharding = {}
         if world.mesh:
-            sharding = {"placements": placements, "rank": world.mesh.get_local_rank("shard"),
+            sharding = {"placements": placements, "rank": world.shard_rank,
                         "ranks": world.shards, "attempt": world.attempt,
                         "timeout": 60 * config.timeout}
 

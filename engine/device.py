@@ -144,7 +144,8 @@ def check_memory(model, device, shards=1):
     if needed > free:
         raise BadInput(f"{model.n_params:,} parameters need {needed / 2**30:,.0f} GiB with their "
                        f"gradients and AdamW's moments; {device} has {free / 2**30:,.0f} GiB: take "
-                       "a smaller model or a larger machine")
+                       "a smaller model or a larger machine, or shard a copy over more processes "
+                       "(--shard)")
 
 
 def choose_micro_batch(model, config, batch, device, shards=1):
@@ -155,8 +156,8 @@ def choose_micro_batch(model, config, batch, device, shards=1):
         fits = MICRO_TOKENS_CPU // config.block_size
     else:
         free = USABLE * available_memory(device) - training_bytes(model, shards)
-        if shards > 1:                                     # gradients between micro-steps
-            free -= 4 * model.n_params
+        if shards > 1:                                     # gradients between micro-steps, blocks
+            free -= (4 if config.reshard_after_forward else 6) * model.n_params
         fits = free // activation_bytes(model, config.block_size, config.recompute)
     return max(n for n in divisors if n <= max(1, fits))
 
@@ -182,4 +183,4 @@ def halve_until_it_fits(micro, attempt, say):
 def out_of_memory():
     """Return the BadInput of a step that ran out of GPU memory."""
     return BadInput("the GPU ran out of memory: lower --micro_batch_size, give --recompute=1, or "
-                    "shard over more processes (python -m tools.plan says what fits)")
+                    "shard over more processes (--shard; python -m tools.plan says what fits)")

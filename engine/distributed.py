@@ -6,11 +6,14 @@ outside of model.py.
 torchrun starts the processes and sets RANK, LOCAL_RANK and WORLD_SIZE. The mesh is replicate x
 shard: parameters, gradients and optimizer state are sharded over the `shard` ranks of a row, and
 each of the `replicate` rows holds a full copy. replicate=1 is FSDP, shard=1 is data parallelism,
-anything between is hybrid sharding, which keeps the all-gathers inside a node.
+anything between is hybrid sharding, which keeps the all-gathers inside a node: the default on
+several nodes (mesh_shape).
 
-The rule for failures: a rank that fails says so in one line and exits at once; torchrun then ends
-the other processes. What only rank 0 does stands in `if world.rank == 0:`; if the others need it, a
-collective call follows, such as `world.barrier()`.
+The rule for failures: a rank that fails says so in one line, tells the others through the store,
+and exits at once. The others exit too, however they are blocked (exit_with_peers), and torchrun
+ends who is left. What only rank 0 does stands in `if world.rank == 0:`; if the others need it, a
+collective call follows, such as `world.barrier()`. What each rank finds out about its own machine
+(memory, dtype, device) may differ, so it is compared or reduced before it is used.
 """
 import atexit
 import contextlib
@@ -19,6 +22,7 @@ import functools
 import math
 import os
 import sys
+import threading
 import time
 import traceback
 from dataclasses import dataclass, field
@@ -31,6 +35,9 @@ from engine.device import pick_device
 
 UNDER_TORCHRUN = "LOCAL_RANK" in os.environ
 SECONDS_FOR_OTHERS = 3.0                # that a failed rank waits, so that rank 0 speaks first
+POLL_SECONDS = 1.0                      # between two looks whether another rank has failed
+FAILED = "failed rank"                  # key of the store
+COMPILED_SHAPES = 64                    # most shapes that a block is compiled for
 LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Timed out waiting",
              "timeout", "NCCL", "Broken pipe")
 
@@ -41,7 +48,7 @@ class World:
     rank: int = 0
     size: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    mesh: object = None                 # DeviceMesh replicate x shard; None: alone
+    mesh: object = None                 # DeviceMesh: see make_mesh; None: alone
     attempt: str = ""                   # the same on all ranks, and another one after every restart
 
     @property
@@ -52,7 +59,22 @@ class World:
     @property
     def shards(self):
         """Number of processes that one copy of the model is sharded over."""
-        return self.mesh.size(1) if self.mesh else 1
+        return self.mesh.shape[-1] if self.mesh else 1
+
+    @property
+    def replicas(self):
+        """Number of copies of the model."""
+        return self.size // self.shards
+
+    @property
+    def shard_rank(self):
+        """Which shard of a copy this process holds."""
+        return self.rank % self.shards
+
+    @property
+    def replica_rank(self):
+        """Which copy this process holds a shard of."""
+        return self.rank // self.shards
 
     def barrier(self):
         """Wait until all ranks are here."""
@@ -109,12 +131,11 @@ def init_world(config):
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
-    replicate, shard = mesh_shape(config, size)
     if not dist.is_initialized():  # several runs may follow in one process
         join_process_group(rank, size, cuda, config.timeout)
-    from torch.distributed.device_mesh import init_device_mesh
-    mesh = init_device_mesh(device.type, (replicate, shard), mesh_dim_names=("replicate", "shard"))
-    attempt = World(size=size).from_rank0(f"{os.getpid()}-{time.time_ns()}")
+    attempt, per_node = World(size=size).from_rank0(
+        (f"{os.getpid()}-{time.time_ns()}", int(os.environ["LOCAL_WORLD_SIZE"])))
+    mesh = make_mesh(device.type, *mesh_shape(config, size, per_node))
     return World(rank, size, device, mesh, attempt)
 
 
@@ -131,25 +152,46 @@ def join_process_group(rank, size, cuda, timeout):
     store = dist.PrefixStore(f"attempt {restart}", store)
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=store, rank=rank,
                             world_size=size, timeout=datetime.timedelta(minutes=timeout))
-    atexit.register(leave_process_group)
+    done = threading.Event()
+    watcher = threading.Thread(target=exit_with_peers, args=(rank, done), daemon=True)
+    watcher.start()
+    atexit.register(leave_process_group, watcher, done)
 
 
-def leave_process_group():
+def leave_process_group(watcher, done):
     """Leave the process group. gloo's threads hold the tensors of the last collective a moment
     longer; a thread that frees them while the interpreter ends would abort the process."""
+    done.set()
+    watcher.join(2 * POLL_SECONDS)
     dist.destroy_process_group()
     time.sleep(0.2)
 
 
-def mesh_shape(config, size):
-    """Return (replicate, shard) for so many ranks; an option left at 0 follows from the other.
-    Raises BadInput if they do not fit."""
-    replicate = config.replicate or (size // config.shard if config.shard else 1)
-    shard = config.shard or size // replicate
+def mesh_shape(config, size, per_node):
+    """Return (replicate, shard) for `size` ranks, `per_node` of them on a node.
+
+    An option left at 0 follows from the other. By default all ranks share one copy, and on several
+    nodes those of a node, so that parameters are gathered inside of it. (Nodes with unequal numbers
+    of ranks share one copy.) Raises BadInput if the options do not fit.
+    """
+    replicate, shard = config.replicate, config.shard
+    if not replicate and not shard:
+        shard = per_node if size % per_node == 0 else size
+    replicate = replicate or size // shard
+    shard = shard or size // replicate
     if replicate * shard != size:
         raise BadInput(f"--replicate={config.replicate} --shard={config.shard}: their product is "
                        f"not the number of processes, {size}")
     return replicate, shard
+
+
+def make_mesh(device_type, replicate, shard):
+    """Return the DeviceMesh replicate x shard. A single copy has one dimension, so that FSDP2 takes
+    its plain path, without an all-reduce between copies."""
+    from torch.distributed.device_mesh import init_device_mesh
+    if replicate == 1:
+        return init_device_mesh(device_type, (shard,), mesh_dim_names=("shard",))
+    return init_device_mesh(device_type, (replicate, shard), mesh_dim_names=("replicate", "shard"))
 
 
 # ---- failures
@@ -175,10 +217,41 @@ def failing_ranks_exit():
             exit_code, message = 1, traceback.format_exc()
         if rank > 0 or exit_code == 4:
             time.sleep(SECONDS_FOR_OTHERS)
-        for line in message.splitlines():
-            print(f"rank {rank}: {line}" if rank > 0 or exit_code == 4 else line, file=sys.stderr)
-        sys.stderr.flush()
-        os._exit(exit_code)
+        if dist.is_initialized():
+            tell_peers(rank)
+        say_and_exit(rank, exit_code, message)
+
+
+def tell_peers(rank):
+    """Tell the others that this rank has failed; the first one that does counts."""
+    with contextlib.suppress(dist.DistError):              # without a store the others end anyway
+        dist.distributed_c10d._get_default_store().compare_set(FAILED, "", str(rank))
+
+
+def exit_with_peers(rank, done):
+    """Run in a thread: end this process soon after another rank has failed or the store is gone.
+
+    The main thread may be blocked meanwhile, in a collective or waiting for files of that rank.
+    torchrun would end it only 30 s after its SIGTERM, and on another node later. Returns once the
+    event `done` is set.
+    """
+    store = dist.distributed_c10d._get_default_store().clone()     # the main thread may block in it
+    while not done.wait(POLL_SECONDS):
+        try:
+            failed = f"rank {store.get(FAILED).decode()} failed" if store.check([FAILED]) else None
+        except dist.DistError:
+            failed = "no store"
+        if failed and not done.wait(SECONDS_FOR_OTHERS):   # in which this rank may speak itself
+            say_and_exit(rank, 4, f"lost contact with the other processes ({failed})")
+
+
+def say_and_exit(rank, exit_code, message):
+    """Print why this rank ends and end it at once, without what waits for other ranks or threads at
+    the end of a process."""
+    for line in message.splitlines():
+        print(f"rank {rank}: {line}" if rank > 0 or exit_code == 4 else line, file=sys.stderr)
+    sys.stderr.flush()
+    os._exit(exit_code)
 
 
 def is_lost_peer(error):
@@ -189,9 +262,10 @@ def is_lost_peer(error):
 
 
 def check_same_config(world, values):
-    """Raise BadInput on a rank that was given other values (a dict) than rank 0."""
+    """Raise BadInput on a rank that has other values (a dict) than rank 0."""
     expected = world.from_rank0(values)
-    different = sorted(name for name in values if values[name] != expected.get(name))
+    different = [f"{name} is {values[name]} and there {expected.get(name)}"
+                 for name in sorted(values) if values[name] != expected.get(name)]
     if different:
         raise BadInput(f"has another configuration than rank 0: {', '.join(different)}")
 
@@ -201,6 +275,9 @@ def check_same_config(world, values):
 def distribute(model, config, mesh, dtype, compiled):
     """Shard a model that is still on the meta device: activation checkpointing, compile, FSDP2.
 
+    All blocks share what is compiled: one graph per shape, and one more for the blocks that
+    recompute. Dense blocks must compile whole: a graph break, or more than COMPILED_SHAPES shapes,
+    is an error and does not silently make them eager.
     Blocks are gathered and used in `dtype`, their gradients are reduced in float32. The embedding,
     the head and the last norm stay float32: their gradients are sums over many tokens, and model.py
     casts where it multiplies with them, so that one process and many compute by the same rule.
@@ -209,12 +286,15 @@ def distribute(model, config, mesh, dtype, compiled):
     if config.recompute:
         recompute_blocks(model, config.recompute)
     if compiled:
+        torch._dynamo.config.recompile_limit = COMPILED_SHAPES
+        fullgraph = not model.config.num_experts or dtype == torch.bfloat16    # ops.grouped_linear
         for block in model.blocks:
-            block.compile(dynamic=False)
+            block.compile(dynamic=False, fullgraph=fullgraph)
     policy = functools.partial(MixedPrecisionPolicy, reduce_dtype=torch.float32,
                                cast_forward_inputs=False)
     for block in model.blocks:
         fully_shard(block, mesh=mesh, mp_policy=policy(param_dtype=dtype),
+                    reshard_after_forward=config.reshard_after_forward,
                     shard_placement_fn=shard_dimension)
     fully_shard(model, mesh=mesh, mp_policy=policy())
 
@@ -222,9 +302,21 @@ def distribute(model, config, mesh, dtype, compiled):
 def recompute_blocks(model, every):
     """Activation checkpointing: every n-th block keeps only its input, and runs again in the
     backward pass."""
-    from torch.utils.checkpoint import checkpoint
     for block in model.blocks[::every]:
-        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+        block.forward = recomputed(block.forward)
+
+
+def recomputed(forward):
+    """Return a function that calls forward and keeps only its inputs for the backward pass.
+
+    It is a Python function because Dynamo compiles those: a functools.partial of checkpoint is
+    skipped, with the whole block.
+    """
+    from torch.utils.checkpoint import checkpoint
+
+    def keep_inputs(*args):
+        return checkpoint(forward, *args, use_reentrant=False)
+    return keep_inputs
 
 
 def shard_dimension(p):

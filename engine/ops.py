@@ -38,9 +38,9 @@ def compile_once(function):
 
 def use_onednn(x):
     """Return whether products with x go to oneDNN: for float32 on a CPU torch takes MKL, which is
-    slower without gradients."""
+    slower without gradients. (torch.compile can't lower the call.)"""
     return (ONEDNN and x.device.type == "cpu" and x.dtype == torch.float32
-            and not torch.is_grad_enabled())
+            and not torch.is_grad_enabled() and not torch.compiler.is_compiling())
 
 
 def linear(x, weight):
@@ -336,7 +336,7 @@ def grouped_linear(x, weight, ends):
     x (R, C) sorted by expert, weight (E, O, C), ends (E,) int32 exclusive end offsets -> (R, O) in
     the dtype of x.
     """
-    if use_onednn(x) and not torch.compiler.is_compiling():
+    if use_onednn(x):
         out = x.new_zeros(len(x), weight.shape[1])
         for e, (start, end) in enumerate(itertools.pairwise([0, *ends.tolist()])):
             if end > start:  # the weights of an unused expert are not read

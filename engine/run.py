@@ -24,7 +24,7 @@ WARMUP_STEPS_TIMED = 100                # most updates of it in a run that is gi
 MAY_CHANGE = ("max_steps minutes micro_batch_size eval_interval eval_tokens log_interval "
               "save_interval keep_last keep_every sample_tokens skip_samples overwrite quiet "
               "tensorboard wandb async_save timeout replicate shard recompute "
-              "sync_micro_steps profile_steps skip_spikes").split()
+              "sync_micro_steps reshard_after_forward profile_steps skip_spikes").split()
 # Options that name files: two spellings of one path are one value.
 PATHS = ("data_dir", "init_from", "branch_from", "tokenizer", "pairs", "val_pairs")
 # Model options that may differ from the checkpoint a run starts from, besides rope_...
@@ -60,6 +60,7 @@ class RunState:
     skips: list = field(default_factory=list)    # [[samples seen by then, samples skipped], ...]
     compiled: bool | None = None        # None: not yet decided; a resume must compute as before
     micro: int = 0                      # sequences per forward; 0: not yet decided
+    micro_for: dict | None = None       # the setup it was decided for; None: early versions
     corpora: dict = field(default_factory=dict)  # {source: corpus_sha256}, see note_corpora
     scaler: dict | None = None          # of float16
     overflows: int = 0                  # of float16, in a row
@@ -505,13 +506,17 @@ def non_finite(out_dir, state, batch_size, loss, grad_norm, rank):
 
 @contextlib.contextmanager
 def stop_on_signals():
-    """Yield a function that says whether SIGINT or SIGTERM has come. A second signal ends the
-    process at once."""
+    """Yield a function that says whether SIGINT or SIGTERM has come.
+
+    A second SIGINT (Ctrl-C) ends the process at once. A second SIGTERM does not: Slurm sends it to
+    every process of a job step, and torchrun, which is one of them, sends it to its workers again.
+    """
     received = []
 
     def on_signal(number, frame):
         received.append(number)
-        signal.signal(number, signal.SIG_DFL)
+        if number == signal.SIGINT:
+            signal.signal(number, signal.SIG_DFL)
     numbers = (signal.SIGINT, signal.SIGTERM)
     handlers = {number: signal.signal(number, on_signal) for number in numbers}
     try:

@@ -51,7 +51,7 @@ from data.corpus import hold_out_limit
 from data.dataset import Source, permute
 from data.tokenizer import chat_ids
 from engine import checkpoint
-from engine.device import choose_micro_batch, pick_dtype
+from engine.device import pick_dtype
 from engine.run import new_state
 from model import MiniCPMConfig
 from train import (
@@ -61,6 +61,7 @@ from train import (
     launch,
     open_tokenizer,
     run_training,
+    set_micro_batch,
     split_batch,
 )
 
@@ -417,8 +418,7 @@ def train_dpo(start, world):
     state.plan = [[0, "pairs"]]             # a plan of corpora is not used, but counts the epochs
     path = Path(config.out_dir, REFERENCE)
     two_rows = dataclasses.replace(config, block_size=2 * config.block_size)    # memory of a pair
-    state.micro = config.micro_batch_size or state.micro or world.from_rank0(choose_micro_batch(
-        start.model_config, two_rows, batch_size_at(config, 0) // world.size, device, world.shards))
+    set_micro_batch(two_rows, state, start.model_config, world)
     fingerprint = reference_fingerprint(start, pairs, tokenizer, device)
     saved = read_reference(path, fingerprint, start)
     reference = {split: table.to(device) for split, table in saved.items()}

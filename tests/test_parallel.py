@@ -1,6 +1,8 @@
 """Several processes are one: the same losses as one process, checkpoints that reshard, failures that cost nothing."""
+import functools
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -9,12 +11,15 @@ import time
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 
 import train
-from configurator import ROOT
+from configurator import ROOT, BadInput
 from data.corpus import write_corpus
 from data.tokenizer import load_tokenizer
-from engine import checkpoint, metrics
+from engine import checkpoint, distributed, metrics
+from engine.run import RunState
+from model import Block, Linear, MiniCPM, MiniCPMConfig, init_weights
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="torchrun with gloo is tried on Linux and macOS")
 
@@ -75,8 +80,8 @@ def alone(place, name, *more):
     return losses(place, name)
 
 
-def launch(processes, script, *argv, restarts=0, **kwargs):
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", f"--max-restarts={restarts}",
+def launch(processes, script, *argv, restarts=0, torchrun=(), **kwargs):
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", f"--max-restarts={restarts}", *torchrun,
                "--master-port=0", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", str(script), *map(str, argv)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT,
                             env={**os.environ, "OMP_NUM_THREADS": "1"}, **kwargs)
@@ -108,7 +113,8 @@ def test_two_processes_are_one(place):
     expected = {name: alone(place, f"1-{name}", *more) for name, more in VARIANTS.items()}
     runs = {f"2-{name}": (name, more) for name, more in VARIANTS.items()}
     runs |= {"2-replicate": ("tied", ["--replicate=2"]), "2-accumulate": ("tied", ["--micro_batch_size=1", "--recompute=2"]),
-             "2-sync": ("tied", ["--micro_batch_size=1", "--sync_micro_steps=True"]), "2-async": ("tied", ["--async_save=True"])}
+             "2-sync": ("tied", ["--micro_batch_size=1", "--sync_micro_steps=True"]), "2-async": ("tied", ["--async_save=True"]),
+             "2-gathered": ("tied", ["--micro_batch_size=1", "--reshard_after_forward=False"])}
     together(place, 2, options(place, "2-bfloat16", "--dtype=bfloat16"), *[options(place, name, *more) for name, (_, more) in runs.items()])
     for name, (variant, _) in runs.items():
         assert close(losses(place, name), expected[variant]), name
@@ -157,6 +163,162 @@ def test_resume_and_branch_across_sizes(place):
     assert checkpoint.resolve(place / "branch").name == "step-00000018"
 
 
+# ---- what every rank decides alike
+
+def test_ranks_with_unequal_memory_train_with_one_micro_batch(place):
+    """Rank 0 has room for four sequences, rank 1 for one: both take one."""
+    (place / "unequal.py").write_text(f"""
+import os, sys
+sys.path.insert(0, {str(ROOT)!r})
+import train
+train.device.MICRO_TOKENS_CPU = 16 * (4 if os.environ["RANK"] == "0" else 1)
+train.main(sys.argv[1:])
+""")
+    process = launch(2, place / "unequal.py", *options(place, "unequal"))
+    said = process.communicate(timeout=120)[0]
+    assert process.returncode == 0 and "micro-batch 1," in said, said
+    assert checkpoint.read_meta(checkpoint.resolve(place / "unequal"))["run"]["micro"] == 1
+    assert close(losses(place, "unequal"), alone(place, "1-unequal"))
+
+
+def test_a_run_goes_on_with_fewer_processes_and_other_knobs(place):
+    """The micro-batch is chosen again if what decides it has changed, and else kept."""
+    straight = alone(place, "1-knobs", "--micro_batch_size=8")
+    together(place, 2, options(place, "2-knobs", "--micro_batch_size=1", "--recompute=1", "--sync_micro_steps=True",
+                               "--reshard_after_forward=False"), options(place, "2-chosen"))
+    assert micro(place, "2-knobs") == 1 and micro(place, "2-chosen") == 4
+    for name in ("2-knobs", "2-chosen"):
+        cut_short(place, name, f"{name}-1")
+        assert close(alone(place, f"{name}-1"), straight)
+        assert micro(place, f"{name}-1") == 8
+    cut_short(place, "1-knobs", "1-knobs-1")
+    assert alone(place, "1-knobs-1") == straight and micro(place, "1-knobs-1") == 8
+    cut_short(place, "1-knobs", "1-knobs-2")
+    assert close(alone(place, "1-knobs-2", "--micro_batch_size=3"), straight) and micro(place, "1-knobs-2") == 3
+
+
+def micro(place, name):
+    return checkpoint.read_meta(checkpoint.resolve(place / name))["run"]["micro"]
+
+
+def test_several_nodes_hold_a_copy_each_unless_a_command_says_otherwise():
+    def shape(size, per_node, **values):
+        return distributed.mesh_shape(train.TrainConfig(max_steps=1, **values), size, per_node)
+    assert shape(8, 8) == (1, 8) and shape(64, 8) == (8, 8) and shape(4, 8) == (1, 4)
+    assert shape(12, 8) == (1, 12)                                             # nodes of unequal size
+    assert shape(16, 8, shard=16) == (1, 16) == shape(16, 8, replicate=1)
+    assert shape(16, 8, replicate=4) == (4, 4) and shape(16, 8, replicate=2, shard=8) == (2, 8)
+    with pytest.raises(BadInput, match="not the number of processes, 16"):
+        shape(16, 8, shard=5)
+
+
+# ---- compiled blocks
+
+@pytest.fixture
+def alone_in_a_group():
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+    torch._dynamo.reset()
+
+
+def sharded(compiled, monkeypatch=None, **values):
+    """Return (a model as torchrun's processes have it, CompileCounter of its blocks)."""
+    counter, dtype = CompileCounter(), values.pop("dtype", torch.float32)
+    if compiled:
+        torch._dynamo.reset()
+        to_counter = functools.partialmethod(torch.nn.Module.compile, backend=counter)
+        monkeypatch.setattr(Block, "compile", to_counter)
+    config = train.TrainConfig(max_steps=1, recompute=values.pop("recompute", 0))
+    with torch.device("meta"):
+        model = MiniCPM(MiniCPMConfig(vocab_size=64, n_head=2, n_embd=32, n_ff=48, **values))
+    model.numerics.dtype = dtype
+    distributed.distribute(model, config, distributed.make_mesh("cpu", 1, 1), dtype, compiled)
+    model.to_empty(device="cpu")
+    init_weights(model, 0, distributed.copy_local_shard)
+    return model, counter
+
+
+def loss_and_gradient(model, doc_ids, batch=2):
+    idx = torch.randint(64, (batch, 16), generator=torch.Generator().manual_seed(0))
+    nll, aux = model(idx, idx, doc_ids=doc_ids)
+    (nll.sum() + aux.get("balance_loss", 0)).backward()
+    return nll.detach(), model.blocks[0].attn.wqkv.weight.grad.full_tensor()
+
+
+EXPERTS = {"num_experts": 4, "dtype": torch.bfloat16}
+
+
+@pytest.mark.parametrize("recompute, frames", [(0, 1), (1, 1), (2, 2)])
+@pytest.mark.parametrize("doc_mask", [False, True])
+@pytest.mark.parametrize("kind", [{}, EXPERTS], ids=["dense", "experts"])
+def test_all_blocks_share_one_compiled_graph(alone_in_a_group, monkeypatch, kind, doc_mask, recompute, frames):
+    """Whatever is recomputed, and however deep: two graphs only if every second block recomputes."""
+    doc_ids = torch.arange(16).div(5, rounding_mode="floor").expand(2, -1) if doc_mask else None
+    model, counter = sharded(True, monkeypatch, n_layer=12, recompute=recompute, **kind)
+    found = loss_and_gradient(model, doc_ids)
+    assert counter.frame_count == frames
+    eager = loss_and_gradient(sharded(False, n_layer=12, recompute=recompute, **kind)[0], doc_ids)
+    assert all(torch.equal(a, b) for a, b in zip(found, eager))
+
+
+def test_experts_in_float32_compile_in_parts_or_the_run_says_that_they_do_not(alone_in_a_group, monkeypatch):
+    for recompute in (0, 1):
+        model, counter = sharded(True, monkeypatch, n_layer=2, num_experts=4, recompute=recompute)
+        loss_and_gradient(model, None)
+        config, said = train.TrainConfig(max_steps=1, recompute=recompute, fused=False), []
+        train.describe(config, train.make_optimizer(config, model, None), model, RunState(compiled=True, micro=1), torch.float32,
+                       distributed.World(), said.append)
+        noted = said[-1].startswith("compile: not the blocks that --recompute names")
+        assert noted == (counter.frame_count == 0) == bool(recompute)
+
+
+def test_one_copy_is_sharded_in_one_dimension(alone_in_a_group):
+    """FSDP2 would treat a mesh of 1 x N as copies, and reduce between them."""
+    from torch.distributed.tensor import Shard
+    assert sharded(False, n_layer=1)[0].blocks[0].attn.wqkv.weight.placements == (Shard(0),)
+
+
+def test_blocks_compile_for_every_size_of_training_and_evaluation(alone_in_a_group, monkeypatch):
+    """Dynamo's own limit of 8 graphs would end a run whose stages and corpora have more sizes."""
+    model, counter = sharded(True, monkeypatch, n_layer=2)
+    for batch in range(1, 7):
+        loss_and_gradient(model, None, batch)
+        with torch.no_grad():
+            model.eval()(torch.zeros(batch, 16, dtype=torch.int64))
+        model.train()
+    assert counter.frame_count == 12
+
+
+HAS_COMPILER = pytest.mark.skipif(not shutil.which("g++"), reason="Inductor needs a C++ compiler")
+
+
+@HAS_COMPILER
+def test_what_evaluates_on_a_cpu_can_be_compiled():
+    """Under torchrun evaluation runs through the compiled blocks, without gradients."""
+    layer, x = Linear(64, 96), torch.randn(2, 32, 64)
+    torch.nn.init.normal_(layer.weight)
+    with torch.no_grad():
+        assert torch.allclose(torch.compile(layer, dynamic=False, fullgraph=True)(x), layer(x), atol=1e-4)
+
+
+@pytest.mark.slow
+@HAS_COMPILER
+def test_compiled_recomputed_blocks_train_and_evaluate_alike(place):
+    (place / "compiled.py").write_text((place / "runs.py").read_text().replace(
+        "import torch, train", "import torch, train; train.device.COMPILE_PAYS_AFTER = 0"))
+    variants = {"0": ["--recompute=0"], "1": ["--recompute=1"], "2-mask": ["--recompute=2", "--doc_mask=True"]}
+    runs = [options(place, f"compiled-{name}", *more, "--compile=True") for name, more in variants.items()]
+    (place / "compiled.json").write_text(json.dumps(runs))
+    process = launch(2, place / "compiled.py", place / "compiled.json")
+    said = process.communicate(timeout=400)[0]
+    assert process.returncode == 0 and said.count("cpu, float32, compiled") == len(variants), said
+    for name, more in variants.items():
+        assert close(losses(place, f"compiled-{name}"), alone(place, f"eager-{name}", *more)), name
+        found, expected = (metrics.read(place / f"{kind}-{name}")[1] for kind in ("compiled", "eager"))
+        assert close([x["val_bpb"] for x in found], [x["val_bpb"] for x in expected]), name
+
+
 # ---- failures
 
 def children(pid):
@@ -197,6 +359,67 @@ def test_a_terminated_group_saves_and_continues(place):
     assert 13 <= step < 60 and f"stopped at step {step} and saved" in said
     together(place, 2, options(place, "stopped", "--max_steps=60"))
     assert close(losses(place, "stopped"), expected, 1e-4)
+
+
+@pytest.mark.parametrize("patience", [1, 60])
+def test_torchrun_must_wait_for_the_save_that_a_signal_asks_for(place, patience):
+    """A slow step, then a slow save. torchrun kills what takes longer than its --shutdown-timeout, 30 s by default.
+
+    The signal comes twice, as in a job of Slurm, which sends it to all processes, of which torchrun sends it again.
+    """
+    name = f"patience-{patience}"
+    (place / f"{name}.py").write_text(f"""
+import os, sys, time
+sys.path.insert(0, {str(ROOT)!r})
+import train
+rank, write = os.environ["RANK"], train.checkpoint.write_tensors
+def slow_write(*args):
+    time.sleep(2.5)
+    return write(*args)
+def slow_loss(model, batch, calls=[]):
+    calls.append(1)
+    if len(calls) == 13:
+        print("step 13 begins", flush=True)
+        time.sleep(1.5)
+    return train.language_loss(model, batch)
+train.checkpoint.write_tensors = slow_write
+train.run_training.__defaults__ = (slow_loss, *train.run_training.__defaults__[1:])
+train.main(sys.argv[1:])
+print("rank", rank, "ends, the checkpoint exists:", bool(train.checkpoint.checkpoints({str(place / name)!r})), flush=True)
+""")
+    process = launch(2, place / f"{name}.py", *options(place, name, "--save_interval=0", "--max_steps=60"),
+                     torchrun=[f"--shutdown-timeout={patience}"])
+    said = ""
+    while "step 13 begins" not in said:
+        said += process.stdout.readline()
+    workers = children(process.pid)
+    process.terminate()
+    for _ in range(2):
+        time.sleep(0.3)
+        for pid in workers:
+            os.kill(pid, signal.SIGTERM)
+    said += process.communicate(timeout=60)[0]
+    assert not any(map(runs, workers))
+    saved = [path.name for path in checkpoint.checkpoints(place / name)]
+    if patience == 1:
+        assert saved == [] and "stopped at step" not in said
+        return
+    assert saved == ["step-00000013"] and "stopped at step 13 and saved" in said, said
+    assert len(losses(place, name)) == 13                                      # the step of the signal was the last one
+    assert said.count("ends, the checkpoint exists: True") == 2                # no process ends before it does
+
+
+def test_slurm_gives_torchrun_longer_than_torchrun_gives_its_workers():
+    script = (ROOT / "slurm.sh").read_text()
+    before_the_limit, = map(int, re.findall(r"--signal=TERM@(\d+)", script))
+    patience, = map(int, re.findall(r"--shutdown-timeout=(\d+)", script))
+    assert 30 < patience < before_the_limit
+
+
+def runs(pid):
+    """Return whether a process is there and no zombie."""
+    state = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True).stdout.strip()
+    return bool(state) and not state.startswith("Z")
 
 
 def refused(place, processes, name, *more, code=2):
@@ -247,6 +470,7 @@ def with_loss(place, name, statement):
     script.write_text(f"""
 import os, sys, time
 sys.path.insert(0, {str(ROOT)!r})
+import torch
 import train
 def other(model, batch, calls=[]):
     calls.append(1)
@@ -269,15 +493,45 @@ def test_a_loss_that_is_no_number_stops_all_ranks(place):
     assert "step 12" in refused(place, 2, "poisoned", code=3)                      # a restart does not run into it again
 
 
-def test_an_error_on_one_rank_ends_all_and_names_it(place):
-    """A rank that raises must not wait for its peers, nor they for it: each would be inside a collective."""
-    script = with_loss(place, "broken", """
-    if len(calls) == 5 and os.environ["RANK"] == "1":
-        raise RuntimeError("a bug")""")
-    began = time.monotonic()
-    process = launch(2, script, *options(place, "broken"))
-    said = process.communicate(timeout=60)[0]
-    assert process.returncode and "rank 1: RuntimeError: a bug" in said and time.monotonic() - began < 30
+BROKEN = {   # how rank 1 fails, and what it says then
+    "forward": ("""
+    if len(calls) == 6 and rank_1:                                         # the second micro-step of update 3
+        fail(RuntimeError("a bug"))""", "RuntimeError: a bug"),
+    "backward": ("""
+    if len(calls) == 6 and rank_1:
+        loss.register_hook(lambda grad: fail(torch.OutOfMemoryError("no memory")))""", "the GPU ran out of memory: lower --micro_batch_size"),
+    "saving": ("""
+    if len(calls) == 6 and rank_1:                                         # rank 0 waits for its files, in a thread or not
+        train.checkpoint.write_tensors = lambda *args: fail(OSError(28, "No space left on device", "step-00000004"))""",
+               "step-00000004: No space left on device"),
+}
+
+
+@pytest.mark.parametrize("where, more", [
+    ("forward", ()), ("backward", ()), ("saving", ()), pytest.param("saving", ("--async_save=True",), marks=pytest.mark.slow)])
+def test_an_error_on_one_rank_ends_all_and_names_it(place, where, more):
+    """A rank that raises must not wait for its peers, nor they for it: they may be inside a collective, or wait for its files."""
+    statement, message = BROKEN[where]
+    name = f"broken-{where}-{len(more)}"
+    script = with_loss(place, name, """
+    rank_1 = os.environ["RANK"] == "1"
+    def fail(error):
+        print("failed at", time.time(), flush=True)
+        raise error""" + statement)
+    process = launch(2, script, *options(place, name, "--micro_batch_size=2", "--save_interval=4", *more))
+    said = ""
+    while "failed at" not in said:
+        line = process.stdout.readline()
+        assert line, said
+        said += line
+    workers = children(process.pid)
+    said += process.communicate(timeout=60)[0]
+    seconds = time.time() - float(re.search(r"failed at ([\d.]+)", said)[1])
+    print(f"\n{name}: all processes gone {seconds:.1f} s after the error")
+    assert process.returncode and seconds < 30 and not any(map(runs, workers))
+    mine = said.split("torch/distributed/elastic")[0]
+    assert f"rank 1: {message}" in mine, said
+    assert all("lost contact with the other processes" in line for line in mine.splitlines() if line.startswith("rank 0:"))
 
 
 @pytest.mark.slow

@@ -31,7 +31,6 @@ import torch
 import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker, _FSDPRefType
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -108,6 +107,7 @@ class Setup:
     shard: int
     recompute: int
     sync_micro_steps: bool
+    reshard_after_forward: bool
 
     @property
     def ranks(self):
@@ -170,8 +170,7 @@ def simulate(setup):
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=setup.ranks)
     dtype = torch.float32 if setup.dtype == "float32" else torch.bfloat16
     try:
-        mesh = init_device_mesh("cpu", (setup.replicate, setup.shard),
-                                mesh_dim_names=("replicate", "shard"))
+        mesh = distributed.make_mesh("cpu", setup.replicate, setup.shard)
         with torch.device("meta"):
             model = MiniCPM(setup.model)
         model.numerics.dtype, model.numerics.flash = dtype, True
@@ -269,8 +268,10 @@ def find_remedies(setup, batches, usable):
     returns  [{"options": {name: value}, "peak": bytes, "fits": bool}]; the peak is an estimate
              only if it does not fit
     """
-    all_knobs = {"micro_batch_size": 1, "sync_micro_steps": True, "recompute": 1}
+    all_knobs = {"micro_batch_size": 1, "sync_micro_steps": True, "recompute": 1,
+                 **({} if setup.reshard_after_forward else {"reshard_after_forward": True})}
     trials = [
+        {"reshard_after_forward": True},
         {"micro_batch_size": largest_micro_batch(setup, min(batches) // setup.ranks, usable)},
         {"sync_micro_steps": True},
         {"recompute": 1},
@@ -325,17 +326,25 @@ def tokens_between(config, first, last):
     return tokens
 
 
+def gathered_bytes(setup):
+    """Return the bytes of (all blocks in the compute dtype; embedding, head and last norm, which
+    are float32), as they are when they are gathered from all shards."""
+    model = setup.model
+    root = model.n_params - model.n_params_non_embedding + model.n_embd      # outside the blocks
+    width = 4 if setup.dtype == "float32" else 2
+    return width * (model.n_params - root), 4 * root
+
+
 def communication(setup, micro_steps, gpu):
     """Return {collective: bytes that a GPU receives per update, "seconds": time for all of them}.
 
-    Blocks are gathered in the compute dtype before their forward and again before their backward
-    pass; embedding, head and last norm in float32, once per micro-step. Gradients are reduced in
+    Blocks are gathered before their forward pass, and with reshard_after_forward again before
+    their backward pass; embedding, head and last norm once per micro-step. Gradients are reduced in
     float32, once per update, or with sync_micro_steps in every micro-step.
     """
     model, replicate, shard = setup.model, setup.replicate, setup.shard
-    root = model.n_params - model.n_params_non_embedding + model.n_embd      # outside the blocks
-    width = 4 if setup.dtype == "float32" else 2
-    gathered = 2 * width * (model.n_params - root) + 4 * root
+    blocks, root = gathered_bytes(setup)
+    gathered = (2 if setup.reshard_after_forward else 1) * blocks + root
     reductions = micro_steps if setup.sync_micro_steps else 1
     received = {
         "all-gather": micro_steps * gathered * (shard - 1) / shard,
@@ -414,10 +423,11 @@ def make_plan(options, start):
     check(options, config, model, batches)
     gpu, usable = GPUS[options.gpu], usable_memory(options.gpu)
     rank_batch = min(batches) // options.gpus
-    replicate, shard = distributed.mesh_shape(config, options.gpus)
+    replicate, shard = distributed.mesh_shape(config, options.gpus, GPUS_PER_NODE)
     micro_batch_size = min(config.micro_batch_size or rank_batch, max(batches) // options.gpus)
     setup = Setup(model, config.dtype, config.block_size, max(batches), micro_batch_size, replicate,
-                  shard, config.recompute, config.sync_micro_steps)
+                  shard, config.recompute, config.sync_micro_steps,
+                  config.reshard_after_forward)
     if not config.micro_batch_size:
         chosen = largest_micro_batch(setup, rank_batch, usable)
         setup = replace(setup, micro_batch_size=chosen)
@@ -432,10 +442,12 @@ def make_plan(options, start):
         days = run_tokens / pace["tokens_per_s"] / 86400
     return {
         **asdict(setup), "gpus": options.gpus, "gpu": options.gpu, "micro_steps": micro_steps,
+        "mesh_is_default": not (config.replicate or config.shard),
         "parameters": {"total": model.n_params, "non_embedding": model.n_params_non_embedding,
                        "active": model.n_params_active},
         "memory": {**memory, "usable": usable, "gpu": gpu.memory * GIB,
-                   "always": 12 * model.n_params / shard},
+                   "always": 12 * model.n_params / shard,
+                   "gathered_blocks": gathered_bytes(setup)[0]},
         "speed": {**pace, "tokens": run_tokens, "days": days},
         "communication": {**communication(setup, micro_steps, gpu), **gpu._asdict()},
         "checkpoint": 12 * model.n_params,
@@ -459,12 +471,15 @@ def as_options(values):
 def memory_lines(plan):
     """Return the lines on memory."""
     memory = plan["memory"]
+    kept = "not included" if plan["reshard_after_forward"] else "included"
     lines = ["memory per GPU at the peak of a simulated update (eager blocks, fused attention)"]
     for name in (*CATEGORIES, "peak"):
         lines.append(f"  {name.replace('_', ' '):16}{size(memory[name]):>12}")
     return [
         *lines,
         f"  always there, by formula: {size(memory['always'])} (sharded parameters and moments)",
+        f"  --reshard_after_forward=False keeps all blocks gathered until their backward pass: "
+        f"{size(memory['gathered_blocks'])}, {kept}",
         "  not simulated: CUDA context, NCCL buffers and fragmentation, for which "
         f"{1 - USABLE:.0%} of the GPU stay free; torch.compile; document masks (see --help)",
     ]
@@ -529,7 +544,13 @@ def verdict_lines(plan):
 def as_text(plan):
     """Return the plan as text; the last line is the verdict."""
     parameters = plan["parameters"]
-    names = ("replicate", "shard", "micro_batch_size", "sync_micro_steps", "recompute")
+    names = ("replicate", "shard", "micro_batch_size", "sync_micro_steps", "recompute",
+             "reshard_after_forward")
+    mesh = f"mesh: {plan['replicate']} x {plan['shard']}, copies x GPUs per copy"
+    if plan["mesh_is_default"] and plan["replicate"] > 1:
+        mesh += (f": by default every node of {GPUS_PER_NODE} GPUs holds a copy and gathers "
+                 f"inside of it; --shard={plan['gpus']} makes one copy of all GPUs, which takes "
+                 "less memory and more of the network")
     head = [
         f"model: {parameters['total']:,} parameters, {parameters['non_embedding']:,} without "
         f"embedding and head, {parameters['active']:,} of these active per token; "
@@ -537,6 +558,7 @@ def as_text(plan):
         f"run: {plan['gpus']} x {plan['gpu']}, sequences of {plan['block_size']:,} tokens, "
         f"micro-steps per update: {plan['micro_steps']}, with "
         + as_options({name: plan[name] for name in names}),
+        mesh,
     ]
     parts = [head, memory_lines(plan), cost_lines(plan), recipe_lines(plan),
              verdict_lines(plan)]
