@@ -13,6 +13,7 @@ from configurator import BadInput
 
 COMPILE_PAYS_AFTER = 300                # least remaining updates of a run on a CPU
 MICRO_TOKENS_CPU = 8192                 # tokens per forward at most on a CPU; more is not faster
+LOSS_BYTES = 4 * 2 ** 30                # of logits, at most: engine/ops.py, MAX_LOGITS, KEPT_LOGITS
 USABLE = 0.9                            # of a GPU's memory: the rest is context, NCCL, fragments
 # Peak bf16 FLOP/s (T4: float16) of a GPU by a word of its name: dense tensor-core peaks of NVIDIA's
 # data sheets, from memory.
@@ -155,7 +156,9 @@ def choose_micro_batch(model, config, batch, device, shards=1):
     if device.type != "cuda":
         fits = MICRO_TOKENS_CPU // config.block_size
     else:
+        logits = batch * config.block_size * model.vocab_size
         free = USABLE * available_memory(device) - training_bytes(model, shards)
+        free -= min(LOSS_BYTES, 6 * logits)
         if shards > 1:                                     # gradients between micro-steps, blocks
             free -= (4 if config.reshard_after_forward else 6) * model.n_params
         fits = free // activation_bytes(model, config.block_size, config.recompute)
