@@ -439,11 +439,14 @@ def test_what_a_group_can_not_do_ends_all_of_it(place):
 
 
 def test_ranks_with_another_configuration_are_named(place):
-    (place / "uneven.py").write_text("import os, sys\nsys.path.insert(0, %r)\nimport train\n"
+    """Also what only the machine decides, such as the dtype of --dtype=auto: FSDP would wait for ever."""
+    (place / "uneven.py").write_text("import os, sys\nsys.path.insert(0, %r)\nimport torch, train\n"
+                                     "train.device.pick_dtype = lambda *_: [torch.float32, torch.bfloat16][int(os.environ['RANK'])]\n"
                                      "train.main(sys.argv[1:] + ['--seed=' + os.environ['RANK']])\n" % str(ROOT))
     process = launch(2, place / "uneven.py", *options(place, "uneven"))
     said = process.communicate(timeout=120)[0]
-    assert process.returncode and "rank 1: has another configuration than rank 0: seed" in said
+    assert process.returncode and ("rank 1: has another configuration than rank 0: dtype is bfloat16 and there float32, "
+                                   "seed is 1 and there 0") in said, said
 
 
 @pytest.mark.parametrize("when", ["start", "middle"])

@@ -3,6 +3,7 @@ import json
 import math
 import os
 import shutil
+import signal
 
 import pytest
 import torch
@@ -13,7 +14,13 @@ from data.corpus import write_corpus
 from data.tokenizer import load_tokenizer
 from engine import checkpoint
 from engine.distributed import World
-from engine.run import latest_stable, new_state, set_horizon_from_time, why_not_stable
+from engine.run import (
+    latest_stable,
+    new_state,
+    set_horizon_from_time,
+    stop_on_signals,
+    why_not_stable,
+)
 from model import MiniCPM, MiniCPMConfig, init_weights
 from train import TrainConfig, learning_rate_at, main, train
 
@@ -431,6 +438,19 @@ def test_unequal_micro_batches_weigh_by_their_size(micro):
     whole, parts = found
     for name in ("loss", "grad_norm", "balance_loss", "z_loss", "router_entropy", "expert_load"):
         assert torch.allclose(torch.tensor(parts[name]), torch.tensor(whole[name]), rtol=1e-5), name
+
+
+def test_a_second_ctrl_c_ends_a_process_and_a_second_sigterm_does_not():
+    """torchrun sends its workers again what Slurm has sent to every process."""
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    with stop_on_signals() as should_stop:
+        assert not should_stop()
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
+        assert should_stop() and signal.getsignal(signal.SIGTERM) != signal.SIG_DFL
+        signal.raise_signal(signal.SIGINT)
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_DFL
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
 
 
 def test_a_run_folder_says_where_its_command_was_given(train_tiny):
