@@ -279,7 +279,7 @@ def train(config, batches, loss_fn, model, state=None, optimizer_tensors=None, v
                  plus every aux whose name ends in _loss. aux goes to the metrics, averaged over
                  sequences
     state        engine.run.RunState; None: a new run
-    optimizer_tensors  (name, StoredTensor) pairs of the checkpoint that the run continues
+    optimizer_tensors  (name, StoredTensor or tensor) pairs of the checkpoint that the run continues
     validate     validate(model) -> dict for metrics.jsonl
     tokenizer    is saved in every checkpoint; None: no checkpoints and no files (labs)
     should_stop  called in every step before the forward pass; True saves and ends the generator

@@ -394,7 +394,7 @@ def optimizer_state(optimizer):
 
 
 def restore_optimizer(optimizer, tensors, fused):
-    """Load (name, StoredTensor) pairs of optimizer_state, of each the part that this rank holds.
+    """Load (name, StoredTensor or tensor) pairs of optimizer_state, the part that this rank holds.
 
     Raises BadInput if one is missing or fits no parameter.
     """
@@ -407,7 +407,7 @@ def restore_optimizer(optimizer, tensors, fused):
             raise BadInput(f"the checkpoint's optimizer state has {full_name} {stored.shape}, "
                            "which fits no parameter; use --init_from to take the weights only")
         if key == "step":
-            optimizer.state[p][key] = stored.read().to(p.device if fused else "cpu")
+            optimizer.state[p][key] = stored[()].to(p.device if fused else "cpu")
         else:
             optimizer.state[p][key] = torch.zeros_like(p)
             distributed.copy_local_shard(optimizer.state[p][key], stored)

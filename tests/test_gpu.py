@@ -213,6 +213,8 @@ def test_cuda_and_cpu(device, kind, train_tiny, record):
 @pytest.mark.parametrize("kind", KINDS)
 def test_ways_to_compute(device, kind, train_tiny, record):
     """Eager is compiled is recomputed, with fused attention and without."""
+    if device == "cpu" and kind != "dense":
+        pytest.skip("tests/test_model.py and tests/test_moe.py compare these on a CPU")
     options = [*KINDS[kind], f"--device={device}"]
     plain = losses(train_tiny, "plain", *options, "--compile=False", "--flash=False")
     ways = {"flash": ["--compile=False"], "recomputed": ["--compile=False", "--recompute=1"]}
@@ -327,11 +329,14 @@ def about_speed(found):
 def test_speed(shape, record):
     """Updates alone and under torchrun (FSDP2), compiled; MFU and the kernel of the attention."""
     options = SHAPES.get(shape, TINY_SHAPE)
-    alone, sharded = measure(*options), measure(*options, torchrun=True)
-    for found in (alone, sharded):
-        assert found["tokens_per_s"] > 0 and found["attention"]
-    record(alone=about_speed(alone), torchrun=about_speed(sharded))
-    assert sharded["processes"] == 1 and alone["processes"] is None
+    sharded = measure(*options, torchrun=True)
+    record(torchrun=about_speed(sharded))
+    assert sharded["processes"] == 1 and sharded["tokens_per_s"] > 0
+    if shape == "tiny":                         # tests/test_bench.py has one process on a CPU
+        return
+    alone = measure(*options)
+    record(alone=about_speed(alone))
+    assert alone["attention"] and sharded["attention"], "no fused kernel"
 
 
 @gpu_only

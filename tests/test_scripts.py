@@ -41,10 +41,11 @@ NOT_RUN = {
     "--ckpt=PATH": "needs a released model; tests/test_released.py",
     "--init_from=PATH": "needs a released model; tests/test_released.py, tests/test_dpo.py",
     "--to_gguf": "needs llama.cpp; tests/test_released.py",
+    "tools.bench config/minicpm": "needs a GPU; tests/test_gpu.py",
     "--nanogpt": "needs a nanoGPT checkout; tests/test_bench.py",
 }
 # --help and --key=value; and options of torchrun and sbatch, up to their first hyphen.
-FOREIGN_OPTIONS = {"help", "key", "nproc_per_node", "nnodes", "nodes", "max", "rdzv"}
+FOREIGN_OPTIONS = {"help", "key", "nproc_per_node", "nnodes", "nodes", "max", "rdzv", "shutdown", "signal"}
 
 
 def run(*argv, cwd=None, code=0):
