@@ -22,6 +22,11 @@ set -euo pipefail
 head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 # Use a new rendezvous store for every restart: a shared one keeps the addresses of dead processes.
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
+export PYTORCH_ALLOC_CONF=expandable_segments:True      # fewer holes in the memory of a GPU
+export TORCH_NCCL_DUMP_ON_TIMEOUT=1                     # which collective each rank waited for
+export TORCH_FR_DUMP_TEMP_FILE="$PWD/nccl-$SLURM_JOB_ID-rank"
+# If NCCL or gloo take the wrong network interface:
+# export NCCL_SOCKET_IFNAME=eth0 GLOO_SOCKET_IFNAME=eth0
 export OMP_NUM_THREADS=$((SLURM_CPUS_PER_TASK / 8))
 srun --kill-on-bad-exit=1 torchrun --nnodes="$SLURM_NNODES" --nproc_per_node=8 --max-restarts=20 \
     --shutdown-timeout=240 --rdzv-backend=c10d --rdzv-endpoint="$head:29500" \
