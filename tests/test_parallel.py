@@ -349,6 +349,7 @@ def test_a_killed_worker_is_restarted_and_nothing_is_lost(place):
     assert "continuing" in said and close(losses(place, "killed"), expected, 1e-4)
 
 
+@pytest.mark.slow
 def test_a_terminated_group_saves_and_continues(place):
     expected = losses(place, "undisturbed") if (place / "undisturbed").exists() else alone(place, "undisturbed", "--max_steps=60")
     process = launch(2, ROOT / "train.py", *options(place, "stopped", "--max_steps=60"))
@@ -361,7 +362,7 @@ def test_a_terminated_group_saves_and_continues(place):
     assert close(losses(place, "stopped"), expected, 1e-4)
 
 
-@pytest.mark.parametrize("patience", [1, 60])
+@pytest.mark.parametrize("patience", [pytest.param(1, marks=pytest.mark.slow), 60])
 def test_torchrun_must_wait_for_the_save_that_a_signal_asks_for(place, patience):
     """A slow step, then a slow save. torchrun kills what takes longer than its --shutdown-timeout, 30 s by default.
 
@@ -430,11 +431,13 @@ def refused(place, processes, name, *more, code=2):
     return said.split("torch/distributed/elastic")[0]
 
 
-def test_what_a_group_can_not_do_ends_all_of_it(place):
-    for option, message in {"--shard=3": "their product is not the number of processes, 2", "--batch_size=7": "is not a multiple of the 2 processes",
-                            "--data=nothing": "no corpus here"}.items():
-        said = refused(place, 2, "x", option)
-        assert message in said and "Traceback" not in said, said
+@pytest.mark.parametrize("option, message", [
+    ("--shard=3", "their product is not the number of processes, 2"),
+    pytest.param("--batch_size=7", "is not a multiple of the 2 processes", marks=pytest.mark.slow),
+    pytest.param("--data=nothing", "no corpus here", marks=pytest.mark.slow)])
+def test_what_a_group_can_not_do_ends_all_of_it(place, option, message):
+    said = refused(place, 2, "x", option)
+    assert message in said and "Traceback" not in said, said
     assert not (place / "x" / "metrics.jsonl").exists()
 
 
@@ -449,7 +452,7 @@ def test_ranks_with_another_configuration_are_named(place):
                                    "seed is 1 and there 0") in said, said
 
 
-@pytest.mark.parametrize("when", ["start", "middle"])
+@pytest.mark.parametrize("when", [pytest.param("start", marks=pytest.mark.slow), "middle"])
 def test_a_shard_that_one_node_lacks_ends_all_ranks(place, when):
     """Missing at the start, or only found damaged when it is first read, by one of the ranks alone."""
     hide = 'os.listdir = lambda folder: []' if when == "start" else 'dataset.Split.map_shard = lambda self, i: self.read_header("gone.bin")'
@@ -511,7 +514,7 @@ BROKEN = {   # how rank 1 fails, and what it says then
 
 
 @pytest.mark.parametrize("where, more", [
-    ("forward", ()), ("backward", ()), ("saving", ()), pytest.param("saving", ("--async_save=True",), marks=pytest.mark.slow)])
+    pytest.param("forward", (), marks=pytest.mark.slow), ("backward", ()), ("saving", ()), pytest.param("saving", ("--async_save=True",), marks=pytest.mark.slow)])
 def test_an_error_on_one_rank_ends_all_and_names_it(place, where, more):
     """A rank that raises must not wait for its peers, nor they for it: they may be inside a collective, or wait for its files."""
     statement, message = BROKEN[where]
