@@ -17,7 +17,9 @@ import torch
 import torch.nn.functional as F
 
 from configurator import ROOT
+from data.dataset import Prefetch
 from engine import checkpoint, metrics, ops
+from engine.distributed import World
 from model import MiniCPM, MiniCPMConfig, init_weights
 
 HAS_GPU = torch.cuda.is_available()
@@ -185,6 +187,24 @@ def test_loss(device, rows, vocab_size, record, monkeypatch):
 def plain_cross_entropy(hidden, weight, targets):
     logits = F.linear(hidden, weight.to(hidden.dtype)).float()
     return F.cross_entropy(logits, targets, ignore_index=-100, reduction="none")
+
+
+@both
+def test_next_batch(device, record):
+    """A batch that a thread has prepared is the one that it would be, pinned on a GPU."""
+    def batches(plan, first, count):
+        idx = torch.arange(first, first + count)[:, None].expand(-1, 8).contiguous()
+        return {"idx": idx, "targets": idx + 1}, idx.numel()
+    with Prefetch(batches, World(device=torch.device(device)), ahead=True) as ahead:
+        for first in range(0, 12, 4):
+            (batch, n_targets), (expected, n_expected) = (
+                source([[0, "any"]], first, 4) for source in (ahead, batches))
+            assert n_targets == n_expected and batch.keys() == expected.keys()
+            for name, tensor in batch.items():
+                assert tensor.is_pinned() == (device == "cuda")
+                moved = tensor.to(device, non_blocking=True)
+                assert torch.equal(moved.cpu(), expected[name])
+    record()
 
 
 # ---- runs
