@@ -432,8 +432,9 @@ def set_micro_batch(config, state, model_config, world):
         state.micro = config.micro_batch_size or state.micro
         return False
     batch = batch_size_at(config, state.step) // world.size
+    shards = None if world.alone else world.shards
     state.micro = min(world.all_gather(
-        device.choose_micro_batch(model_config, config, batch, world.device, world.shards)))
+        device.choose_micro_batch(model_config, config, batch, world.device, shards)))
     return True
 
 

@@ -149,17 +149,21 @@ def check_memory(model, device, shards=1):
                        "(--shard)")
 
 
-def choose_micro_batch(model, config, batch, device, shards=1):
+def choose_micro_batch(model, config, batch, device, shards=None):
     """Return the sequences per forward: the largest divisor of a rank's batch that a CPU is fast
-    with, or that by a plain estimate fits a GPU."""
+    with, or that by a plain estimate fits a GPU.
+
+    shards: processes that FSDP shards a copy over; None: no FSDP, which holds gathered blocks and,
+    between micro-steps, whole gradients beside the shards, even if there is only one
+    """
     divisors = [n for n in range(1, batch + 1) if batch % n == 0]
     if device.type != "cuda":
         fits = MICRO_TOKENS_CPU // config.block_size
     else:
         logits = batch * config.block_size * model.vocab_size
-        free = USABLE * available_memory(device) - training_bytes(model, shards)
+        free = USABLE * available_memory(device) - training_bytes(model, shards or 1)
         free -= min(LOSS_BYTES, 6 * logits)
-        if shards > 1:                                     # gradients between micro-steps, blocks
+        if shards:                                         # gradients between micro-steps, blocks
             free -= (4 if config.reshard_after_forward else 6) * model.n_params
         fits = free // activation_bytes(model, config.block_size, config.recompute)
     return max(n for n in divisors if n <= max(1, fits))

@@ -16,6 +16,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import train  # noqa: F401  sets CUBLAS_WORKSPACE_CONFIG, which torch reads at the first product only
 from configurator import ROOT
 from data.dataset import Prefetch
 from engine import checkpoint, metrics, ops

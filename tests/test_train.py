@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -421,6 +422,17 @@ def test_the_estimate_for_a_gpu_follows_its_memory_and_divides_the_batch(monkeyp
         chosen.append(device.choose_micro_batch(MiniCPMConfig(n_layer=20), config, 60, torch.device("cuda"), shards=8))
     assert chosen == sorted(chosen) and chosen[0] == 1 and chosen[-1] == 60 and len(set(chosen)) > 2
     assert all(60 % micro == 0 for micro in chosen)
+
+
+def test_the_estimate_counts_what_fsdp_holds_beside_a_single_shard(monkeypatch):
+    """A process under torchrun makes no trial, so its estimate must leave room for whole gradients."""
+    monkeypatch.setattr(device, "available_memory", lambda device: 40 * 2 ** 30)
+    config, shape, chosen = TrainConfig(max_steps=1, block_size=4096, batch_size=60), MiniCPMConfig(n_layer=8), []
+    for mesh in (None, SimpleNamespace(shape=(1,))):
+        state = new_state(config)
+        assert train_module.set_micro_batch(config, state, shape, World(device=torch.device("cuda"), mesh=mesh))
+        chosen.append(state.micro)
+    assert chosen == [6, 5]
 
 
 def test_a_trial_of_a_micro_batch_leaves_no_trace(train_tiny):
