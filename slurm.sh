@@ -25,6 +25,7 @@ export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 export PYTORCH_ALLOC_CONF=expandable_segments:True      # fewer holes in the memory of a GPU
 export TORCH_NCCL_DUMP_ON_TIMEOUT=1                     # which collective each rank waited for
 export TORCH_FR_DUMP_TEMP_FILE="$PWD/nccl-$SLURM_JOB_ID-rank"
+ulimit -n "$(ulimit -Hn)"                               # rank 0 has several sockets per process
 # If NCCL or gloo take the wrong network interface:
 # export NCCL_SOCKET_IFNAME=eth0 GLOO_SOCKET_IFNAME=eth0
 export OMP_NUM_THREADS=$((SLURM_CPUS_PER_TASK / 8))

@@ -13,6 +13,7 @@ iterates over it; DPO and the labs use it too.
 """
 import dataclasses
 import gc
+import itertools
 import math
 import os
 from collections import namedtuple
@@ -45,6 +46,7 @@ from engine.run import (
     init_run_dir,
     is_finished,
     is_restart,
+    is_spike,
     new_state,
     non_finite,
     note_corpora,
@@ -57,9 +59,6 @@ from model import MiniCPM, MiniCPMConfig, init_weights, load_weights, optimizer_
 from wsd import lr_at
 
 MAX_OVERFLOWS = 20                      # float16: the run stops after so many in a row
-SPIKE_WINDOW = 50       # updates in the running mean of gradient norms: with fewer, the high norms
-                        # of the first updates and chance decide
-MAX_SPIKES = 20         # in a row; more are a new level of the norm (other data), not a spike
 
 
 @dataclass
@@ -255,6 +254,21 @@ def batch_size_at(config, step):
     if stages != sorted(stages) or stages[0][0] != 0 or any(size < 1 for _, size in stages):
         raise ValueError(config.batch_schedule)
     return [size for first, size in stages if first <= step][-1]
+
+
+def batch_stages(config):
+    """Return [(first step, sequences per update)]."""
+    steps = [int(part.split(":")[0]) for part in (config.batch_schedule or "0:").split(",")]
+    return [(step, batch_size_at(config, step)) for step in steps]
+
+
+def samples_between(config, first, last):
+    """Return the number of sequences of the updates from step `first` to before step `last`."""
+    samples = 0
+    stages = [*batch_stages(config), (math.inf, 0)]
+    for (begin, sequences), (end, _) in itertools.pairwise(stages):
+        samples += max(0, min(last, end) - max(first, begin)) * sequences
+    return samples
 
 
 def learning_rate_at(config, state):
@@ -496,32 +510,6 @@ def check_finite(config, state, scaler, loss, grad_norm, batch_size, tokenizer, 
         raise non_finite(out_dir, state, batch_size, loss, grad_norm, world.rank)
 
 
-def is_spike(config, state, grad_norm, world, log):
-    """Return whether --skip_spikes skips this update; if not, the running mean learns its norm.
-
-    The norm tells before the update what the loss tells one update later, when the damage is done;
-    and a batch of unusual text has a high loss though its gradient is harmless. Step, samples and
-    schedule go on. All ranks decide alike: they compare the same mean over ranks.
-    """
-    if not config.skip_spikes or not math.isfinite(grad_norm):     # float16's scaler skips those
-        return False
-    (norm,) = world.mean(grad_norm)
-    limit = config.skip_spikes * state.norm_mean
-    if state.norm_count >= SPIKE_WINDOW and norm > limit and state.spikes < MAX_SPIKES:
-        state.spikes += 1
-        log.say(f"step {state.step + 1}: gradient norm {norm:.4g}, above {limit:.4g} "
-                f"(--skip_spikes={config.skip_spikes:g}): the update is skipped")
-        log.write(step=state.step + 1, skipped=True, grad_norm=norm, limit=limit)
-        return True
-    if state.spikes == MAX_SPIKES:
-        log.say(f"step {state.step + 1}: {MAX_SPIKES} updates skipped in a row: the running mean "
-                "of the gradient norm begins anew")
-        state.norm_count = 0
-    state.spikes, state.norm_count = 0, state.norm_count + 1
-    state.norm_mean += (norm - state.norm_mean) / min(state.norm_count, SPIKE_WINDOW)
-    return False
-
-
 def run_validation(model, validate, state, log):
     """Call validate(model), write its result to metrics.jsonl and print it."""
     if validate:
@@ -642,9 +630,7 @@ def launch(config, model_config, given, run):
 
 def check_processes(config, world):
     """Raise BadInput if the batch does not divide over the processes, or they can't do float16."""
-    stages = (config.batch_schedule or "0:").split(",")
-    sizes = [batch_size_at(config, int(stage.split(":")[0])) for stage in stages]
-    uneven = [size for size in sizes if size % world.size]
+    uneven = [size for _, size in batch_stages(config) if size % world.size]
     if uneven:
         option = "batch_schedule" if config.batch_schedule else "batch_size"
         raise BadInput(f"--{option}: {uneven[0]} is not a multiple of the {world.size} processes")
@@ -726,11 +712,11 @@ def run_updates(updates):
 def say_epochs(config, state, sources, say):
     """Print how many epochs of each source the whole run reads, its decay included, and a warning
     if one is read too often. The run's horizon must be known."""
-    plan, position = list(state.plan), state.position
-    for step in range(state.step, state.max_steps):
-        if step == state.decay_start and config.decay_data:         # see begin_decay
-            plan.append([position, config.decay_data])
-        position += batch_size_at(config, step)
+    plan = list(state.plan)
+    if config.decay_data and state.step <= state.decay_start < state.max_steps:    # see begin_decay
+        plan.append([state.position + samples_between(config, state.step, state.decay_start),
+                     config.decay_data])
+    position = state.position + samples_between(config, state.step, state.max_steps)
     epochs = count_epochs(plan, config.seed, position, sources)
     say("epochs of the whole run: "
         + ", ".join(f"{name} {n:.2f}" for name, n in epochs.items()))

@@ -20,6 +20,9 @@ from wsd import falls_from
 
 WARMUP_SHARE = 0.025                    # default warm-up, as a share of the run
 WARMUP_STEPS_TIMED = 100                # most updates of it in a run that is given minutes
+SPIKE_WINDOW = 50       # updates in the running mean of gradient norms: with fewer, the high norms
+                        # of the first updates and chance decide
+MAX_SPIKES = 20         # in a row; more are a new level of the norm (other data), not a spike
 # Options that a command may change when it continues a run.
 MAY_CHANGE = ("max_steps minutes micro_batch_size eval_interval eval_tokens log_interval "
               "save_interval keep_last keep_every sample_tokens skip_samples overwrite quiet "
@@ -64,7 +67,7 @@ class RunState:
     corpora: dict = field(default_factory=dict)  # {source: corpus_sha256}, see note_corpora
     scaler: dict | None = None          # of float16
     overflows: int = 0                  # of float16, in a row
-    norm_mean: float = 0.0              # running mean of gradient norms, see is_spike in train.py
+    norm_mean: float = 0.0              # running mean of gradient norms, see is_spike
     norm_count: int = 0                 # updates that it has seen
     spikes: int = 0                     # updates skipped in a row
 
@@ -502,6 +505,32 @@ def non_finite(out_dir, state, batch_size, loss, grad_norm, rank):
                       "skips": state.skips}
             checkpoint.write_json(Path(out_dir) / "nonfinite.json", marker)
     return NonFinite(message)
+
+
+def is_spike(config, state, grad_norm, world, log):
+    """Return whether --skip_spikes skips this update; if not, the running mean learns its norm.
+
+    The norm tells before the update what the loss tells one update later, when the damage is done;
+    and a batch of unusual text has a high loss though its gradient is harmless. Step, samples and
+    schedule go on. All ranks decide alike: they compare the same mean over ranks.
+    """
+    if not config.skip_spikes or not math.isfinite(grad_norm):     # float16's scaler skips those
+        return False
+    (norm,) = world.mean(grad_norm)
+    limit = config.skip_spikes * state.norm_mean
+    if state.norm_count >= SPIKE_WINDOW and norm > limit and state.spikes < MAX_SPIKES:
+        state.spikes += 1
+        log.say(f"step {state.step + 1}: gradient norm {norm:.4g}, above {limit:.4g} "
+                f"(--skip_spikes={config.skip_spikes:g}): the update is skipped")
+        log.write(step=state.step + 1, skipped=True, grad_norm=norm, limit=limit)
+        return True
+    if state.spikes == MAX_SPIKES:
+        log.say(f"step {state.step + 1}: {MAX_SPIKES} updates skipped in a row: the running mean "
+                "of the gradient norm begins anew")
+        state.norm_count = 0
+    state.spikes, state.norm_count = 0, state.norm_count + 1
+    state.norm_mean += (norm - state.norm_mean) / min(state.norm_count, SPIKE_WINDOW)
+    return False
 
 
 @contextlib.contextmanager

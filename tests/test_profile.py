@@ -11,10 +11,11 @@ from test_train import curve, fails, interrupted, same, weights
 import train as train_module
 from configurator import build
 from engine import checkpoint, metrics
+from engine import run as run_module
 from engine.distributed import World
-from engine.run import RunState
+from engine.run import SPIKE_WINDOW, RunState
 from model import MiniCPM, MiniCPMConfig, init_weights
-from train import SPIKE_WINDOW, TrainConfig, train
+from train import TrainConfig, train
 
 ENOUGH = SPIKE_WINDOW + 5               # updates after which a spike is skipped
 
@@ -79,7 +80,7 @@ def slow_rank(*argv):
 
 def poisoned_rank(*argv):
     """Train with a loss that is 1000 times as high on rank 1 in update 6."""
-    train_module.SPIKE_WINDOW = 4
+    run_module.SPIKE_WINDOW = 4
     loss = poisoned(6) if torch.distributed.get_rank() == 1 else train_module.language_loss
     train_module.run_training.__defaults__ = (loss, OPEN_DATA)
     train_module.main(list(argv))
@@ -141,7 +142,7 @@ def test_an_update_with_a_spike_is_skipped_and_the_run_goes_on(train_tiny, monke
 
 
 def test_a_run_killed_around_a_skip_resumes_to_the_bit(train_tiny, monkeypatch):
-    monkeypatch.setattr(train_module, "SPIKE_WINDOW", 8)
+    monkeypatch.setattr(run_module, "SPIKE_WINDOW", 8)
     options = ("--max_steps=30", "--decay_steps=0", "--save_interval=4", "--skip_spikes=1.02")
     straight = train_tiny("straight", *options)                          # skips now and then
     steps = [x["step"] for x in skipped(straight)]
@@ -159,11 +160,11 @@ def spikes(norms, factor=3.0):
 
     class Log:
         say, write = staticmethod(said.append), staticmethod(lambda **line: None)
-    return [train_module.is_spike(config, state, norm, World(), Log) for norm in norms], said
+    return [run_module.is_spike(config, state, norm, World(), Log) for norm in norms], said
 
 
 def test_the_first_updates_are_never_skipped_and_a_new_level_is_accepted():
-    calm, many = [1.0] * SPIKE_WINDOW, train_module.MAX_SPIKES
+    calm, many = [1.0] * SPIKE_WINDOW, run_module.MAX_SPIKES
     assert not any(spikes([50.0, *calm[1:-1], 40.0])[0])
     assert spikes([*calm, 2.9, 3.5, 1.0])[0][-3:] == [False, True, False]
     assert not any(spikes([*calm, 1000.0], factor=0.0)[0])               # off

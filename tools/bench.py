@@ -41,6 +41,7 @@ from engine.device import (
     check_memory,
     choose_micro_batch,
     decide_compile,
+    out_of_memory,
     peak_flops,
     pick_device,
     pick_dtype,
@@ -324,7 +325,10 @@ def main(argv):
     if bench.nanogpt and not bench.json:
         return compare(bench, argv)
     with distributed.failing_ranks_exit():
-        found = measure(bench, config, shape)
+        try:
+            found = measure(bench, config, shape)
+        except torch.OutOfMemoryError:
+            raise out_of_memory() from None
     if int(os.environ.get("RANK", 0)) > 0:
         return
     if bench.json:

@@ -18,7 +18,6 @@ Everything else follows from formulas: parameters, FLOPs, communication, time, l
 """
 import bisect
 import functools
-import itertools
 import json
 import math
 from collections import namedtuple
@@ -40,7 +39,7 @@ from engine import distributed, ops
 from engine.device import PEAK_FLOPS, USABLE
 from engine.run import resolve_start
 from model import MiniCPM, MiniCPMConfig, optimizer_groups
-from train import batch_size_at
+from train import batch_stages, samples_between
 
 GIB = 2 ** 30
 GPUS_PER_NODE = 8
@@ -311,21 +310,6 @@ def divisors(n):
 
 # ---- the rest, by formulas
 
-def batch_stages(config):
-    """Return [(first step, sequences per update)]."""
-    steps = [int(part.split(":")[0]) for part in (config.batch_schedule or "0:").split(",")]
-    return [(step, batch_size_at(config, step)) for step in steps]
-
-
-def tokens_between(config, first, last):
-    """Return the number of tokens of the updates from step `first` to before step `last`."""
-    tokens = 0
-    stages = [*batch_stages(config), (math.inf, 0)]
-    for (begin, sequences), (end, _) in itertools.pairwise(stages):
-        tokens += max(0, min(last, end) - max(first, begin)) * sequences * config.block_size
-    return tokens
-
-
 def gathered_bytes(setup):
     """Return the bytes of (all blocks in the compute dtype; embedding, head and last norm, which
     are float32), as they are when they are gathered from all shards."""
@@ -373,7 +357,7 @@ def schedule_stages(config, state):
         first, last = max(first, state.step), min(last, state.max_steps)
         if first < last:
             stages[name] = {"steps": last - first, "to": last,
-                            "tokens": tokens_between(config, first, last),
+                            "tokens": config.block_size * samples_between(config, first, last),
                             "last_lr": train.learning_rate_at(
                                 config, replace(state, step=last - 1))}
     return stages
@@ -438,7 +422,7 @@ def make_plan(options, start):
     run_tokens, days = None, (config.minutes or 0) / 1440
     pace = speed(setup, tokens[0], options)
     if state.max_steps is not None:
-        run_tokens = tokens_between(config, state.step, state.max_steps)
+        run_tokens = config.block_size * samples_between(config, state.step, state.max_steps)
         days = run_tokens / pace["tokens_per_s"] / 86400
     return {
         **asdict(setup), "gpus": options.gpus, "gpu": options.gpu, "micro_steps": micro_steps,
