@@ -18,7 +18,8 @@ from configurator import ROOT, BadInput
 from data.corpus import write_corpus
 from data.tokenizer import load_tokenizer
 from engine import checkpoint, distributed, metrics
-from engine.run import RunState
+from engine.distributed import World
+from engine.run import RunState, new_state
 from model import Block, Linear, MiniCPM, MiniCPMConfig, init_weights
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="torchrun with gloo is tried on Linux and macOS")
@@ -165,6 +166,13 @@ def test_resume_and_branch_across_sizes(place):
 
 # ---- what every rank decides alike
 
+def test_the_smallest_micro_batch_of_all_ranks_counts(monkeypatch):
+    monkeypatch.setattr(World, "all_gather", lambda self, value: [value, 2])
+    state, config = new_state(train.TrainConfig(max_steps=9)), train.TrainConfig(max_steps=9, batch_size=16)
+    assert train.set_micro_batch(config, state, MiniCPMConfig(vocab_size=64), World(size=2)) and state.micro == 2
+
+
+@pytest.mark.slow
 def test_ranks_with_unequal_memory_train_with_one_micro_batch(place):
     """Rank 0 has room for four sequences, rank 1 for one: both take one."""
     (place / "unequal.py").write_text(f"""
@@ -339,6 +347,7 @@ def test_recomputing_changes_nothing_but_memory(place):
     assert alone(place, "recomputed", "--recompute=1") == alone(place, "kept")
 
 
+@pytest.mark.slow
 def test_a_killed_worker_is_restarted_and_nothing_is_lost(place):
     expected = alone(place, "undisturbed", "--max_steps=60")
     process = launch(2, ROOT / "train.py", *options(place, "killed", "--max_steps=60"), restarts=2)
@@ -441,6 +450,7 @@ def test_what_a_group_can_not_do_ends_all_of_it(place, option, message):
     assert not (place / "x" / "metrics.jsonl").exists()
 
 
+@pytest.mark.slow
 def test_ranks_with_another_configuration_are_named(place):
     """Also what only the machine decides, such as the dtype of --dtype=auto: FSDP would wait for ever."""
     (place / "uneven.py").write_text("import os, sys\nsys.path.insert(0, %r)\nimport torch, train\n"
@@ -452,7 +462,8 @@ def test_ranks_with_another_configuration_are_named(place):
                                    "seed is 1 and there 0") in said, said
 
 
-@pytest.mark.parametrize("when", [pytest.param("start", marks=pytest.mark.slow), "middle"])
+@pytest.mark.slow
+@pytest.mark.parametrize("when", ["start", "middle"])
 def test_a_shard_that_one_node_lacks_ends_all_ranks(place, when):
     """Missing at the start, or only found damaged when it is first read, by one of the ranks alone."""
     hide = 'os.listdir = lambda folder: []' if when == "start" else 'dataset.Split.map_shard = lambda self, i: self.read_header("gone.bin")'
