@@ -106,7 +106,7 @@ def close(a, b, within=1e-5):
     return len(a) == len(b) and max(abs(x - y) for x, y in zip(a, b)) < within
 
 
-VARIANTS = {"tied": [], "untied": ["--tie_word_embeddings=False"], "control": ["--mup=False", "--learning_rate=0.001"],
+VARIANTS = {"tied": [], "untied": ["--tie_word_embeddings=False"],
             "experts": ["--num_experts=4", "--router_z_coef=0.001", "--micro_batch_size=2"]}
 
 
@@ -114,8 +114,8 @@ def test_two_processes_are_one(place):
     expected = {name: alone(place, f"1-{name}", *more) for name, more in VARIANTS.items()}
     runs = {f"2-{name}": (name, more) for name, more in VARIANTS.items()}
     runs |= {"2-replicate": ("tied", ["--replicate=2"]), "2-accumulate": ("tied", ["--micro_batch_size=1", "--recompute=2"]),
-             "2-sync": ("tied", ["--micro_batch_size=1", "--sync_micro_steps=True"]), "2-async": ("tied", ["--async_save=True"]),
-             "2-gathered": ("tied", ["--micro_batch_size=1", "--reshard_after_forward=False"])}
+             "2-sync": ("tied", ["--micro_batch_size=1", "--sync_micro_steps=True", "--reshard_after_forward=False"]),
+             "2-async": ("tied", ["--async_save=True"])}
     together(place, 2, options(place, "2-bfloat16", "--dtype=bfloat16"), *[options(place, name, *more) for name, (_, more) in runs.items()])
     for name, (variant, _) in runs.items():
         assert close(losses(place, name), expected[variant]), name
@@ -507,7 +507,6 @@ def test_a_loss_that_is_no_number_stops_all_ranks(place):
     said = process.communicate(timeout=120)[0]
     assert process.returncode and "exitcode  : 3" in said
     assert said.count("step 12: loss nan") == 1 and "step-00000010" in said          # rank 0 says it, and the last good checkpoint
-    assert "step 12" in refused(place, 2, "poisoned", code=3)                      # a restart does not run into it again
 
 
 BROKEN = {   # how rank 1 fails, and what it says then
