@@ -342,7 +342,7 @@ def about_speed(found):
     return {name: found[name] for name in names if name in found}
 
 
-@pytest.mark.parametrize("shape", [pytest.param("tiny", id="cpu"), *(
+@pytest.mark.parametrize("shape", [pytest.param("tiny", id="cpu", marks=pytest.mark.slow), *(
     pytest.param(name, marks=CUDA.marks) for name in SHAPES)])
 def test_speed(shape, record):
     """Updates alone and under torchrun (FSDP2), compiled; MFU and the kernel of the attention."""

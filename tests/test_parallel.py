@@ -440,10 +440,10 @@ def refused(place, processes, name, *more, code=2):
     return said.split("torch/distributed/elastic")[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("option, message", [
     ("--shard=3", "their product is not the number of processes, 2"),
-    pytest.param("--batch_size=7", "is not a multiple of the 2 processes", marks=pytest.mark.slow),
-    pytest.param("--data=nothing", "no corpus here", marks=pytest.mark.slow)])
+    ("--batch_size=7", "is not a multiple of the 2 processes"), ("--data=nothing", "no corpus here")])
 def test_what_a_group_can_not_do_ends_all_of_it(place, option, message):
     said = refused(place, 2, "x", option)
     assert message in said and "Traceback" not in said, said
