@@ -162,7 +162,7 @@ def choose_micro_batch(model, config, batch, device, shards=None):
     else:
         logits = batch * config.block_size * model.vocab_size
         free = USABLE * available_memory(device) - training_bytes(model, shards or 1)
-        free -= min(LOSS_BYTES, 6 * logits)
+        free -= min(LOSS_BYTES, 6 * logits)                # kept in 16 bits, a slice in float32
         if shards:                                         # gradients between micro-steps, blocks
             free -= (4 if config.reshard_after_forward else 6) * model.n_params
         fits = free // activation_bytes(model, config.block_size, config.recompute)

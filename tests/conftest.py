@@ -1,5 +1,6 @@
 """What several test files use: a tiny model on small corpora, trained in this process."""
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -8,6 +9,31 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"     # one thread per worker, also in the processes of a test
+
+
+def start(*command, **options):
+    """Start `python COMMAND` in the project's folder, with one thread; its output is one text.
+
+    options: of Popen
+    """
+    from configurator import ROOT
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen([sys.executable, *map(str, command)], cwd=ROOT, env=environment,
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options)
+
+
+def launch(processes, *command, restarts=0, torchrun=(), **options):
+    """Start a command under torchrun, which takes more options in `torchrun`."""
+    return start("-m", "torch.distributed.run", f"--nproc_per_node={processes}",
+                 f"--max-restarts={restarts}", "--rdzv-backend=c10d",
+                 "--rdzv-endpoint=localhost:0", *torchrun, *command, **options)
+
+
+def finish(process, timeout=300):
+    """Wait for a process that must succeed. Returns what it printed."""
+    said = process.communicate(timeout=timeout)[0]
+    assert process.returncode == 0, said
+    return said
 
 
 def pytest_xdist_auto_num_workers(config):

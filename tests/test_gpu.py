@@ -1,20 +1,18 @@
 """What a GPU must show: kernels against plain formulas, runs against the CPU's, memory, speed.
 
-    python -m pytest -m gpu -s          about ten minutes on one card; writes gpu_report.json
+    python -m pytest -m gpu -s          on one card; writes gpu_report.json
 
 gpu_report.json has one entry per test, with what it measured; paste it into an issue. A test that
 has a form "cpu" runs there in the default suite, through the same functions.
 """
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import finish, launch, start
 
 import train  # noqa: F401  sets CUBLAS_WORKSPACE_CONFIG, which torch reads at the first product only
 from configurator import ROOT
@@ -271,19 +269,6 @@ def test_asynchronous_saving(device, train_tiny, record):
     record(pauses=pauses)
 
 
-def start(*command, **variables):
-    """Start a command of Python in the project's folder."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **variables}
-    return subprocess.Popen([sys.executable, *map(str, command)], cwd=ROOT, text=True, env=environment,
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-
-
-def finish(process, timeout=300):
-    said = process.communicate(timeout=timeout)[0]
-    assert process.returncode == 0, said
-    return said
-
-
 @gpu_only
 def test_kill_and_resume(device, train_tiny, record):
     """Killed in the middle and repeated: the losses of the undisturbed run, to the last bit."""
@@ -309,9 +294,7 @@ def test_torchrun(device, train_tiny, record):
     """One process under torchrun: its process group (NCCL on a GPU) and FSDP2."""
     options = [*RUN, f"--device={device}", "--compile=False" if device == "cpu" else "--recompute=1"]
     alone = train_tiny("alone", *options)
-    finish(start("-m", "torch.distributed.run", "--nproc_per_node=1", "--master-port=0",
-                 "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", "train.py", train_tiny.config,
-                 f"--out_dir={train_tiny.tmp_path / 'torchrun'}", *options))
+    finish(launch(1, "train.py", train_tiny.config, f"--out_dir={train_tiny.tmp_path / 'torchrun'}", *options))
     a, b = ([line["loss"] for line in metrics.read(folder)[0]]
             for folder in (alone, train_tiny.tmp_path / "torchrun"))
     sharded = checkpoint.resolve(train_tiny.tmp_path / "torchrun") / "model-00001-of-00001.safetensors"
@@ -330,11 +313,15 @@ TINY_SHAPE = ["config/gpu_124m.py", "--n_layer=2", "--n_embd=64", "--n_head=2", 
               "--block_size=32", "--batch_size=4", "--micro_batch_size=2", "--compile=False", "--device=cpu"]
 
 
+def printed_json(process):
+    """Return the JSON that a process prints among warnings."""
+    return json.loads(next(line for line in finish(process).splitlines() if line.startswith("{")))
+
+
 def measure(*options, torchrun=False):
     """Return what tools.bench finds, in a process of its own."""
-    prefix = ["-m", "torch.distributed.run", "--standalone"] if torchrun else []
-    said = finish(start(*prefix, "-m", "tools.bench", *options, "--updates=6", "--json=True"))
-    return json.loads(next(line for line in reversed(said.splitlines()) if line.startswith("{")))
+    command = ["-m", "tools.bench", *options, "--updates=6", "--json=True"]
+    return printed_json(launch(1, *command) if torchrun else start(*command))
 
 
 def about_speed(found):
@@ -362,7 +349,7 @@ def test_speed(shape, record):
 def test_plan(device, recompute, record):
     """The peak of tools.plan's simulated update against the allocator's, eager, within 10 %."""
     options = [*SHAPES["minicpm_2b"], f"--recompute={recompute}"]
-    plan = json.loads(finish(start("-m", "tools.plan", *options, "--gpus=1", "--json=True")))
+    plan = printed_json(start("-m", "tools.plan", *options, "--gpus=1", "--json=True"))
     found = measure(*options, "--compile=False", torchrun=True)
     ratio = plan["memory"]["peak"] / found["peak_memory"]
     compiled = measure(*options, torchrun=True)["peak_memory"]

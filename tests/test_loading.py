@@ -4,13 +4,12 @@ This file is also the program of the processes: torchrun test_loading.py JOBS.js
 [function below, arguments].
 """
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import finish, launch
 from safetensors.torch import load_file, save_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -138,11 +137,7 @@ def together(place, processes, *jobs, program=__file__):
     """Do jobs in one group of processes."""
     path = place / f"jobs-{processes}.json"
     path.write_text(json.dumps(jobs))
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}",
-               "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", program, str(path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stdout + done.stderr
+    finish(launch(processes, program, path))
 
 
 def state_of(folder):

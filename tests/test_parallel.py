@@ -11,6 +11,7 @@ import time
 
 import pytest
 import torch
+from conftest import finish, launch
 from torch._dynamo.testing import CompileCounter
 
 import train
@@ -81,21 +82,11 @@ def alone(place, name, *more):
     return losses(place, name)
 
 
-def launch(processes, script, *argv, restarts=0, torchrun=(), **kwargs):
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", f"--max-restarts={restarts}", *torchrun,
-               "--master-port=0", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", str(script), *map(str, argv)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT,
-                            env={**os.environ, "OMP_NUM_THREADS": "1"}, **kwargs)
-
-
 def together(place, processes, *runs):
     """Run each list of options in one group of processes; what they print."""
     path = place / f"runs-{time.time_ns()}.json"
     path.write_text(json.dumps(list(runs)))
-    process = launch(processes, place / "runs.py", path)
-    said = process.communicate(timeout=240)[0]
-    assert process.returncode == 0, said
-    return said
+    return finish(launch(processes, place / "runs.py", path))
 
 
 def losses(place, name):

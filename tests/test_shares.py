@@ -1,10 +1,10 @@
 """Two processes share the work of an evaluation, and find what one process finds."""
+import functools
 import json
-import os
-import subprocess
 import sys
 
 import pytest
+from conftest import finish, launch, start
 from test_golden import TINY, conversations
 
 import train
@@ -80,10 +80,7 @@ def evaluated(place, who, launcher):
     """Run all variants; return {name: (result, forwards of each rank)}."""
     argv = [[name, argv] for name, argv in commands(place, who)]
     (place / f"{who}.json").write_text(json.dumps(argv))
-    result = subprocess.run([sys.executable, *launcher, place / "runs.py", place / f"{who}.json"],
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                            timeout=240, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert result.returncode == 0, result.stdout
+    finish(launcher(place / "runs.py", place / f"{who}.json"))
     counts = [json.loads(path.read_text()) for path in sorted(place.glob(f"{who}.json.*"))]
     return {name: (metrics.read(place / who / name)[1][-1], list(forwards))
             for name, forwards in zip(VARIANTS, zip(*counts))}
@@ -93,10 +90,8 @@ def test_two_processes_share_an_evaluation_and_find_what_one_finds(place):
     """Every rank evaluated all windows. At 480 GPUs that was a third of the wall time.
 
     The last batch is not full, and with one window a rank has nothing to measure."""
-    one = evaluated(place, "one", [])
-    two = evaluated(place, "two", ["-m", "torch.distributed.run", "--nproc_per_node=2",
-                                   "--master-port=0", "--rdzv-backend=c10d",
-                                   "--rdzv-endpoint=localhost:0"])
+    one = evaluated(place, "one", start)
+    two = evaluated(place, "two", functools.partial(launch, 2))
     for name, (_, forwards) in VARIANTS.items():
         assert two[name][0] == {key: pytest.approx(value, abs=1e-6)
                                 for key, value in one[name][0].items()}, name
