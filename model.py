@@ -15,6 +15,7 @@ Letters in shape comments: B samples, T tokens, S keys (cached ones included), C
 n_kv_head, G = H / K, D head_dim, F n_ff, E num_experts, k num_experts_per_tok, L n_layer, V
 vocab_size, N = B * T.
 """
+import functools
 import hashlib
 import math
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ import torch.nn.functional as F
 from configurator import BadInput, must_be_positive, must_not_be_negative
 from engine import ops
 
+PACKED_ROWS = 1024                      # logits of a packed model that are held at a time
 ROUTER_STD = 0.1                        # at dim_model_base; paper section 7.3: variance 0.01
 
 
@@ -437,7 +439,7 @@ class MoE(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.k = config.num_experts_per_tok
-        self.router = Linear(config.n_embd, config.num_experts)
+        self.router = nn.Linear(config.n_embd, config.num_experts, bias=False)
         self.experts = Experts(config)
 
     def forward(self, x):
@@ -515,7 +517,8 @@ class MiniCPM(nn.Module):
             Block(config, layer, self.numerics) for layer in range(config.n_layer))
         self.norm = RMSNorm(config.n_embd, config.rms_norm_eps, self.numerics)
         if not config.tie_word_embeddings:
-            self.lm_head = Linear(config.n_embd, config.vocab_size)
+            self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.packed_head = None         # see pack
 
     @property
     def head_weight(self):
@@ -535,14 +538,26 @@ class MiniCPM(nn.Module):
         """
         hidden, routing = self.hidden(idx, doc_ids, cache)
         if targets is None:
-            return F.linear(hidden, self.head_weight.to(hidden.dtype)).float()
-        nll = ops.cross_entropy(hidden.flatten(0, 1), self.head_weight, targets.flatten(),
-                                self.numerics.compiled)
+            return self.logits(hidden)
+        nll = self.nll(hidden.flatten(0, 1), targets.flatten())
         aux = {}
         if self.config.num_experts and torch.is_grad_enabled():
             logits, expert = zip(*routing)
             aux = routing_metrics(self.config, torch.stack(logits), torch.stack(expert))
         return nll.view_as(targets).clone(), aux  # a copy: FSDP's hooks cannot act on a view
+
+    def logits(self, hidden):
+        """hidden (..., C) -> (..., V) float32"""
+        product = self.packed_head or functools.partial(ops.linear, weight=self.head_weight)
+        return product(hidden).float()
+
+    def nll(self, hidden, targets):
+        """hidden (N, C), targets (N,) -> (N,) float32: see forward"""
+        if self.packed_head is None:
+            return ops.cross_entropy(hidden, self.head_weight, targets, self.numerics.compiled)
+        parts = zip(hidden.split(PACKED_ROWS), targets.split(PACKED_ROWS))
+        return torch.cat([F.cross_entropy(self.logits(rows), wanted, reduction="none")
+                          for rows, wanted in parts])
 
     def hidden(self, idx, doc_ids=None, cache=None):
         """idx (B, T) -> what the head multiplies, (B, T, C) in the compute dtype, already divided
@@ -601,7 +616,7 @@ class MiniCPM(nn.Module):
         stop_ids = torch.tensor(list(stop_ids), dtype=torch.int64)
         for _ in range(max_new_tokens):
             hidden = self.hidden(idx, doc_ids, cache)[0][:, -1]            # (B, C)
-            logits = ops.linear(hidden, self.head_weight).float()          # (B, V)
+            logits = self.logits(hidden)                                   # (B, V)
             if never_ids:
                 logits[:, never_ids] = float("-inf")
             uniform = torch.cat([torch.rand(1, generator=g) for g in generators])
@@ -616,6 +631,34 @@ class MiniCPM(nn.Module):
             if doc_ids is not None:
                 own = torch.ones_like(token)
                 doc_ids = own if use_cache else torch.cat((doc_ids, own), dim=1)
+
+    @torch.no_grad()
+    def pack(self, quant=None):
+        """Replace norms and matrices by functions that are fastest on a CPU; see ops.pack, which
+        takes `quant`. Weights keep their dtype, all else is computed in float32. The model can then
+        only generate or be measured, not be trained, saved or moved. Where ops.can_pack says no,
+        as for a GPU, nothing is changed.
+
+        Raises BadInput if there is no int8 here.
+        """
+        if not ops.can_pack(self.wte.weight, quant):
+            if quant:
+                raise BadInput(f"--quant={quant}: needs --device=cpu and a PyTorch with oneDNN")
+            return self
+        self.numerics.dtype = torch.float32
+        self.packed_head = ops.pack(self.head_weight, quant)
+        if not self.config.tie_word_embeddings:
+            del self.lm_head
+        for module in list(self.modules()):
+            for name, child in list(module.named_children()):
+                if isinstance(child, RMSNorm):
+                    replace(module, name, ops.pack_norm(child.weight, child.eps))
+                elif isinstance(child, Linear):
+                    replace(module, name, ops.pack(child.weight, quant))
+            if isinstance(module, Experts):
+                for name, weight in list(module.named_parameters()):
+                    replace(module, name, [ops.pack(matrix, quant) for matrix in weight])
+        return self
 
     @classmethod
     def from_pretrained(cls, path, device="cpu", dtype=None):
@@ -634,6 +677,12 @@ class MiniCPM(nn.Module):
         model.to(device=device, dtype=dtype)
         model.numerics.dtype = model.wte.weight.dtype
         return model
+
+
+def replace(module, name, value):
+    """Replace a child or parameter of a module, which frees it, by any other value."""
+    delattr(module, name)
+    setattr(module, name, value)
 
 
 # ---- generation

@@ -47,6 +47,7 @@ class SampleConfig:
     seed: int = 1337                    # sample i uses seed + i
     device: str = "auto"                # auto, cpu, cuda, cuda:1, mps
     dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto'   # auto: as stored
+    quant: Literal['int8'] | None = None    # int8: 8-bit weights; on a CPU, for large models
 
     def problems(self):
         lines = must_be_positive(self, "num_samples max_new_tokens top_k")
@@ -195,6 +196,7 @@ def main(argv):
     ids = [tokenizer.bos, *tokenizer.encode(prompt)]
     dtype = None if config.dtype == "auto" else getattr(torch, config.dtype)
     model = MiniCPM.from_pretrained(folder, pick_device(config.device), dtype).eval()
+    model.pack(config.quant)
     if config.chat:
         converse(model, tokenizer, config)
         return

@@ -43,11 +43,60 @@ def use_onednn(x):
             and not torch.is_grad_enabled() and not torch.compiler.is_compiling())
 
 
+def onednn_linear(x, weight):
+    """Return x @ weight^T by oneDNN; weight may be in oneDNN's own layout."""
+    return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+
+
 def linear(x, weight):
     """Return x @ weight^T. x (..., C), weight (O, C), cast to the dtype of x -> (..., O)."""
-    if use_onednn(x):
-        return torch.ops.mkldnn._linear_pointwise(x, weight.to(x.dtype), None, "none", [], "")
-    return F.linear(x, weight.to(x.dtype))
+    return (onednn_linear if use_onednn(x) else F.linear)(x, weight.to(x.dtype))
+
+
+def can_pack(weight, quant=None):
+    """Return whether `pack` works for this weight on this machine."""
+    if not ONEDNN or weight.device.type != "cpu":
+        return False
+    bfloat16 = weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return quant is not None or weight.dtype == torch.float32 or bfloat16
+
+
+def pack(weight, quant=None):
+    """Return x -> x @ weight^T for float32 x (..., C), weight (O, C), without gradients, which holds
+    the weight in the form that a CPU multiplies fastest.
+
+    quant  None: oneDNN's own layout, the same values; x is rounded to the dtype of the weight.
+           "int8": see int8_linear
+    """
+    if quant == "int8":
+        rows, scale = quantize_rows(weight.detach().float())
+        return lambda x: int8_linear(x, rows, scale)
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach())
+    return lambda x: onednn_linear(x.to(weight.dtype), packed).float()
+
+
+def quantize_rows(x):
+    """Return (rows int8, scale (..., 1)) with x = rows * scale up to rounding: the largest number
+    of each row becomes 127 or -127."""
+    scale = x.abs().amax(-1, keepdim=True).clamp_(min=1e-30) / 127
+    return (x / scale).round_().to(torch.int8), scale
+
+
+def int8_linear(x, rows, scale):
+    """Return x @ (rows * scale)^T, each row of x rounded to 8 bits like the weight's; sums are
+    exact. x (..., C) float32, rows (O, C) int8, scale (O, 1) -> (..., O) float32."""
+    x8, x_scale = quantize_rows(x.flatten(0, -2))
+    product = torch._int_mm(x8, rows.T) * x_scale * scale.T                # (N, O)
+    return product.view(*x.shape[:-1], len(rows))
+
+
+def pack_norm(weight, eps):
+    """Return x -> x / sqrt(mean(x^2) + eps) * weight for float32 x (..., C), without gradients:
+    four operations on a CPU, where F.rms_norm takes eight."""
+    weight, root = weight.detach().float(), torch.tensor(math.sqrt(eps))
+    scale = len(weight) ** -0.5
+    return lambda x: x / torch.hypot(torch.linalg.vector_norm(x, dim=-1, keepdim=True) * scale,
+                                     root) * weight
 
 
 # ---- attention
@@ -333,14 +382,20 @@ def grouped_linear(x, weight, ends):
     """Multiply each expert's rows with its own matrix: x[i] @ weight[e]^T for ends[e - 1] <= i <
     ends[e].
 
-    x (R, C) sorted by expert, weight (E, O, C), ends (E,) int32 exclusive end offsets -> (R, O) in
-    the dtype of x.
+    x (R, C) sorted by expert, weight (E, O, C) or E functions, ends (E,) int32 exclusive end
+    offsets -> (R, O) in the dtype of x.
     """
+    if isinstance(weight, list):
+        return looped_linear(x, weight, ends)
     if use_onednn(x):
-        out = x.new_zeros(len(x), weight.shape[1])
-        for e, (start, end) in enumerate(itertools.pairwise([0, *ends.tolist()])):
-            if end > start:  # the weights of an unused expert are not read
-                out[start:end] = linear(x[start:end], weight[e])
-        return out
+        return looped_linear(x, [functools.partial(linear, weight=w) for w in weight], ends)
     grouped_mm = F.grouped_mm if x.dtype == torch.bfloat16 else uncompiled_grouped_mm
     return grouped_mm(x, weight.to(x.dtype).transpose(1, 2), offs=ends)
+
+
+def looped_linear(x, products, ends):
+    """Compute grouped_linear with one function for each expert; those without rows are not used."""
+    first_last = itertools.pairwise([0, *ends.tolist()])
+    parts = [product(x[first:last]) for product, (first, last) in zip(products, first_last)
+             if last > first]
+    return F.pad(torch.cat(parts), (0, 0, 0, len(x) - int(ends[-1])))

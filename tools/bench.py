@@ -2,18 +2,19 @@
 
     python -m tools.bench [config/NAME.py ...] [--key=value ...]
                                             updates of train.py's loop, phase by phase
-    python -m tools.bench --task=decode     tokens/s of generation, one sequence at a time
-    python -m tools.bench --nanogpt=PATH    updates, next to those of a nanoGPT checkout
+    python -m tools.bench --task=decode     tokens/s of generation
+    python -m tools.bench --compare=True [--nanogpt=PATH] [--task=decode]
+                                            the same next to transformers, and to a nanoGPT checkout
     torchrun --nproc_per_node=8 -m tools.bench config/NAME.py    updates of several processes
 
-The config is config/laptop.py if none is given. Tokens are random, so no corpus is needed, and no
-files are written. With --nanogpt each program runs in a process of its own, because memory that one
-leaves behind in malloc's heap slows the next one; they take turns for several rounds.
+The config is config/laptop.py if none is given. Weights and tokens are random, so no corpus is
+needed, and no files are written. With --compare each program (tools/peers.py, PROGRAMS below) runs
+in a process of its own, because memory that one leaves behind in malloc's heap slows the next one;
+they take turns for several rounds.
 """
 import contextlib
-import importlib.util
-import io
 import json
+import operator
 import os
 import subprocess
 import sys
@@ -48,6 +49,7 @@ from engine.device import (
 )
 from engine.run import Start, new_state
 from model import MiniCPM, init_weights
+from tools import peers
 from train import batch_size_at, build_model, check_processes, language_loss, read_config, train
 
 PHASES = {"data": "data", "forward": "forward", "backward": "backward",
@@ -55,7 +57,11 @@ PHASES = {"data": "data", "forward": "forward", "backward": "backward",
 WARM_UP = 4                             # updates before the timed ones; the first one compiles
 PROMPT_TOKENS = 16
 ATTENTION = ("attention", "flash", "fmha", "sdpa")      # a part of the name of every fused kernel
-PROGRAMS = ("nanogpt-float32", "nanogpt-bfloat16", "ours")
+# by task; the dtype of each is the computation's, or the weights' in decoding
+PROGRAMS = {"step": ("nanogpt-float32", "nanogpt-bfloat16", "transformers-bfloat16",
+                     "ours-float32", "ours-bfloat16"),
+            "decode": ("nanogpt-float32", "transformers-float32", "transformers-bfloat16",
+                       "ours-float32", "ours-bfloat16", "ours-int8")}
 
 
 @dataclass
@@ -64,21 +70,24 @@ class BenchConfig:
     updates: int = 10                   # timed updates, at least 2; the median is reported
     peak_flops: float | None = None     # peak FLOP/s of a chip in the compute dtype, for MFU;
                                         # unset: that of the GPU's data sheet, if known
-    nanogpt: str | None = None          # folder of a nanoGPT checkout to compare updates with
-    program: Literal[PROGRAMS] = 'ours'     # with nanogpt and json: the one to measure
-    rounds: int = 3                     # turns of each program with nanogpt; generations of decode
+    compare: bool = False               # True: next to other programs
+    nanogpt: str | None = None          # with compare: folder of a nanoGPT checkout
+    program: str = "ours"               # the one to measure: ours in --dtype, or one of PROGRAMS
+    rounds: int = 3                     # turns of each program with compare; generations of decode
     new_tokens: int = 512               # decode: tokens to generate
+    prompts: int = 1                    # decode: sequences at a time
     json: bool = False                  # True: print one line of JSON
 
     def problems(self):
-        out = must_be_positive(self, "peak_flops rounds new_tokens")
+        out = must_be_positive(self, "peak_flops rounds new_tokens prompts")
         if self.updates < 2:
             out.append(f"--updates={self.updates}: must be above 1")
-        if self.program != "ours" and not (self.nanogpt and self.json):
-            out.append(f"--program={self.program}: only with --nanogpt=PATH and --json=True")
-        if self.nanogpt and (self.task != "step" or not Path(self.nanogpt, "model.py").is_file()):
-            out.append(f"--nanogpt={self.nanogpt}: must be a folder with nanoGPT's model.py, and "
-                       "goes with --task=step")
+        if self.program not in ("ours", *PROGRAMS[self.task]):
+            out.append(f"--program={self.program}: must be ours, {', '.join(PROGRAMS[self.task])}")
+        if self.nanogpt and not Path(self.nanogpt, "model.py").is_file():
+            out.append(f"--nanogpt={self.nanogpt}: must be a folder with nanoGPT's model.py")
+        if self.program.startswith("nanogpt") and not self.nanogpt:
+            out.append(f"--program={self.program}: give --nanogpt=PATH")
         return out
 
 
@@ -88,11 +97,12 @@ def read_options(argv):
     if config.init_from or config.branch_from:
         raise BadInput("--init_from, --branch_from: bench measures a shape, not a checkpoint; give "
                        "the config that the checkpoint was trained with")
-    if bench.nanogpt and (shape.num_experts or shape.n_head * shape.head_size != shape.n_embd):
-        raise BadInput("--nanogpt: it has no experts, and its head size is n_embd / n_head; give "
-                       "another shape")
-    if distributed.UNDER_TORCHRUN and (bench.task != "step" or bench.nanogpt):
-        raise BadInput("--task=decode, --nanogpt: only in one process, without torchrun")
+    alone = not (bench.compare or bench.program != "ours")
+    if not alone and (shape.num_experts or shape.n_head * shape.head_size != shape.n_embd):
+        raise BadInput("--compare: nanoGPT and Granite have no experts, and their head size is "
+                       "n_embd / n_head; give another shape")
+    if distributed.UNDER_TORCHRUN and (bench.task != "step" or not alone):
+        raise BadInput("--task=decode, --compare: only in one process, without torchrun")
     return bench, config, shape
 
 
@@ -200,31 +210,15 @@ def attention_kernels(config, model, world):
     return sorted(name for name in names if any(word in name.lower() for word in ATTENTION))
 
 
-def load_nanogpt(folder, config, shape):
-    """Return nanoGPT's model in our shape, but with its own feed-forward, and its optimizer."""
-    spec = importlib.util.spec_from_file_location("nanogpt_model", Path(folder, "model.py"))
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module                                      # its dataclass needs it
-    with contextlib.redirect_stdout(io.StringIO()):                      # it prints its size
-        spec.loader.exec_module(module)
-        model = module.GPT(module.GPTConfig(
-            block_size=config.block_size, vocab_size=shape.vocab_size, n_layer=shape.n_layer,
-            n_head=shape.n_head, n_embd=shape.n_embd, dropout=0.0, bias=False))
-        device = pick_device(config.device)
-        model.to(device)
-        # Our learning rate is muP's: take a common one, with which the weights stay finite.
-        optimizer = model.configure_optimizers(config.weight_decay, 1e-3,
-                                               (config.beta1, config.beta2), device.type)
-    return model, optimizer
-
-
-def step_of_nanogpt(bench, config, shape):
-    """Time the same updates of nanoGPT: float32 and eager, or bfloat16 autocast and compiled."""
-    device, dtype = pick_device(config.device), getattr(torch, bench.program.partition("-")[2])
+def step_of_peer(bench, config, shape):
+    """Time the same updates of another program: float32 and eager, or bfloat16 autocast and
+    compiled."""
+    name, _, dtype = bench.program.partition("-")
+    device, dtype = pick_device(config.device), getattr(torch, dtype)
     compiled, batches = dtype == torch.bfloat16, random_batches(config, shape.vocab_size)
     micro = config.micro_batch_size or choose_micro_batch(shape, config, config.batch_size, device)
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True    # as it does
-    model, optimizer = load_nanogpt(bench.nanogpt, config, shape)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True    # as nanoGPT
+    model, optimizer, loss_of = peers.load_trainer(name, bench.nanogpt, config, shape, device)
     forward, seconds = torch.compile(model) if compiled else model, []
     for i in range(WARM_UP + bench.updates):
         start = time.perf_counter()
@@ -232,7 +226,7 @@ def step_of_nanogpt(bench, config, shape):
         for j in range(0, config.batch_size, micro):
             idx, targets = (batch[name][j:j + micro].to(device) for name in ("idx", "targets"))
             with torch.amp.autocast(device.type, dtype, enabled=compiled):
-                _, loss = forward(idx, targets)
+                loss = loss_of(forward, idx, targets)
             (loss * targets.numel() / n).backward()
         if config.grad_clip:
             torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
@@ -245,37 +239,65 @@ def step_of_nanogpt(bench, config, shape):
 
 
 def decode(bench, config, shape):
-    """Time MiniCPM.generate at batch size 1, with weights in the compute dtype."""
-    check_memory(shape, pick_device(config.device))
-    device, model = pick_device(config.device), MiniCPM(shape)
-    dtype, seconds = pick_dtype(config.dtype, device), []
-    init_weights(model, config.seed)
-    model.to(device=device, dtype=dtype).eval()
-    model.numerics.dtype, model.numerics.flash = dtype, config.flash
+    """Time the generation of each sequence's tokens by any program."""
+    name, _, wanted = bench.program.partition("-")
+    device = pick_device(config.device)
+    check_memory(shape, device)
+    dtype = pick_dtype(config.dtype, device)
+    if wanted:
+        dtype = torch.bfloat16 if wanted == "int8" else getattr(torch, wanted)
     rng = np.random.default_rng(config.seed)
-    prompt = rng.integers(0, shape.vocab_size, PROMPT_TOKENS).tolist()
+    prompts = torch.from_numpy(rng.integers(0, shape.vocab_size, (bench.prompts, PROMPT_TOKENS)))
+    if name == "ours":
+        model = MiniCPM(shape)
+        init_weights(model, config.seed)
+        model.to(device=device, dtype=dtype).eval()
+        model.numerics.dtype, model.numerics.flash = dtype, config.flash
+        model.pack("int8" if wanted == "int8" else None)
+        n_params, prompts = shape.n_params, prompts.tolist()
+    else:
+        length = max(config.block_size, PROMPT_TOKENS + bench.new_tokens)
+        model, generate = peers.load_decoder(name, bench.nanogpt, shape, device, dtype, length)
+        n_params, prompts = sum(p.numel() for p in model.parameters()), prompts.to(device)
+    seconds = []
     for n in (8, *[bench.new_tokens] * bench.rounds):                    # the first one warms up
         start = time.perf_counter()
-        list(model.generate([prompt], n, top_k=50))
+        if name == "ours":
+            list(model.generate(prompts, n, top_k=50))
+        else:
+            generate(prompts, n)
+            synchronize(device)
         seconds.append(time.perf_counter() - start)
-    return seconds[1:], {"dtype": dtype, "compiled": False, "n_params": shape.n_params}
+    return seconds[1:], {"dtype": wanted or dtype, "compiled": False, "n_params": n_params}
+
+
+def peak_memory_of_process():
+    """Return the largest resident memory of this process so far in bytes, None on Windows."""
+    try:
+        import resource                                     # not on Windows
+    except ImportError:
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
 
 
 def measure(bench, config, shape):
     """Make the measurement that the options name; return a dict for JSON, times in seconds."""
+    name, _, dtype = bench.program.partition("-")
     tokens = batch_size_at(config, 0) * config.block_size
     if bench.task == "decode":
-        tokens = bench.new_tokens
+        tokens = bench.prompts * bench.new_tokens
         seconds, facts = decode(bench, config, shape)
-    elif bench.program == "ours":
-        seconds, facts = step(bench, config, shape)
+    elif name == "ours":
+        seconds, facts = step(bench, replace(config, dtype=dtype or config.dtype), shape)
     else:
-        seconds, facts = step_of_nanogpt(bench, config, shape)
+        seconds, facts = step_of_peer(bench, config, shape)
     found = {"program": bench.program, "tokens": tokens, "seconds": median(seconds),
              "fastest": min(seconds), "slowest": max(seconds),
              "tokens_per_s": tokens / median(seconds), "device": str(pick_device(config.device)),
+             "peak_rss": peak_memory_of_process(),
              **facts, "dtype": str(facts["dtype"]).removeprefix("torch.")}
-    if bench.task == "step" and bench.program == "ours":
+    if bench.task == "step" and name == "ours":
         peak = bench.peak_flops or peak_flops(pick_device(config.device), no_output)
         found["flops_per_s"] = shape.flops_per_token(config.block_size) * found["tokens_per_s"]
         found["mfu"] = found["flops_per_s"] / (facts.get("processes", 1) * peak) if peak else None
@@ -305,24 +327,29 @@ def measure_in_process(argv):
 
 
 def compare(bench, argv):
-    """Measure nanoGPT and ours in turn; print tokens/s and ratios, as medians over the rounds."""
-    rounds = []
+    """Measure all programs in turn; print tokens/s, memory, and how many times as fast ours are,
+    as medians over the rounds."""
+    programs = [program for program in PROGRAMS[bench.task]
+                if bench.nanogpt or not program.startswith("nanogpt")]
+    ours = [program for program in programs if program.startswith("ours")]
+    speeds, memory = {program: [] for program in programs}, {}
     for i in range(bench.rounds):
-        rounds.append({})
-        for program in PROGRAMS:
+        for program in programs:
             found = measure_in_process([*argv, f"--program={program}"])
             print(f"round {i + 1}: {summary(found)}", flush=True)
-            rounds[-1][program] = found["tokens_per_s"]
-    for program in PROGRAMS:
-        speed = median(speeds[program] for speeds in rounds)
-        ratio = median(speeds["ours"] / speeds[program] for speeds in rounds)
-        print(f"{program:>16}: {speed:9,.0f} tokens/s; ours x {ratio:.2f}")
+            speeds[program].append(found["tokens_per_s"])
+            memory[program] = max(found["peak_rss"] or 0, memory.get(program, 0))
+    for program in programs:
+        ratios = [f"{mine} x {median(map(operator.truediv, speeds[mine], speeds[program])):.2f}"
+                  for mine in ours]
+        print(f"{program:>21}: {median(speeds[program]):8,.0f} tokens/s, "
+              f"{memory[program] / 2 ** 30:4.1f} GiB; {', '.join(ratios)}")
 
 
 @exits_cleanly
 def main(argv):
     bench, config, shape = read_options(argv)
-    if bench.nanogpt and not bench.json:
+    if bench.compare and not bench.json:
         return compare(bench, argv)
     with distributed.failing_ranks_exit():
         try:
