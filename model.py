@@ -633,7 +633,7 @@ class MiniCPM(nn.Module):
                 doc_ids = own if use_cache else torch.cat((doc_ids, own), dim=1)
 
     @torch.no_grad()
-    def pack(self, quant=None):
+    def pack(self, quant="none"):
         """Replace norms and matrices by functions that are fastest on a CPU; see ops.pack, which
         takes `quant`. Weights keep their dtype, all else is computed in float32. The model can then
         only generate or be measured, not be trained, saved or moved. Where ops.can_pack says no,
@@ -642,14 +642,15 @@ class MiniCPM(nn.Module):
         Raises BadInput if there is no int8 here.
         """
         if not ops.can_pack(self.wte.weight, quant):
-            if quant:
+            if quant != "none":
                 raise BadInput(f"--quant={quant}: needs --device=cpu and a PyTorch with oneDNN")
             return self
         self.numerics.dtype = torch.float32
         self.packed_head = ops.pack(self.head_weight, quant)
         if not self.config.tie_word_embeddings:
             del self.lm_head
-        for module in list(self.modules()):
+        # Not a list of all modules: it would hold every weight to the end.
+        for module in [m for m in self.modules() if not isinstance(m, Linear)]:
             for name, child in list(module.named_children()):
                 if isinstance(child, RMSNorm):
                     replace(module, name, ops.pack_norm(child.weight, child.eps))

@@ -47,7 +47,7 @@ class SampleConfig:
     seed: int = 1337                    # sample i uses seed + i
     device: str = "auto"                # auto, cpu, cuda, cuda:1, mps
     dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto'   # auto: as stored
-    quant: Literal['int8'] | None = None    # int8: 8-bit weights; on a CPU, for large models
+    quant: Literal['none', 'int8'] = 'none'     # int8: 8-bit weights; on a CPU, for large models
 
     def problems(self):
         lines = must_be_positive(self, "num_samples max_new_tokens top_k")

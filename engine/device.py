@@ -83,6 +83,17 @@ def decide_compile(config, state, device, say):
         state.compiled = reason is None
         if reason:
             say(f"compile: off, {reason}")
+    if state.compiled:
+        trust_compiler()
+
+
+def trust_compiler():
+    """Spare the check that the C++ compiler knows this CPU's vector instructions, which torch makes
+    in each process: 6 s of the first start, 1 s of later ones. Compilers of C++17 know all but
+    AMX."""
+    from torch._inductor.config import cpp                  # loads the compiler
+    if cpp.vec_isa_ok is None and not torch.cpu._is_amx_tile_supported():
+        cpp.vec_isa_ok = True
 
 
 def reason_not_to_compile(config, state, device):

@@ -53,19 +53,19 @@ def linear(x, weight):
     return (onednn_linear if use_onednn(x) else F.linear)(x, weight.to(x.dtype))
 
 
-def can_pack(weight, quant=None):
+def can_pack(weight, quant="none"):
     """Return whether `pack` works for this weight on this machine."""
     if not ONEDNN or weight.device.type != "cpu":
         return False
     bfloat16 = weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return quant is not None or weight.dtype == torch.float32 or bfloat16
+    return quant != "none" or weight.dtype == torch.float32 or bfloat16
 
 
-def pack(weight, quant=None):
-    """Return x -> x @ weight^T for float32 x (..., C), weight (O, C), without gradients, which holds
-    the weight in the form that a CPU multiplies fastest.
+def pack(weight, quant="none"):
+    """Return x -> x @ weight^T without gradients, for float32 x (..., C) and weight (O, C), which
+    holds the weight in the form that a CPU multiplies fastest.
 
-    quant  None: oneDNN's own layout, the same values; x is rounded to the dtype of the weight.
+    quant  "none": oneDNN's own layout, the same values; x is rounded to the dtype of the weight.
            "int8": see int8_linear
     """
     if quant == "int8":

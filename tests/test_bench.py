@@ -40,6 +40,10 @@ class GPT(torch.nn.Module):
         assert (logits.dtype == torch.bfloat16) == torch.is_autocast_enabled("cpu")
         return logits, torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
 
+    def generate(self, idx, max_new_tokens, top_k):
+        assert top_k == 50
+        return torch.cat((idx, idx[:, :1].expand(-1, max_new_tokens)), 1)
+
     def configure_optimizers(self, weight_decay, learning_rate, betas, device_type):
         return torch.optim.AdamW(self.parameters(), lr=learning_rate, betas=betas, weight_decay=weight_decay)
 """
@@ -164,14 +168,26 @@ def test_decoding(capsys):
     assert "5 tokens in" in capsys.readouterr().out
 
 
-def test_nanogpt_takes_its_turn(in_process, monkeypatch, tmp_path, capsys):
+def test_other_programs_take_their_turns(in_process, monkeypatch, tmp_path, capsys):
     (tmp_path / "model.py").write_text(NANOGPT)
     compiled = []
     monkeypatch.setattr(torch, "compile", lambda model, **_: compiled.append(model) or model)
-    bench.main([*TINY, f"--nanogpt={tmp_path}", "--rounds=2", "--micro_batch_size=2"])
+    bench.main([*TINY, "--compare=True", f"--nanogpt={tmp_path}", "--rounds=2", "--micro_batch_size=2"])
     said = capsys.readouterr().out
-    assert len(in_process) == 6 and len(compiled) == 2 and said.count("round 2: nanogpt-bfloat16") == 1 and "number of" not in said
-    assert "nanogpt-float32: " in said and said.rstrip().endswith("ours x 1.00")
+    assert len(in_process) == 2 * 5 and len(compiled) == 2 * 2 and "number of" not in said
+    assert all(said.count(f"round 2: {program},") == 1 for program in bench.PROGRAMS["step"])
+    assert said.rstrip().endswith("ours-bfloat16 x 1.00")
+
+
+def test_generation_next_to_other_programs(in_process, tmp_path, capsys):
+    (tmp_path / "model.py").write_text(NANOGPT)
+    bench.main([*TINY, "--compare=True", f"--nanogpt={tmp_path}", "--task=decode", "--new_tokens=4",
+                "--prompts=3", "--rounds=1"])
+    said = capsys.readouterr().out
+    assert len(in_process) == 6 and said.count(": 12 tokens in") == 6
+    assert said.rstrip().endswith("ours-int8 x 1.00")
+    bench.main([*TINY, "--compare=True", "--task=decode", "--new_tokens=2", "--rounds=1"])
+    assert "nanogpt" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("argv, words", [
@@ -179,7 +195,9 @@ def test_nanogpt_takes_its_turn(in_process, monkeypatch, tmp_path, capsys):
     (["--task=speed"], "step, decode"),
     (["--update=3"], "did you mean --updates?"),
     (["--nanogpt=nowhere"], "no"),
-    (["--program=nanogpt-float32"], "only with --nanogpt"),
+    (["--program=nanogpt-float32"], "give --nanogpt=PATH"),
+    (["--program=ours-int8"], "--program=ours-int8: must be ours, nanogpt-float32"),
+    (["--compare=True", "--num_experts=8"], "no experts"),
     (["--n_head=7"], "does not divide"),
     (["config/laptop.py", "--init_from=out/laptop"], "not a checkpoint"),
     (["--n_embd=2304000", "--n_head=36"], "GiB"),

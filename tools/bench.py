@@ -238,35 +238,39 @@ def step_of_peer(bench, config, shape):
                                "n_params": sum(p.numel() for p in model.parameters())}
 
 
+def load_decoder(config, shape, device, dtype, quant):
+    """Return our model's number of parameters and generate(prompts (B, T), number of new
+    tokens)."""
+    model = MiniCPM(shape).eval()
+    init_weights(model, config.seed)
+    model.to(device=device, dtype=dtype)
+    model.numerics.dtype, model.numerics.flash = dtype, config.flash
+    model.pack(quant)
+    return shape.n_params, lambda prompts, n: list(model.generate(prompts.tolist(), n, top_k=50))
+
+
 def decode(bench, config, shape):
-    """Time the generation of each sequence's tokens by any program."""
+    """Time the generation of all sequences' tokens by one program."""
     name, _, wanted = bench.program.partition("-")
     device = pick_device(config.device)
     check_memory(shape, device)
-    dtype = pick_dtype(config.dtype, device)
-    if wanted:
-        dtype = torch.bfloat16 if wanted == "int8" else getattr(torch, wanted)
-    rng = np.random.default_rng(config.seed)
-    prompts = torch.from_numpy(rng.integers(0, shape.vocab_size, (bench.prompts, PROMPT_TOKENS)))
+    dtype, quant = pick_dtype(config.dtype, device), "none"
+    if wanted == "int8":
+        dtype, quant = torch.bfloat16, wanted
+    elif wanted:
+        dtype = getattr(torch, wanted)
     if name == "ours":
-        model = MiniCPM(shape)
-        init_weights(model, config.seed)
-        model.to(device=device, dtype=dtype).eval()
-        model.numerics.dtype, model.numerics.flash = dtype, config.flash
-        model.pack("int8" if wanted == "int8" else None)
-        n_params, prompts = shape.n_params, prompts.tolist()
+        n_params, generate = load_decoder(config, shape, device, dtype, quant)
     else:
-        length = max(config.block_size, PROMPT_TOKENS + bench.new_tokens)
-        model, generate = peers.load_decoder(name, bench.nanogpt, shape, device, dtype, length)
-        n_params, prompts = sum(p.numel() for p in model.parameters()), prompts.to(device)
-    seconds = []
+        length = PROMPT_TOKENS + bench.new_tokens
+        n_params, generate = peers.load_decoder(name, bench.nanogpt, shape, device, dtype, length)
+    rng = np.random.default_rng(config.seed)
+    prompts = rng.integers(0, shape.vocab_size, (bench.prompts, PROMPT_TOKENS))
+    prompts, seconds = torch.from_numpy(prompts).to(device), []
     for n in (8, *[bench.new_tokens] * bench.rounds):                    # the first one warms up
         start = time.perf_counter()
-        if name == "ours":
-            list(model.generate(prompts, n, top_k=50))
-        else:
-            generate(prompts, n)
-            synchronize(device)
+        generate(prompts, n)
+        synchronize(device)
         seconds.append(time.perf_counter() - start)
     return seconds[1:], {"dtype": wanted or dtype, "compiled": False, "n_params": n_params}
 
@@ -274,9 +278,10 @@ def decode(bench, config, shape):
 def peak_memory_of_process():
     """Return the largest resident memory of this process so far in bytes, None on Windows."""
     try:
-        import resource                                     # not on Windows
-    except ImportError:
+        import resource
+    except ImportError:                                     # Windows
         return None
+
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else 1024 * peak
 
@@ -342,7 +347,7 @@ def compare(bench, argv):
     for program in programs:
         ratios = [f"{mine} x {median(map(operator.truediv, speeds[mine], speeds[program])):.2f}"
                   for mine in ours]
-        print(f"{program:>21}: {median(speeds[program]):8,.0f} tokens/s, "
+        print(f"{program:>21}: {median(speeds[program]):10,.1f} tokens/s, "
               f"{memory[program] / 2 ** 30:4.1f} GiB; {', '.join(ratios)}")
 
 

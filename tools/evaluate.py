@@ -79,7 +79,7 @@ class EvaluateConfig:
     rope_factor: float | None = None
     max_position: int | None = None
     seed: int = 1337                    # of the questions
-    quant: Literal['int8'] | None = None    # int8: 8-bit weights, as sample.py's
+    quant: Literal['none', 'int8'] = 'none'     # int8: 8-bit weights, as sample.py's
     device: str = "auto"                # auto, cpu, cuda, cuda:1, mps
     json: bool = False                  # True: print one JSON line instead of text
 
@@ -314,7 +314,7 @@ def main(argv):
     tasks = choose_tasks(config, data, texts, file)
     model = MiniCPM.from_pretrained(folder, pick_device(config.device)).eval()
     change_rope(model, config)
-    if config.quant:
+    if config.quant != "none":
         model.pack(config.quant)
     # DPO has no rows of several documents, so its doc_mask says nothing.
     doc_mask = None if "pairs" in trained else trained.get("doc_mask")

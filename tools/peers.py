@@ -30,7 +30,7 @@ def load_nanogpt(folder, shape, length):
 
 def load_granite(shape, length):
     """Return transformers' Granite for sequences of `length` tokens."""
-    from transformers import GraniteConfig, GraniteForCausalLM   # slow to import
+    from transformers import GraniteConfig, GraniteForCausalLM  # slow to import
     return GraniteForCausalLM(GraniteConfig(
         vocab_size=shape.vocab_size, hidden_size=shape.n_embd, intermediate_size=shape.n_ff,
         num_hidden_layers=shape.n_layer, num_attention_heads=shape.n_head,
@@ -62,13 +62,15 @@ def load_trainer(name, folder, config, shape, device):
 
 
 def load_decoder(name, folder, shape, device, dtype, length):
-    """Return a peer's model, and generate(prompts (B, T), number of new tokens), which draws from
-    the 50 most likely."""
+    """Return a peer's number of parameters and generate(prompts (B, T), number of new tokens),
+    which draws from the 50 most likely; prompts and new tokens are `length` tokens at most."""
     if name == "nanogpt":
         model = load_nanogpt(folder, shape, length).to(device, dtype).eval()
-        return model, functools.partial(model.generate, top_k=50)
-    model = load_granite(shape, length).to(device, dtype).eval()
-    return model, functools.partial(generate_with_granite, model)
+        generate = functools.partial(model.generate, top_k=50)
+    else:
+        model = load_granite(shape, length).to(device, dtype).eval()
+        generate = functools.partial(generate_with_granite, model)
+    return sum(p.numel() for p in model.parameters()), generate
 
 
 def generate_with_granite(model, prompts, n):
