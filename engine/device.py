@@ -91,7 +91,7 @@ def trust_compiler():
     """Spare the check that the C++ compiler knows this CPU's vector instructions, which torch makes
     in each process: 6 s of the first start, 1 s of later ones. Compilers of C++17 know all but
     AMX."""
-    from torch._inductor.config import cpp                  # loads the compiler
+    from torch._inductor.config import cpp  # loads the compiler
     if cpp.vec_isa_ok is None and not torch.cpu._is_amx_tile_supported():
         cpp.vec_isa_ok = True
 
