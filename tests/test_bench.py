@@ -1,6 +1,7 @@
 """bench.py: it measures the updates of the loop, nanoGPT takes its turn, bad input is one line."""
 import json
 import subprocess
+import sys
 import threading
 import time
 
@@ -169,6 +170,7 @@ def test_decoding(capsys):
 
 
 def test_other_programs_take_their_turns(in_process, monkeypatch, tmp_path, capsys):
+    pytest.importorskip("transformers")
     (tmp_path / "model.py").write_text(NANOGPT)
     compiled = []
     monkeypatch.setattr(torch, "compile", lambda model, **_: compiled.append(model) or model)
@@ -180,6 +182,7 @@ def test_other_programs_take_their_turns(in_process, monkeypatch, tmp_path, caps
 
 
 def test_generation_next_to_other_programs(in_process, tmp_path, capsys):
+    pytest.importorskip("transformers")
     (tmp_path / "model.py").write_text(NANOGPT)
     bench.main([*TINY, "--compare=True", f"--nanogpt={tmp_path}", "--task=decode", "--new_tokens=4",
                 "--prompts=3", "--rounds=1"])
@@ -207,6 +210,14 @@ def test_bad_input_is_one_line(argv, words, capsys):
         bench.main(argv)
     said = capsys.readouterr().err
     assert stop.value.code == 2 and len(said.splitlines()) == 1 and words in said, said
+
+
+def test_without_transformers_a_comparison_says_what_is_missing(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(SystemExit) as stop:
+        bench.main([*TINY, "--task=decode", "--program=transformers-float32"])
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and said.count("\n") == 1 and "needs transformers" in said
 
 
 def test_a_measurement_in_a_new_process_from_any_folder(tmp_path, monkeypatch):

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import torch
 
+from configurator import BadInput
+
 LEARNING_RATE = 1e-3                    # ours is muP's; with this one their weights stay finite
 
 
@@ -30,7 +32,10 @@ def load_nanogpt(folder, shape, length):
 
 def load_granite(shape, length):
     """Return transformers' Granite for sequences of `length` tokens."""
-    from transformers import GraniteConfig, GraniteForCausalLM  # slow to import
+    try:
+        from transformers import GraniteConfig, GraniteForCausalLM  # slow to import
+    except ImportError:
+        raise BadInput("--compare: needs transformers: pip install transformers") from None
     return GraniteForCausalLM(GraniteConfig(
         vocab_size=shape.vocab_size, hidden_size=shape.n_embd, intermediate_size=shape.n_ff,
         num_hidden_layers=shape.n_layer, num_attention_heads=shape.n_head,
