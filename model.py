@@ -646,9 +646,6 @@ class MiniCPM(nn.Module):
                 raise BadInput(f"--quant={quant}: needs --device=cpu and a PyTorch with oneDNN")
             return self
         self.numerics.dtype = torch.float32
-        self.packed_head = ops.pack(self.head_weight, quant)
-        if not self.config.tie_word_embeddings:
-            del self.lm_head
         # Not a list of all modules: it would hold every weight to the end.
         for module in [m for m in self.modules() if not isinstance(m, Linear)]:
             for name, child in list(module.named_children()):
@@ -659,6 +656,9 @@ class MiniCPM(nn.Module):
             if isinstance(module, Experts):
                 for name, weight in list(module.named_parameters()):
                     replace(module, name, [ops.pack(matrix, quant) for matrix in weight])
+        self.packed_head = ops.pack(self.head_weight, quant)
+        if not self.config.tie_word_embeddings:
+            del self.lm_head
         return self
 
     @classmethod

@@ -71,8 +71,8 @@ def pack(weight, quant="none"):
     if quant == "int8":
         rows, scale = quantize_rows(weight.detach().float())
         return lambda x: int8_linear(x, rows, scale)
-    packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach())
-    return lambda x: onednn_linear(x.to(weight.dtype), packed).float()
+    packed, dtype = torch.ops.mkldnn._reorder_linear_weight(weight.detach()), weight.dtype
+    return lambda x: onednn_linear(x.to(dtype), packed).float()
 
 
 def quantize_rows(x):
