@@ -69,7 +69,9 @@ def pack(weight, quant="none"):
            "int8": see int8_linear
     """
     if quant == "int8":
-        rows, scale = quantize_rows(weight.detach().float())
+        # A few rows at a time: in float32 all of a head take twice the memory that it has.
+        parts = [quantize_rows(part.float()) for part in weight.detach().split(1024)]
+        rows, scale = map(torch.cat, zip(*parts))
         return lambda x: int8_linear(x, rows, scale)
     packed, dtype = torch.ops.mkldnn._reorder_linear_weight(weight.detach()), weight.dtype
     return lambda x: onednn_linear(x.to(dtype), packed).float()

@@ -97,11 +97,11 @@ def read_options(argv):
     if config.init_from or config.branch_from:
         raise BadInput("--init_from, --branch_from: bench measures a shape, not a checkpoint; give "
                        "the config that the checkpoint was trained with")
-    alone = not (bench.compare or bench.program != "ours")
-    if not alone and (shape.num_experts or shape.n_head * shape.head_size != shape.n_embd):
+    comparing = bench.compare or bench.program != "ours"
+    if comparing and (shape.num_experts or shape.n_head * shape.head_size != shape.n_embd):
         raise BadInput("--compare: nanoGPT and Granite have no experts, and their head size is "
                        "n_embd / n_head; give another shape")
-    if distributed.UNDER_TORCHRUN and (bench.task != "step" or not alone):
+    if distributed.UNDER_TORCHRUN and (bench.task != "step" or comparing):
         raise BadInput("--task=decode, --compare: only in one process, without torchrun")
     return bench, config, shape
 
