@@ -644,9 +644,10 @@ class MiniCPM(nn.Module):
         if not ops.can_pack(self.wte.weight, quant):
             if quant != "none":
                 raise BadInput(f"--quant={quant}: needs --device=cpu and a PyTorch with oneDNN")
-            return self
+            return
         self.numerics.dtype = torch.float32
-        # Not a list of all modules: it would hold every weight to the end.
+        # Our Linear only: a router is used as a weight. A list of all modules would hold every
+        # weight to the end.
         for module in [m for m in self.modules() if not isinstance(m, Linear)]:
             for name, child in list(module.named_children()):
                 if isinstance(child, RMSNorm):
@@ -659,7 +660,6 @@ class MiniCPM(nn.Module):
         self.packed_head = ops.pack(self.head_weight, quant)
         if not self.config.tie_word_embeddings:
             del self.lm_head
-        return self
 
     @classmethod
     def from_pretrained(cls, path, device="cpu", dtype=None):
