@@ -23,6 +23,8 @@ LABS = {
     "serving": "`model.py: KVCache`",
 }
 
+CORES = 2                       # of the machine that the labs are sized for
+
 TOP = """# The course
 
 Each claim of the paper is a lab: one file that reads from top to bottom. It asks a question, runs
@@ -39,8 +41,9 @@ VS Code opens a file cell by cell (open the repository's folder), and so does Ju
 (with `%cd ..` in a first cell). [colab.ipynb](colab.ipynb) runs any lab on a free cloud machine.
 A second run of a lab only draws: results are stored with the settings and the code they come from.
 If you change either, what depends on it runs again. All numbers here come from two CPU cores, at
-laptop scale: they show the sign and the shape of a claim, not its size at 2.4B. This page is
-written by `python -m labs.course`.
+laptop scale: they show the sign and the shape of a claim, not its size at 2.4B. Each check was set
+in [PREREGISTER.md](PREREGISTER.md), which also has its history. This page is written by
+`python -m labs.course`.
 """
 
 
@@ -60,30 +63,45 @@ def recorded(name, module):
     return module.checks(results, settings), stale, lines
 
 
+def summary(rows, verdicts):
+    """Return the paragraph above the table of checks."""
+    hold = sum(verdict.endswith("holds") for verdict in verdicts)
+    changed = sum(verdict.startswith("changed") for verdict in verdicts)
+    with_p = sum(" p = " in row or " p < " in row for row in rows)
+    return (f"Of {len(verdicts)} checks {hold} hold and {len(verdicts) - hold} do not; {changed} "
+            f"of them were changed after seeing results, and {len(rows) - len(verdicts)} more were "
+            f"withdrawn as badly asked. {with_p} checks compare seeds and say p, the chance of such "
+            f"a difference if there is none (one-sided t test). At p = 0.05, one in twenty passes "
+            f"for nothing: of {with_p}, expect {with_p / 20:.1f}. Why a check does not hold is "
+            f"explained at the end of its lab.\n")
+
+
 def page():
     """Return the text of labs/README.md."""
-    labs, checks, figures, outdated = [], [], [], []
+    labs, rows, verdicts, figures, outdated = [], [], [], [], []
     for name, module in modules().items():
         title = module.__doc__.splitlines()[0].removeprefix("Lab: ").rstrip(".")
-        cost, holding = "not run yet", "-"
+        cost, holding, registered = "not run yet", "-", runs.register(name)
         if found := recorded(name, module):
-            of_lab, stale, lines = found
-            minutes = sum(line["seconds"] for line in lines) / 60
+            checks, stale, lines = found
+            minutes = sum(line["seconds"] for line in lines) / 60 / CORES
             cost = f"{len(lines)}, {minutes:.0f}"
-            holding = f"{sum(check.holds for check in of_lab)} of {len(of_lab)}"
-            checks += [(name, check) for check in of_lab]
+            holding = f"{sum(check.holds for check in checks)} of {len(checks)}"
+            for check in checks:
+                verdicts.append(runs.verdict(check, registered))
+                rows.append(f"| {name} | {check.claim} | {check.ours} | {check.paper} | "
+                            f"{verdicts[-1].replace('does not hold', '**does not hold**')} |")
+            rows += [f"| {name} | {claim} | - | - | {change} |"
+                     for claim, (_, change) in registered.items()
+                     if change.startswith("badly asked")]
             outdated += [name] if stale else []
         labs.append(f"| [{name}]({name}.py) | {title} | {LABS[name]} | {cost} | {holding} |")
         if (ROOT / "labs" / "figures" / f"{name}.png").exists():
             figures.append(f"![{name}](figures/{name}.png)\n")
-    rows = [f"| {name} | {check.claim} | {check.ours} | {check.paper} | "
-            f"{'yes' if check.holds else '**no**'} |" for name, check in checks]
     return "\n".join([
-        TOP, "| lab | its question | first | runs, core minutes | checks that hold |",
-        "|---|---|---|---|---|", *labs,
-        f"\n{sum(check.holds for _, check in checks)} of {len(checks)} checks hold. Those that do "
-        "not are shown too, and explained at the end of their lab.\n",
-        "| lab | claim | here | paper | holds |", "|---|---|---|---|---|", *rows, "",
+        TOP, "| lab | its question | first | runs, minutes on two cores | checks that hold |",
+        "|---|---|---|---|---|", *labs, "", summary(rows, verdicts),
+        "| lab | check | here | paper | verdict |", "|---|---|---|---|---|", *rows, "",
         *([f"Results of earlier code: {', '.join(outdated)}.\n"] if outdated else []), *figures])
 
 

@@ -12,6 +12,7 @@ import glob
 import hashlib
 import inspect
 import json
+import math
 import multiprocessing
 import os
 import signal
@@ -76,8 +77,8 @@ def settings(argv, Settings, quick, usage):
     return chosen, config
 
 
-def main(lab, argv, Settings, quick, usage, experiment, draw, checks):
-    """Run a lab: its experiment, figure and checks. Returns (results, settings).
+def main(lab, argv, Settings, quick, usage, experiment, draw, checks, slide=None):
+    """Run a lab: its experiment, figure, slide and checks. Returns (results, settings).
 
     lab              name of the lab
     Settings, quick  as in settings()
@@ -85,27 +86,34 @@ def main(lab, argv, Settings, quick, usage, experiment, draw, checks):
     experiment       experiment(settings, config) -> (results, stale)
     draw             draw(results, settings) -> a matplotlib figure, None if there is no result
     checks           checks(results, settings) -> list of Check
+    slide            slide(ax, results, settings) draws the lab's one message for a projector and
+                     returns it in words, the title
     """
     chosen, config = settings(argv, Settings, quick, usage)
     results, stale = experiment(chosen, config)
-    file = path(lab, "figures", config)
+    name = lab
     if getattr(chosen, "runs", None):               # the reader's own runs: not the lab's figure
-        file = path(f"{lab}_own", "figures", dataclasses.replace(config, quick=True))
+        name, config = f"{lab}_own", dataclasses.replace(config, quick=True)
     drawing = draw(results, chosen)
     if drawing:
-        save_figure(drawing, file, stale)
-    report(checks(results, chosen), stale)
+        save_figure(drawing, path(name, "figures", config), stale, legend_size=7)
+    if drawing and slide:
+        with plotting().rc_context(SLIDE):
+            page, ax = plotting().subplots(layout="constrained")
+            page.suptitle(slide(ax, results, chosen))
+            save_figure(page, path(f"{name}_slide", "figures", config), stale, legend_size=18)
+    report(lab, checks(results, chosen), stale)
     return results, chosen
 
 
-def save_figure(drawing, file, stale):
+def save_figure(drawing, file, stale, legend_size):
     """Write a figure; labelled curves get a legend, results of earlier code a note."""
     if stale:
         drawing.suptitle(f"{drawing.get_suptitle()} [results of earlier code]")
     for ax in drawing.axes:
         if ax.get_legend() is None and ax.get_legend_handles_labels()[0]:
-            ax.legend(fontsize=7)
-    drawing.savefig(file, dpi=110)
+            ax.legend(fontsize=legend_size)
+    drawing.savefig(file)
     print(f"drew {file}")
 
 
@@ -391,25 +399,51 @@ def read_run_folders(pattern):
     return found
 
 
-# ---- checks and figures
+# ---- checks
 
 @dataclass
 class Check:
-    """A statement about a lab's results: a row of labs/README.md."""
-    claim: str
-    ours: str                   # what was measured
+    """A statement about a lab's results, and whether they bear it out."""
+    claim: str                  # with its threshold, as in labs/PREREGISTER.md
+    ours: str                   # what was measured, with its spread over the seeds
     paper: str                  # the paper's number, or "-"
     holds: bool
 
 
-def report(checks, stale):
+def register(lab):
+    """Return {claim: (date it was set, what changed since)} of labs/PREREGISTER.md for a lab."""
+    text = (ROOT / "labs" / "PREREGISTER.md").read_text(encoding="utf-8")
+    section = text.partition(f"\n## {lab}\n")[2].partition("\n## ")[0]
+    rows = [line.strip("| ").split(" | ") for line in section.splitlines() if line[:2] == "| "]
+    return {claim: (date, change) for claim, date, change in rows[1:]}      # the first: the head
+
+
+def verdict(check, registered):
+    """Return the verdict on a check as a word or two; registered as register() returns it."""
+    change = registered.get(check.claim, ("", ""))[1]
+    changed = "changed after seeing, " if change.startswith("changed after seeing") else ""
+    return changed + ("holds" if check.holds else "does not hold")
+
+
+def report(lab, checks, stale):
     """Print the checks, a line each."""
     if stale:
         print("some results are of earlier code; run the lab without --draw=True to renew them")
+    registered = register(lab)
     for check in checks:
-        verdict = "holds   " if check.holds else "DOES NOT"
         paper = f" (paper: {check.paper})" if check.paper != "-" else ""
-        print(f"{verdict} | {check.claim}: {check.ours}{paper}")
+        print(f"{verdict(check, registered)} | {check.claim}: {check.ours}{paper}")
+
+
+def p_value(differences):
+    """Return the one-sided p of Student's t test: how likely a mean so far above 0 is, in units of
+    its standard error, if the true mean is 0. differences: one per seed, normally distributed."""
+    n, values = len(differences), np.asarray(differences, dtype=float)
+    t = values.mean() / (values.std(ddof=1) / math.sqrt(n))
+    # With t = sqrt(n - 1) tan(angle), the density of Student's t becomes cos(angle)^(n - 2).
+    angle = np.linspace(-math.pi / 2, math.pi / 2, 100_001)
+    density = np.cos(angle) ** (n - 2)
+    return float(density[angle > math.atan(t / math.sqrt(n - 1))].sum() / density.sum())
 
 
 def mean_and_range(values, form=".1f"):
@@ -418,13 +452,25 @@ def mean_and_range(values, form=".1f"):
     return mean if low == high else f"{mean} ({low} to {high})"
 
 
-def figure(rows, columns, title, width=4.2, height=3.4):
-    """Return (figure, axes (rows, columns)) to draw into; width and height of a panel in inches."""
+# ---- figures
+
+# a projector's format, type that the last row can read
+SLIDE = {"figure.figsize": (13.33, 7.5), "figure.dpi": 96, "font.size": 20, "lines.linewidth": 3,
+         "lines.markersize": 10, "axes.grid": True, "grid.alpha": 0.3}
+
+
+def plotting():
+    """Return matplotlib.pyplot, loaded only now and without a window."""
     import matplotlib
     matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    drawing, axes = plt.subplots(rows, columns, figsize=(width * columns, height * rows),
-                                 squeeze=False, layout="constrained")
+    from matplotlib import pyplot
+    return pyplot
+
+
+def figure(rows, columns, title, width=4.2, height=3.4):
+    """Return (figure, axes (rows, columns)) to draw into; width and height of a panel in inches."""
+    drawing, axes = plotting().subplots(rows, columns, figsize=(width * columns, height * rows),
+                                        squeeze=False, layout="constrained", dpi=110)
     drawing.suptitle(title)
     for ax in axes.flat:
         ax.grid(alpha=0.3)

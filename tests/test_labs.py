@@ -2,11 +2,13 @@
 import importlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 from test_prepare import error_of
 
@@ -160,8 +162,8 @@ def test_the_coordinate_check_runs_quickly_and_tells_a_rule_that_is_off(tmp_path
     monkeypatch.setattr(runs, "path", lambda lab, kind, config: tmp_path / f"{lab}.{kind}.png")
     mup_coordinates.main(["--quick=True", "--workers=1"])
     said = capsys.readouterr().out
-    assert said.count("holds    |") + said.count("DOES NOT |") == 10 and (tmp_path / "mup_coordinates.figures.png").stat().st_size > 10_000
-    assert "holds    | standard: they grow from the start" in said and "holds    | without the learning-rate rule" in said
+    assert len(re.findall("^(holds|does not hold) \\|", said, re.M)) == 10 and (tmp_path / "mup_coordinates.figures.png").stat().st_size > 10_000
+    assert "\nholds | standard: they grow from the start" in said and "\nholds | without the learning-rate rule" in said
     assert "--widht: unknown option" in error_of(mup_coordinates, ["--widht=64"], capsys)
 
 
@@ -178,7 +180,36 @@ def test_a_changed_result_changes_the_course(tmp_path, monkeypatch):
             line["result"]["10"]["mlp"] *= line["job"]["width"]
     monkeypatch.setattr(runs, "path", lambda lab, kind, config: tmp_path / f"{lab}.{kind}")
     (tmp_path / "mup_coordinates.results").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert "steepest power 0.9" in course.page() and "| **no** |" in course.page().split("steepest power")[1].split("\n")[0]
+    assert "steepest power 0.9" in course.page() and "| **does not hold** |" in course.page().split("steepest power")[1].split("\n")[0]
+
+
+def test_the_checks_of_the_code_are_those_that_were_set_beforehand():
+    for name, module in course.modules().items():
+        checks, _, _ = course.recorded(name, module)
+        registered = runs.register(name)
+        withdrawn = {claim for claim, (_, change) in registered.items() if change.startswith("badly asked: ")}
+        assert {check.claim for check in checks} == registered.keys() - withdrawn, name
+        for claim, (date, change) in registered.items():
+            assert re.fullmatch(r"2026-\d\d-\d\d", date) and re.match("-$|badly asked: .|changed after seeing: .", change), claim
+
+
+def test_a_check_that_was_changed_or_withdrawn_says_so(tmp_path, monkeypatch):
+    (tmp_path / "labs").mkdir()
+    (tmp_path / "labs" / "PREREGISTER.md").write_text(
+        "# Title\n\n## one\n\n| check | set | since then |\n|---|---|---|\n| a | 2026-11-30 | - |\n"
+        "| b | 2026-11-30 | changed after seeing: was c, 5 |\n\n## other\n\n| check | set | since then |\n|---|---|---|\n| d | 2026-11-30 | - |\n")
+    monkeypatch.setattr(runs, "ROOT", tmp_path)
+    assert runs.register("one") == {"a": ("2026-11-30", "-"), "b": ("2026-11-30", "changed after seeing: was c, 5")}
+    said = [runs.verdict(runs.Check(claim, "", "-", holds), runs.register("one")) for claim, holds in (("a", True), ("a", False), ("b", True))]
+    assert said == ["holds", "does not hold", "changed after seeing, holds"]
+
+
+def test_p_is_that_of_student_s_tables():
+    # 2.920 and 6.965 are the one-sided 5 % and 1 % points for 2 degrees of freedom, 2.132 the 5 % point for 4
+    for n, t, p in ((3, 2.920, 0.05), (3, 6.965, 0.01), (5, 2.132, 0.05)):
+        seeds = np.linspace(-1, 1, n)
+        assert runs.p_value(seeds + t * seeds.std(ddof=1) / n ** 0.5) == pytest.approx(p, rel=2e-3)
+    assert runs.p_value([1, 0, -1]) == pytest.approx(0.5, abs=1e-4) and runs.p_value([-3, -3.1, -2.9]) > 0.99
 
 
 def test_every_lab_reads_from_its_question_to_its_exercises_and_the_notebook_runs_one():
