@@ -70,10 +70,10 @@ def summary(rows, verdicts):
     with_p = sum(" p = " in row or " p < " in row for row in rows)
     return (f"Of {len(verdicts)} checks {hold} hold and {len(verdicts) - hold} do not; {changed} "
             f"of them were changed after seeing results, and {len(rows) - len(verdicts)} more were "
-            f"withdrawn as badly asked. {with_p} checks compare seeds and say p, the chance of such "
-            f"a difference if there is none (one-sided t test). At p = 0.05, one in twenty passes "
-            f"for nothing: of {with_p}, expect {with_p / 20:.1f}. Why a check does not hold is "
-            f"explained at the end of its lab.\n")
+            f"withdrawn as badly asked. {with_p} checks compare seeds and say p, the chance of "
+            f"such a difference if there is none (one-sided t test). At p = 0.05, one in twenty "
+            f"passes for nothing: of {with_p}, expect {with_p / 20:.1f}. Why a check does not hold "
+            f"is explained at the end of its lab.\n")
 
 
 def page():
