@@ -203,8 +203,8 @@ def numerics_digest():
 # ---- running jobs
 
 def run(work, jobs, workers):
-    """Yield (key, work(**job), seconds of a core) of jobs {key: job} as they finish, printing a line
-    each."""
+    """Yield (key, work(**job), seconds of a core) of jobs {key: job}, printing a line for each one
+    that has finished."""
     workers = min(workers, len(jobs))
     if workers > 1 and not getattr(sys.modules["__main__"], "__file__", None):
         print("one run at a time: parallel runs need a lab started as python -m labs.NAME")
