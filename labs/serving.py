@@ -210,22 +210,33 @@ def rates(points, result, settings):
 
 # %% The figure
 
+POINTS = [{**style, "linestyle": ""} for style in runs.STYLES]
+
+
+def draw_sizes(ax, part):
+    """Draw the speed of writing over the bytes that a token reads, and the bandwidth's limit."""
+    runs.bars(ax, part["bytes"], part["decode"].T, POINTS[0], np.median, label="writing, batch 1")
+    ax.plot(part["bytes"], part["bandwidth"] / part["bytes"], "k--", label="limit of the bandwidth")
+    ax.plot(*PHONE, label="paper: 2.4B in int4 on a phone", fillstyle="none", **POINTS[4])
+    ax.set(xscale="log", yscale="log", xlabel="bytes read per token",
+           ylabel="tokens/s, all sequences")
+
+
+def slide(ax, found, settings):
+    draw_sizes(ax, found["sizes"])
+    return "At batch 1, large models write as fast as memory delivers weights"
+
+
 def draw(found, settings):
     figure, axes = runs.figure(
         2, 2, "Generation with random weights in float32 (bars: slowest and fastest round)\n"
         + found["sizes"]["processor"], width=6, height=3.8)
     sizes, batches, contexts, experts = axes.flat
-    points = [{**style, "linestyle": ""} for style in runs.STYLES]
 
     part = found["sizes"]
-    runs.bars(sizes, part["bytes"], part["decode"].T, points[0], np.median,
-              label="writing, batch 1")
-    sizes.plot(part["bytes"], part["prefill"], label="reading a prompt", **points[1])
-    limit = part["bandwidth"] / part["bytes"]
-    sizes.plot(part["bytes"], limit, "k--", label="limit of the bandwidth")
-    sizes.plot(*PHONE, label="paper: 2.4B in int4 on a phone", markersize=12, fillstyle="none",
-               **points[4])
-    sizes.set(xlabel="bytes read per token", title=f"{settings.models[0]} to {settings.models[-1]}")
+    draw_sizes(sizes, part)
+    sizes.plot(part["bytes"], part["prefill"], label="reading a prompt", **POINTS[1])
+    sizes.set(title=f"{settings.models[0]} to {settings.models[-1]}")
 
     part = found["batches"]
     limit = np.array(settings.batches) * part["bandwidth"] / part["bytes"]
@@ -311,7 +322,8 @@ def main(argv):
     quick = dict(models=("lab", "laptop"), batch_model="lab", batches=(1, 2), context_model="lab",
                  contexts=(16, 64), expert_model="lab", expert_batches=(1, 2), prompt=8, tokens=4,
                  rounds=2, probe_mb=8)
-    runs.main("serving", argv, Settings, quick, __doc__, experiment, draw, checks)
+    runs.main("serving", argv, Settings, quick, __doc__, experiment, draw, checks,
+              slide)
 
 
 if __name__ == "__main__":
