@@ -43,7 +43,7 @@ A second run of a lab only draws: results are stored with the settings and the c
 If you change either, what depends on it runs again. All numbers here come from two CPU cores, at
 laptop scale: they show the sign and the shape of a claim, not its size at 2.4B. Each check was set
 in [PREREGISTER.md](PREREGISTER.md), which also has its history. [syllabus.md](syllabus.md) makes
-twelve weeks of the labs and of seven [assignments](assignments/). This page is written by
+twelve weeks of the labs and of seven [assignments](assignments/README.md). This page is written by
 `python -m labs.course`.
 """
 

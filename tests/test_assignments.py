@@ -15,6 +15,7 @@ from configurator import ROOT
 from labs import course
 from labs.assignments import adapters as stubs
 from labs.solutions import adapters as solutions
+from model import MiniCPMConfig
 
 ASSIGNMENTS = {
     "mup_table": ["mup_table"],
@@ -117,6 +118,9 @@ def test_what_the_solutions_say_about_the_think_questions():
     logits = torch.tensor([undecided] * 3 + [sure]).log()
     assert float(solutions.balance_loss(logits, solutions.top2(logits)[1])) == pytest.approx(0.875, abs=1e-3)
     assert round((1_000_000 / 10_000) ** (62 / 64)) == 87
+    assert 1 - 2 ** (-1 / 6.24) == pytest.approx(0.105, abs=5e-4) and np.log(4) / 0.1 == pytest.approx(13.9, abs=0.05)
+    config = MiniCPMConfig(num_experts=8)
+    assert config.n_params_active / MiniCPMConfig().n_params_non_embedding == pytest.approx(1.65, abs=5e-3)
 
 
 # ---- typical mistakes
@@ -340,7 +344,7 @@ PAGE = "labs/syllabus.md"
 FORMS = [*course.LABS, *({"continue_training", "budget"} - course.LABS.keys())]
 
 
-@pytest.mark.parametrize("page", [PAGE, "labs/assignments/README.md"])
+@pytest.mark.parametrize("page", [PAGE, "labs/assignments/README.md", "labs/solutions/README.md"])
 def test_what_the_pages_name_exists(page, monkeypatch):
     """Paths, links with their anchors, code and options: the test of README and docs."""
     monkeypatch.setattr(test_scripts, "FOREIGN_OPTIONS", {*test_scripts.FOREIGN_OPTIONS, "adapters", "tb"})

@@ -1,7 +1,8 @@
 """Assignment 7: the base of NTK-aware RoPE (paper section 7.2; YaRN 2309.00071, definition 1).
 
-Question    A model was trained on 4,096 tokens. Which base of RoPE lets it read 16,384, so that
-            neighbors are told apart as before and no distance is turned further than in training?
+Question    A model was trained on 4,096 tokens. Which base of RoPE lets it read 16,384, so that the
+            fastest pair tells neighbors apart as before, and the slowest is turned no further than
+            in training?
 Formula     RoPE turns pair i of a head by position * theta^(-2 i / D), i = 0 ... D / 2 - 1, in
             radians. To stretch it by a factor s (YaRN, section 3.1):
                 theta' = theta * s^(D / (D - 2))
