@@ -42,7 +42,8 @@ VS Code opens a file cell by cell (open the repository's folder), and so does Ju
 A second run of a lab only draws: results are stored with the settings and the code they come from.
 If you change either, what depends on it runs again. All numbers here come from two CPU cores, at
 laptop scale: they show the sign and the shape of a claim, not its size at 2.4B. Each check was set
-in [PREREGISTER.md](PREREGISTER.md), which also has its history. This page is written by
+in [PREREGISTER.md](PREREGISTER.md), which also has its history. [syllabus.md](syllabus.md) makes
+twelve weeks of the labs and of seven [assignments](assignments/README.md). This page is written by
 `python -m labs.course`.
 """
 
