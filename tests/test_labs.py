@@ -102,6 +102,7 @@ def test_changed_golden_numbers_make_results_stale_until_they_are_rekeyed(lab, t
 
 def test_a_notebook_s_own_words_are_no_settings_of_a_lab(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["ipykernel_launcher.py", "-f", "kernel.json"])
+    monkeypatch.delitem(sys.modules, "ipykernel", raising=False)         # another test may have imported it
     with pytest.raises(BadInput, match="-f"):
         runs.settings(sys.argv[1:], mup_coordinates.Settings, {}, "")
     monkeypatch.setitem(sys.modules, "ipykernel", sys)
