@@ -16,6 +16,7 @@ LABS = {
     "wsd_vs_cosine": "`python wsd.py`, which draws the schedules",
     "decay_dynamics": "wsd_vs_cosine",
     "scaling_law": "wsd_vs_cosine",
+    "budget": "lr_transfer, scaling_law",
     "annealing": "wsd_vs_cosine; `data/instruct/prepare.py`",
     "preferences": "annealing",
     "upcycling": "wsd_vs_cosine; `model.py: MoE`",

@@ -92,7 +92,7 @@ def main(lab, argv, Settings, quick, usage, experiment, draw, checks, slide=None
     chosen, config = settings(argv, Settings, quick, usage)
     results, stale = experiment(chosen, config)
     name = lab
-    if getattr(chosen, "runs", None):               # the reader's own runs: not the lab's figure
+    if any(getattr(chosen, own, None) for own in ("runs", "strategy")):     # not the lab's figure
         name, config = f"{lab}_own", dataclasses.replace(config, quick=True)
     drawing = draw(results, chosen)
     if drawing:
