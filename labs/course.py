@@ -38,6 +38,7 @@ python -m labs.mup_coordinates --quick=True    # seconds: does it work on this m
 python -m labs.mup_coordinates --draw=True     # trains nothing: draws the committed results
 ```
 
+New here? [start.ipynb](start.ipynb) is the first hour: train, sample, decay, read the curves.
 VS Code opens a file cell by cell (open the repository's folder), and so does Jupyter with jupytext
 (with `%cd ..` in a first cell). [colab.ipynb](colab.ipynb) runs any lab on a free cloud machine.
 A second run of a lab only draws: results are stored with the settings and the code they come from.
