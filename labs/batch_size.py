@@ -34,7 +34,7 @@ from engine.run import NonFinite
 from labs import runs
 from labs.runs import Check
 
-PAPER_A, PAPER_B = 1.21e9, 6.24
+PAPER_B = 6.24                          # of bs = a / L^b
 BLOCK_SIZE = 128                        # config/lab.py's
 DECAY_SHARE = 0.2                       # of a run's tokens
 WARMUP_SHARE = 0.1                      # of the shortest run's tokens
@@ -55,13 +55,10 @@ class Settings:
     runs: str | None = None                             # fit these run folders instead of training
 
     def problems(self):
-        out = []
-        if len(set(self.batches)) < 3 or min(self.batches) < 1:
-            out.append(f"--batches={self.batches}: give three or more, above 0")
-        elif min(self.lengths) < 4 * BLOCK_SIZE * max(self.batches):
-            out.append(f"--lengths={self.lengths}: each must have four updates of the largest "
-                       f"batch or more")
-        return out
+        if not 1 <= min(self.batches) <= max(self.batches) <= min(self.lengths) / BLOCK_SIZE / 4:
+            return ["--batches: must be above 0, and each of --lengths must have four updates of "
+                    "the largest of them or more"]
+        return []
 
 
 # %% The experiment: a trunk at the peak learning rate, and from it a decay for each length
@@ -134,8 +131,7 @@ def read_runs(pattern):
     groups = {}
     for folder, knobs, model, lines in runs.read_run_folders(pattern):
         if knobs["batch_schedule"]:
-            raise BadInput(f"{folder}: its batch changes (batch_schedule="
-                           f"{knobs['batch_schedule']}); leave it out")
+            raise BadInput(f"{folder}: its batch changes (batch_schedule); leave it out")
         batch = knobs["batch_size"] * knobs["block_size"]
         curves = groups.setdefault((model.n_params_non_embedding, knobs["seed"]), {})
         ends = {line["step"] + line["decay_steps"] for line in lines if "decay_steps" in line}
@@ -192,20 +188,30 @@ def enough(points):
     return len({(point.params, point.tokens) for point in points}) > len(sizes) > 1
 
 
+def logs(points, name):
+    """Return (log x, log batch) of the points, two arrays; x is their "tokens" or "loss"."""
+    return np.log([[getattr(point, name), point.batch] for point in points]).T
+
+
 def fit(points, name, apart):
     """Return (exponent k, R^2, residual) of batch = a * x^k, by least squares of the logarithms.
 
-    x is the points' "tokens" or "loss". apart: each size has its own a, and R^2 is the share of
+    x as in logs. apart: each size has its own a, and R^2 is the share of
     the variance within sizes. residual: root mean square of what is left of the logarithm.
     """
-    rows = np.log([[getattr(point, name), point.batch] for point in points])
+    x, y = logs(points, name)
     sizes = np.array([point.params if apart else 0 for point in points])
-    for size in set(sizes):
-        rows[sizes == size] -= rows[sizes == size].mean(0)
-    x, y = rows.T
+    for own in (sizes == size for size in set(sizes)):
+        x[own] -= x[own].mean()
+        y[own] -= y[own].mean()
     k = x @ y / (x @ x)
     rest = y - k * x
-    return float(k), float(1 - rest @ rest / (y @ y)), float(np.sqrt(np.mean(rest ** 2)))
+    return k, 1 - rest @ rest / (y @ y), np.sqrt(np.mean(rest ** 2))
+
+
+def gain_of_tokens(points):
+    """Return the log of how much more one line for all sizes leaves over loss than over tokens."""
+    return np.log(fit(points, "loss", False)[2] / fit(points, "tokens", False)[2])
 
 
 def by_seed(points):
@@ -237,7 +243,7 @@ def growth_with_size(points):
     ratios = [np.log(np.divide(large[tokens][3:], small[tokens][3:]))
               for tokens in small.keys() & large.keys()]
     batch, loss = np.mean(ratios, 0) if ratios else (math.nan, math.nan)
-    return float(batch), fit(points, "loss", True)[0] * float(loss)
+    return batch, fit(points, "loss", True)[0] * loss
 
 
 # %% The figure
@@ -248,74 +254,70 @@ def draw(results, settings):
     figure, axes = runs.figure(2, max(3, len(sizes)), "which batch gives the lowest loss",
                                width=4.4, height=3.8)
     for ax, params in zip(axes[0], sizes):
-        draw_curves(ax, [curves for (size, _), curves in groups.items() if size == params],
-                    [point for point in points if point.params == params])
+        seeds = [curves for (size, _), curves in groups.items() if size == params]
+        draw_curves(ax, {f"{tokens / 1e6:.2g}M tokens": [curves.get(tokens, {}) for curves in seeds]
+                         for tokens in sorted(set().union(*seeds))})
+        own = [point for point in points if point.params == params]
+        ax.plot([point.batch for point in own], [point.loss for point in own], "*", color="gold",
+                markeredgecolor="black", markersize=11, zorder=5)
         ax.set(title=f"{params:,} parameters (star: best of a seed)")
     for ax, name in zip(axes[1], ("loss", "tokens")):
         draw_best(ax, points, name)
-    for style, (rate, curves) in zip(runs.STYLES, by_rate.items()):
-        curve = curves[max(curves)]
-        axes[1, 2].plot(list(curve), list(curve.values()), **style, label=f"rate {rate:g}")
-        axes[1, 2].set(title=f"learning rates, {sizes[0]:,} parameters, 1 seed",
-                       xlabel="batch (tokens)", ylabel="held-out loss (nats per byte)")
-        runs.log_x(axes[1, 2], curve)
+    if by_rate:
+        draw_curves(axes[1, 2], {f"rate {rate:g}": [curves[max(curves)]]
+                                 for rate, curves in by_rate.items()})
+        axes[1, 2].set(title=f"learning rates, {sizes[0]:,} parameters")
     for ax in axes.flat:
         ax.set_visible(ax.has_data())
     return figure
 
 
-def draw_curves(ax, seeds, points):
-    """Draw loss over batch, a curve for each number of tokens. seeds: [{tokens: {batch: loss}}]"""
-    lengths = sorted({tokens for curves in seeds for tokens in curves})
-    for style, tokens in zip(runs.STYLES, lengths):
-        samples = {}                                # {batch: losses of the seeds}
-        for curves in seeds:
-            for batch, loss in curves.get(tokens, {}).items():
-                samples.setdefault(batch, []).append(loss)
-        batches = sorted(samples)
-        runs.bars(ax, batches, [samples[batch] for batch in batches], style,
-                  label=f"{tokens / 1e6:.2g}M tokens")
+def draw_curves(ax, samples):
+    """Draw loss over batch of {label: [{batch: loss} of each seed]}."""
+    for style, (label, seeds) in zip(runs.STYLES, samples.items()):
+        batches = sorted(set().union(*seeds))
+        losses = [[curve[batch] for curve in seeds if batch in curve] for batch in batches]
+        runs.bars(ax, batches, losses, style, label=label)
         runs.log_x(ax, batches)
-    ax.plot([point.batch for point in points], [point.loss for point in points], "*", color="gold",
-            markeredgecolor="black", markersize=11, zorder=5)
     ax.set(xlabel="batch (tokens)", ylabel="held-out loss (nats per token)")
 
 
 def draw_best(ax, points, name):
-    """Draw best batch over "loss" or "tokens": a line for all sizes, and lines of one exponent."""
+    """Draw best batch over "loss" or "tokens", a line for each size, and one for all."""
+    if not enough(points):
+        return
     for style, params in zip(runs.STYLES, sorted({point.params for point in points})):
         own = [point for point in points if point.params == params]
-        ax.plot([getattr(point, name) for point in own], [point.batch for point in own],
-                **{**style, "linestyle": ""}, label=f"{params:,} parameters")
-        if enough(points):
-            line(ax, own, name, fit(points, name, True)[0], color=style["color"], linewidth=1)
-    if enough(points):
-        k, r2, _ = fit(points, name, False)
-        line(ax, points, name, k, color="black", linestyle="--",
-             label=f"one line: exponent {k:.2f}, R^2 {r2:.2f}")
-        if name == "loss":
-            line(ax, points, name, -PAPER_B, color="black", linestyle=":",
-                 label=f"the paper's exponent: {-PAPER_B}")
-    ax.set(yscale="log", xscale="log", ylabel="best batch (tokens)",
-           xlabel="loss (nats per token)" if name == "loss" else "tokens", title=f"over {name}")
+        ax.plot(*np.exp(logs(own, name)), **{**style, "linestyle": ""},
+                label=f"{params:,} parameters")
+        draw_line(ax, own, name, fit(points, name, True)[0], **{**style, "marker": ""})
+    k, r2, _ = fit(points, name, False)
+    draw_line(ax, points, name, k, color="0.5", linewidth=6, zorder=0, alpha=0.5,
+              label=f"one line: exponent {k:.2f}, R$^2$ {r2:.2f}")
+    x, batches = (np.exp([min(row), max(row)]) for row in logs(points, name))
+    runs.log_x(ax, [float(f"{tick:.2g}") for tick in np.geomspace(*x, 3)])
+    ticks = np.geomspace(*batches, 4).round(-1)
+    ax.set_yscale("log")
+    ax.set_yticks([], minor=True)
+    ax.set_yticks(ticks, [f"{tick:,.0f}" for tick in ticks])
+    ax.set(title=f"best batch over {name}", ylabel="best batch (tokens)",
+           xlabel="loss (nats per token)" if name == "loss" else "tokens seen")
 
 
-def line(ax, points, name, k, **style):
+def draw_line(ax, points, name, k, **style):
     """Draw batch = a * x^k through the middle of the points."""
-    x, y = np.log([[getattr(point, name), point.batch] for point in points]).T
+    x, y = logs(points, name)
     ends = np.array([x.min(), x.max()])
     ax.plot(np.exp(ends), np.exp(y.mean() + k * (ends - x.mean())), **style)
 
 
 def slide(ax, results, settings):
-    points = results[2]
-    mean = mean_points(points)
-    for style, params in zip(runs.STYLES, sorted({point.params for point in mean})):
-        tokens = [point.tokens for point in mean if point.params == params]
-        samples = [[point.batch for point in points if (point.params, point.tokens) == (params, x)]
-                   for x in tokens]
-        runs.bars(ax, np.array(tokens) / 1e6, samples, style, label=f"{params:,} parameters")
-    return "x"
+    gain = [gain_of_tokens(own) for own in by_seed(results[2])]
+    draw_best(ax, results[2], "tokens")
+    ax.set_title("")
+    if gain and min(gain) > 0:
+        return "The best batch follows the tokens seen more than the loss"
+    return "The tokens seen alone do not give the best batch"
 
 
 # %% The checks
@@ -331,34 +333,29 @@ def checks(results, settings):
     if not seeds:
         print(TOO_FEW)
         return []
-    b = [-fit(own, "loss", True)[0] for own in seeds]
-    in_tokens = [fit(own, "tokens", True)[0] for own in seeds]
-    mean = mean_points(points)
-    within = {name: fit(mean, name, True)[1] for name in ("loss", "tokens")}
-    pooled = {name: [fit(own, name, False)[1:] for own in seeds] for name in ("loss", "tokens")}
-    (r2_loss, rest_loss), (r2_tokens, rest_tokens) = (np.transpose(pooled[name])
-                                                      for name in ("loss", "tokens"))
-    gain = np.log(rest_loss / rest_tokens)
+    b, power = ([sign * fit(own, name, True)[0] for own in seeds]
+                for name, sign in (("loss", -1), ("tokens", 1)))
+    r2, r2_tokens = (fit(mean_points(points), name, True)[1] for name in ("loss", "tokens"))
+    rest, rest_tokens = (runs.mean_and_range([fit(own, name, False)[2] for own in seeds], ".2f")
+                         for name in ("loss", "tokens"))
+    gain = [gain_of_tokens(own) for own in seeds]
     measured, expected = np.transpose([growth_with_size(own) for own in seeds])
     return [
         Check("the best batch grows as the loss falls: bs = a / L^b, with an a for each size, has "
               "b above 0 at every seed",
-              with_p(b, f"b {runs.mean_and_range(b, '.2f')}") + ", as tokens to the power of "
-              + runs.mean_and_range(in_tokens, ".2f"), f"b {PAPER_B}", min(b) > 0),
+              with_p(b, f"b {runs.mean_and_range(b, '.2f')}")
+              + f"; as tokens^{runs.mean_and_range(power, '.2f')}", f"b {PAPER_B}", min(b) > 0),
         Check(f"within the sizes this law describes it: R^2 above {MIN_R2}, seeds averaged",
-              f"R^2 {within['loss']:.2f} (of a power of the tokens: {within['tokens']:.2f})", "-",
-              within["loss"] > MIN_R2),
+              f"{r2:.2f}; a power of the tokens: {r2_tokens:.2f}", "-", r2 > MIN_R2),
         Check("one line for all sizes explains it better by the number of tokens than by the loss: "
               "its residual is smaller at every seed",
-              with_p(gain, f"residual {runs.mean_and_range(rest_tokens, '.2f')} over tokens, "
-                           f"{runs.mean_and_range(rest_loss, '.2f')} over the loss; R^2 "
-                           f"{r2_tokens.mean():.2f} and {r2_loss.mean():.2f}"),
-              "the loss (Zhang et al.: tokens)", bool((gain > 0).all())),
+              with_p(gain, f"{rest_tokens} over tokens, {rest} over the loss"),
+              "by the loss (Zhang et al.: by tokens)", min(gain) > 0),
         Check("at the same number of tokens the best batches of the largest and the smallest size "
               "differ by less than half (in the logarithm) of what the law of the loss says",
               f"x {runs.mean_and_range(np.exp(measured), '.2f')}; by the law of the loss x "
               f"{runs.mean_and_range(np.exp(expected), '.2f')}", "-",
-              bool(abs(measured.mean()) < 0.5 * expected.mean())),
+              abs(measured.mean()) < 0.5 * expected.mean()),
     ]
 
 
