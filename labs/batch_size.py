@@ -47,7 +47,7 @@ Point = namedtuple("Point", "params seed tokens batch loss")
 @dataclass
 class Settings:
     widths: tuple[int, ...] = (32, 64, 128)
-    batches: tuple[int, ...] = (2, 4, 8, 16)            # sequences of 128 bytes per update
+    batches: tuple[int, ...] = (1, 2, 4, 8, 16)         # sequences of 128 bytes per update
     rates: tuple[float, ...] = (0.005, 0.01, 0.02)      # all at the first width and seed only
     seeds: tuple[int, ...] = (0, 1, 2)
     lengths: tuple[int, ...] = (2 ** 18, 2 ** 19, 2 ** 20)      # bytes at which decays end
@@ -216,9 +216,8 @@ def gain_of_tokens(points):
 
 def by_seed(points):
     """Return [the points of a seed, ...] of the seeds with enough of them."""
-    seeds = sorted({point.seed for point in points})
-    split = [[point for point in points if point.seed == seed] for seed in seeds]
-    return [own for own in split if enough(own)]
+    seeds = {seed: [point for point in points if point.seed == seed] for _, seed, *_ in points}
+    return [own for own in seeds.values() if enough(own)]
 
 
 def mean_points(points):
@@ -237,12 +236,11 @@ def growth_with_size(points):
     says for their two losses, if the size matters only through the loss. (nan, nan) if there is
     none.
     """
-    sizes = sorted({point.params for point in points})
-    small, large = ({point.tokens: point for point in points if point.params == size}
-                    for size in (sizes[0], sizes[-1]))
-    ratios = [np.log(np.divide(large[tokens][3:], small[tokens][3:]))
-              for tokens in small.keys() & large.keys()]
-    batch, loss = np.mean(ratios, 0) if ratios else (math.nan, math.nan)
+    sizes = [point.params for point in points]
+    ratios = [np.log(np.divide(large[3:], small[3:])) for small in points for large in points
+              if small.params == min(sizes) and large.params == max(sizes)
+              and small.tokens == large.tokens]
+    batch, loss = np.mean(ratios or [(math.nan, math.nan)], 0)
     return batch, fit(points, "loss", True)[0] * loss
 
 
@@ -294,12 +292,11 @@ def draw_best(ax, points, name):
     k, r2, _ = fit(points, name, False)
     draw_line(ax, points, name, k, color="0.5", linewidth=6, zorder=0, alpha=0.5,
               label=f"one line: exponent {k:.2f}, R$^2$ {r2:.2f}")
-    x, batches = (np.exp([min(row), max(row)]) for row in logs(points, name))
-    runs.log_x(ax, [float(f"{tick:.2g}") for tick in np.geomspace(*x, 3)])
-    ticks = np.geomspace(*batches, 4).round(-1)
+    x = logs(points, name)[0]
+    runs.log_x(ax, [float(f"{tick:.2g}") for tick in np.exp(np.linspace(min(x), max(x), 3))])
     ax.set_yscale("log")
-    ax.set_yticks([], minor=True)
-    ax.set_yticks(ticks, [f"{tick:,.0f}" for tick in ticks])
+    ax.yaxis.set_major_formatter("{x:,.0f}")
+    ax.yaxis.set_minor_formatter("{x:,.0f}")
     ax.set(title=f"best batch over {name}", ylabel="best batch (tokens)",
            xlabel="loss (nats per token)" if name == "loss" else "tokens seen")
 
