@@ -10,7 +10,7 @@ Write down  before you run it: the entries of a matrix are drawn with the same s
             every entry by about the learning rate: with which power does that change grow?
             Then over depth: L layers add their updates to one residual stream. How must the
             branches, or the learning rate, shrink with L, so that the sum stays the same?
-Command     python -m labs.mup_coordinates    MINUTES minutes on two cores; --quick=True: seconds
+Command     python -m labs.mup_coordinates    ten minutes on two cores; --quick=True: seconds
 
 This is a coordinate check. Models of several widths make a few updates, then the mean |activation|
 on one fixed text is measured at several places. On logarithmic axes its slope over the width is the
@@ -38,7 +38,8 @@ PROBES = ("embedding", "qkv", "attention", "gate and up", "mlp", "residual", "lo
           "experts")
 RULES = ("muP", "standard", "no init rule", "no learning-rate rule", "no logits rule",
          "embedding as a matrix", "experts, muP", "experts, no router rules")
-# Rules of depth, for the scale of a branch and the learning rate of matrices. They agree at DEPTH.
+# Rules for the scale of a branch and the learning rate of matrices in a model of L layers; the last
+# three are the same at L = DEPTH.
 DEPTH_RULES = {"no depth rule": "neither changes with L", "muP": "branches / √L (the paper)",
                "rate / sqrt(layers)": "branches / √L, rate / √L",
                "CompleteP": "branches / L (CompleteP)"}
@@ -90,7 +91,7 @@ def table_without(rule, config):
 
 
 def branch_scale(rule, config):
-    """Return the factor on the residual branches."""
+    """Return the factor on the residual branches, by the rule of depth."""
     if rule == "no depth rule":
         return config.scale_depth
     if rule == "CompleteP":
@@ -202,7 +203,7 @@ def plot(ax, results, probe, step, style, label=None):
     """Draw a probe over the size, relative to its value at the smallest size."""
     sizes, values = by_size(results, probe, step)
     runs.curve(ax, sizes, values / values[:, :1], style, label=label)
-    ax.set(yscale="log", ylabel="mean |activation|, relative to the first")
+    ax.set(yscale="log", ylabel="relative to the smallest size")
     runs.log_x(ax, sizes)
     ax.axhline(1, color="0.5", linewidth=0.8)
 
@@ -246,83 +247,89 @@ def slide(ax, found, settings):
 
 # %% The checks
 
+def flat(values):
+    return bool(abs(values.mean()) < FLAT)
+
+
+def grows(values):
+    return bool(values.mean() > GROWS)
+
+
+def text(*powers_of):
+    """Return the powers, each as mean and range over seeds."""
+    return " and ".join(runs.mean_and_range(values, ".2f") for values in powers_of)
+
+
 def checks(found, settings):
     last = settings.steps[-1]
-
-    def at(rule, probe, step, kind="width"):
-        return powers(found[kind, rule], probe, step)
-
-    def text(values):
-        return runs.mean_and_range(values, ".2f")
-
-    def flat(values):
-        return bool(abs(values.mean()) < FLAT)
-
-    def grows(values):
-        return bool(values.mean() > GROWS)
-
-    worst, of_experts = (steepest(found["width", rule], settings) for rule in
-                         ("muP", "experts, muP"))
-    standard = {probe: at("standard", probe, 0) for probe in ("qkv", "gate and up", "mlp")}
-    init, rate = at("no init rule", "mlp", 0), at("no learning-rate rule", "mlp", last)
-    logits, mup_logits = at("no logits rule", "logits", last), at("muP", "logits", last)
-    router, mup_router = (at(rule, "router", last)
+    width, depth = ({rule: results for (of, rule), results in found.items() if of == kind}
+                    for kind in ("width", "depth"))
+    worst, probe, step = steepest(width["muP"], settings)
+    worst_expert, of_expert, step_expert = steepest(width["experts, muP"], settings)
+    standard = [powers(width["standard"], name, 0) for name in ("qkv", "gate and up", "mlp")]
+    init = powers(width["no init rule"], "mlp", 0)
+    rate = powers(width["no learning-rate rule"], "mlp", last)
+    logits, mup_logits = (powers(width[rule], "logits", last)
+                          for rule in ("no logits rule", "muP"))
+    router, mup_router = (powers(width[rule], "router", last)
                           for rule in ("experts, no router rules", "experts, muP"))
-    embedding = at("embedding as a matrix", "embedding", last)
-    start, later = ({rule: at(rule, "residual", step, "depth") for rule in DEPTH_RULES}
+    embedding = powers(width["embedding as a matrix"], "embedding", last)
+    start, later = ({rule: powers(results, "residual", step) for rule, results in depth.items()}
                     for step in (0, last))
-    steepest_power = "steepest power {}, of {}, {}"
+    lower_rate, complete = later["rate / sqrt(layers)"], later["CompleteP"]
     return [
         Check("muP: no hidden activation grows or shrinks with the width",
-              steepest_power.format(text(worst[0]), worst[1], after(worst[2])), "0",
-              flat(worst[0])),
+              f"steepest power {text(worst)}: {probe}, {after(step)}", "0", flat(worst)),
         Check("standard: they grow from the start",
-              ", ".join(f"{name} {text(values)}" for name, values in standard.items()), "-",
-              all(map(grows, standard.values()))),
+              f"qkv, gate and up, mlp: {text(*standard)}", "-", all(map(grows, standard))),
         Check("without the init rule they grow from the start",
               f"mlp {text(init)} at the start", "-", grows(init)),
         Check("without the learning-rate rule they grow with the updates",
               f"mlp {text(rate)} after {last}", "-", grows(rate)),
         Check("without the logits rule the logits grow, with it they do not",
-              f"{text(logits)} and {text(mup_logits)} after {last}", "-",
+              f"{text(logits, mup_logits)} after {last}", "-",
               grows(logits) and abs(mup_logits.mean()) < GROWS),
         Check("muP with experts: no hidden activation grows or shrinks with the width, the "
               "router's logits included",
-              steepest_power.format(text(of_experts[0]), of_experts[1], after(of_experts[2])), "0",
-              flat(of_experts[0])),
+              f"steepest power {text(worst_expert)}: {of_expert}, {after(step_expert)}", "0",
+              flat(worst_expert)),
         Check("without the router's rules its logits grow, with them they do not",
-              f"{text(router)} and {text(mup_router)} after {last}", "-",
+              f"{text(router, mup_router)} after {last}", "-",
               grows(router) and abs(mup_router.mean()) < GROWS),
         Check("a tied embedding scaled like a matrix shrinks",
               f"{text(embedding)} after {last}", "-", grows(-embedding)),
         Check("the residual stream starts equally large at every depth, but not without "
               "scale_depth / sqrt(layers)",
-              f"powers {text(start['muP'])} and {text(start['no depth rule'])}", "-",
+              f"powers {text(start['muP'], start['no depth rule'])}", "-",
               flat(start["muP"]) and start["no depth rule"].mean() > FLAT),
         Check("and it stays so after updates",
-              f"powers {text(later['muP'])} and {text(later['no depth rule'])} after {last}", "-",
+              f"powers {text(later['muP'], later['no depth rule'])} after {last}", "-",
               flat(later["muP"]) and later["no depth rule"].mean() > FLAT),
         Check("with the learning rate of matrices divided by sqrt(layers) too, it stays equally "
               f"large after updates (power within {FLAT})",
-              f"{text(later['rate / sqrt(layers)'])} after {last}", "-",
-              flat(later["rate / sqrt(layers)"])),
+              f"{text(lower_rate)} after {last}", "-", flat(lower_rate)),
         Check("with branches divided by the layers and the learning rate unchanged (CompleteP), it "
               f"stays equally large after updates (power within {FLAT})",
-              f"{text(later['CompleteP'])} after {last}", "0 (Dey et al.)",
-              flat(later["CompleteP"])),
+              f"{text(complete)} after {last}", "-", flat(complete)),
     ]
 
 
 # %% What it means: from width 64 to the 2304 of the 2.4B model, a power of 1 means a factor of 36.
 # No single learning rate can make up for that, because the activations of one network grow with
-# different powers. Over depth the paper's rule is half of a rule: table 7 divides each branch by
-# the square root of the depth, but not its learning rate. The updates of all blocks push the
-# residual stream in the same direction, so once training has begun it still grows a little with
-# depth. The paper searches for its constants with 8 layers and uses them with 40 and 52.
+# different powers.
 #
-# A router of experts is a matrix whose input grows and whose output does not. Outside of the rules
-# its logits grow with the width: the wider the model, the surer its router is of its choice before
-# it has learned anything.
+# One check does not hold: after updates the residual stream grows with depth. The paper's rule is
+# half of a rule. At the start the branches are random and independent, their sum grows with
+# sqrt(L), and dividing each by sqrt(L) cancels that. But the updates of all blocks push the stream
+# in the same direction, so they add up with L. Two complete rules exist, and both keep the stream
+# level here: divide the learning rate by sqrt(L) too, or divide the branches by L (CompleteP). Dey
+# et al. prefer the second: with the first, a block of a deep model learns little that is not linear
+# in its weights. The paper searches for its constants with 8 layers and uses them with 40 and 52.
+# labs/lr_transfer.py shows what this does to the best learning rate.
+#
+# A router of experts is a matrix whose input grows with the width and whose output does not.
+# Without its rules its logits grow with the width: a wide router is sure of its choice before it
+# has learned anything.
 #
 # Exercises
 # 1. `std=matrix.std * math.sqrt(m)`: use m ** 0.25. Which probe shows it first?
