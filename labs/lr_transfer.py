@@ -72,17 +72,6 @@ def final_loss(width, depth, seed, mup, steps, eval_tokens, **constants):
     return {"loss": validate()["val_loss"]}
 
 
-def losses_of(jobs, settings, config):
-    """Return ([loss, ...], stale) of jobs: arguments of final_loss, without those in settings.
-
-    The loss of a run that diverged is infinite.
-    """
-    jobs = [dict(job, steps=settings.steps, eval_tokens=settings.eval_tokens) for job in jobs]
-    results, stale = runs.collect("lr_transfer", final_loss, jobs, config)
-    losses = [result["loss"] for result in results]
-    return [math.inf if loss is None else loss for loss in losses], stale
-
-
 def mean(losses):
     """Return the mean of {seed: loss}."""
     return float(np.mean(list(losses.values())))
@@ -104,64 +93,68 @@ def neighbors(rate, rates):
     return rates[max(0, i - 1):i + 2]
 
 
-def rate_curve(model, tried, rates, settings, config):
-    """Return ({learning rate: {seed: loss}}, stale) of a model, given as arguments of final_loss.
+def rate_curve(model, tried, rates, seeds, losses_of):
+    """Return {learning rate: {seed: loss}} of a model, given as arguments of final_loss.
 
-    tried  rates that the first seed tries at first. Then follow the rates next to the lowest point,
-           which can move it, until it stays; then the same with all seeds
+    tried      rates that the first seed tries at first. Then follow the rates next to the lowest
+               point, which can move it, until it stays; then the same with all seeds
+    losses_of  jobs -> their losses
     """
-    curve, stale = {}, False
-    for seeds in (settings.seeds[:1], settings.seeds):
-        while missing := [(rate, seed) for rate in tried for seed in seeds
+    curve = {}
+    for now in (seeds[:1], seeds):
+        while missing := [(rate, seed) for rate in tried for seed in now
                           if seed not in curve.get(rate, {})]:
             jobs = [dict(model, learning_rate=rate, seed=seed) for rate, seed in missing]
-            losses, old = losses_of(jobs, settings, config)
-            stale |= old
-            for (rate, seed), loss in zip(missing, losses):
+            for (rate, seed), loss in zip(missing, losses_of(jobs)):
                 curve.setdefault(rate, {})[seed] = loss
             tried = neighbors(best_rate(curve), rates)
-    return dict(sorted(curve.items())), stale
+    return dict(sorted(curve.items()))
 
 
-def rate_curves(settings, config):
-    """Return ({kind: {size: curve}}, stale); kind: muP, control or depth. See rate_curve."""
+def rate_curves(settings, losses_of):
+    """Return {kind: {size: curve}}; kind: muP, control or depth. See rate_curve."""
     models = {"muP": {width: dict(width=width, depth=DEPTH, mup=True) for width in settings.widths},
               "control": {width: dict(width=width, depth=DEPTH, mup=False)
                           for width in settings.widths},
               "depth": {depth: dict(width=settings.widths[0], depth=depth, mup=True)
                         for depth in settings.depths}}
-    curves, stale = {}, False
+    curves = {}
     for kind, by_size in models.items():
         rates = tried = settings.control_rates if kind == "control" else settings.rates
         found = curves[kind] = {}
         for size, model in by_size.items():
-            found[size], old = rate_curve(model, tried, rates, settings, config)
-            stale |= old
+            found[size] = rate_curve(model, tried, rates, settings.seeds, losses_of)
             smallest, *_ = found.values()
             tried = {*neighbors(best_rate(found[size]), rates), best_rate(smallest)}
-    return curves, stale
+    return curves
 
 
-def search(settings, config):
-    """Return (trials, {width: loss of each trial}, stale) of the random search, with one seed.
+def search(settings, losses_of):
+    """Return (trials, {width: loss of each trial}) of the random search, with one seed.
 
     trials  sets of constants, log-uniform within a factor of 4 of the paper's
     """
     rng = np.random.default_rng(0)
     trials = [{name: float(f"{value * 4 ** rng.uniform(-1, 1):.3g}")
                for name, value in PAPER.items()} for _ in range(settings.trials)]
-    jobs = [dict(constants, width=width, depth=DEPTH, mup=True, seed=settings.seeds[0])
-            for width in settings.search_widths for constants in trials]
-    losses, stale = losses_of(jobs, settings, config)
-    return trials, dict(zip(settings.search_widths, np.reshape(losses, (-1, len(trials))))), stale
+    return trials, {width: np.array(losses_of([
+        dict(constants, width=width, depth=DEPTH, mup=True, seed=settings.seeds[0])
+        for constants in trials])) for width in settings.search_widths}
 
 
 def experiment(settings, config):
     """Return ((curves, trials, losses of the trials), stale): see rate_curves and search."""
     runs.prepare(config)
-    curves, stale = rate_curves(settings, config)
-    trials, losses, old = search(settings, config)
-    return (curves, trials, losses), stale or old
+    stale = []
+
+    def losses_of(jobs):
+        """Return the loss of each job; that of a run that diverged is infinite."""
+        jobs = [dict(job, steps=settings.steps, eval_tokens=settings.eval_tokens) for job in jobs]
+        results, old = runs.collect("lr_transfer", final_loss, jobs, config)
+        stale.append(old)
+        return [math.inf if result["loss"] is None else result["loss"] for result in results]
+
+    return (rate_curves(settings, losses_of), *search(settings, losses_of)), any(stale)
 
 
 # %% The best rate between the rates tried
@@ -206,7 +199,9 @@ def plot_best(ax, curves, kinds, xlabel):
     for style, kind in zip(runs.STYLES, kinds):
         best = best_rates(curves, kind)
         runs.bars(ax, list(best), list(best.values()), style, label=KINDS[kind])
-    ax.set(yscale="log", xlabel=xlabel, ylabel="best learning rate (vertex)")
+    ax.set(yscale="log", xlabel=xlabel, ylabel="best learning rate (vertex)", ylim=(4e-4, 0.02))
+    ax.set_yticks([], minor=True)
+    ax.set_yticks(ticks := (0.0005, 0.001, 0.002, 0.005, 0.01), ticks)
     runs.log_x(ax, best)
 
 
@@ -225,7 +220,6 @@ def draw(results, settings):
         runs.log_x(ax, sorted({rate for curve in by_size.values() for rate in curve}))
     plot_best(axes[1, 0], curves, ("muP", "control"), "width")
     plot_best(axes[1, 1], curves, ("depth",), "layers")
-    axes[1, 1].set(ylim=axes[1, 0].get_ylim())
     (small, of_small), (large, of_large) = losses.items()
     winner = np.argmin(of_small)
     ax = axes[1, 2]
@@ -239,11 +233,9 @@ def draw(results, settings):
 
 def slide(ax, results, settings):
     plot_best(ax, results[0], ("muP", "control"), "width")
-    muP, control = (best_rates(results[0], kind) for kind in ("muP", "control"))
-    factor = control[settings.widths[0]].mean() / control[settings.widths[-1]].mean()
-    if not same(muP):
-        return "The best learning rate moves with the width, even with muP"
-    return f"With muP the best learning rate stays; without, it falls {factor:.0f}-fold"
+    muP, control = (same(best_rates(results[0], kind)) for kind in ("muP", "control"))
+    return ("With muP the best learning rate stays; without, it falls" if muP and not control else
+            "The best learning rate over the width, with and without muP")
 
 
 # %% The checks
