@@ -44,7 +44,7 @@ LEAST_LOAD = 0.25               # of an equal share
 @dataclass
 class Settings:
     seeds: tuple[int, ...] = (0, 1, 2)
-    width: int = 64
+    width: int = 32
     experts: int = 8            # as in the paper; two per token
     batch_size: int = 8         # sequences per update
     quarter: int = 400          # updates with experts that take a quarter of the trunk's FLOPs
@@ -242,10 +242,7 @@ def checks(results, settings):
     ]
 
 
-# %% What it means: for someone who has a dense model, TODO
-#
-# The width is dim_model_base, so all factors of muP are 1 here; what its rules do for the router of
-# a wider model is in labs/mup_coordinates.py.
+# %% What it means: TODO
 #
 # Exercises
 # 1. `max_steps=4 * 5 * dense_fifth`: train the trunk twice as long. How many updates do the experts
