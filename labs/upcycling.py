@@ -182,9 +182,8 @@ def draw(results, settings):
         loads = settings.experts * np.array(results[0]["loads"][name])[:, -1]  # (parts, experts)
         updates = settings.quarter * ENDS[-1] * (np.arange(PARTS) + 0.5) / PARTS
         for number, (load, style) in enumerate(zip(loads.T, runs.STYLES), 1):
-            ax.plot(updates, load, markersize=4, **style)
-            ax.annotate(number, (updates[-1], load[-1]), (6, 0), textcoords="offset points",
-                        va="center", color=style["color"])
+            ax.plot(updates, load, markersize=4, label=f"expert {number}", **style)
+        ax.legend(ncols=4, fontsize=7)
         ax.axhline(1, color="0.5")
         ax.axhline(LEAST_LOAD, color="0.5", linestyle=":")
         ax.set(xlabel="updates", ylabel="load of an expert (1: an equal share)",
