@@ -195,9 +195,10 @@ def slide(ax, results, settings):
     plot_losses(ax, results, trunk=0)
     ax.set(xlabel="further FLOPs (1: what the dense model has cost)")
     caught = crossing(results, "scratch")
-    if caught is None:
-        return "Experts from a dense model: ahead of experts from scratch throughout"
-    return f"Experts from scratch need {caught:.1f} times the dense model's FLOPs to catch up"
+    if caught:
+        return f"Experts from scratch catch up after {caught:.1f} x the dense model's FLOPs"
+    behind = lead(results, "scratch", ENDS[-1]).mean() > 0
+    return f"Experts from scratch are {'behind' if behind else 'ahead of'} upcycled ones throughout"
 
 
 # %% The checks
