@@ -6,14 +6,20 @@ Claim       Under muP the best learning rate is the same at every size: about 0.
             2.1B parameters. So are the other constants (scale_emb, scale_depth, init_std), which
             the paper found once, on a model of 0.009B.
 Write down  before you run it: with one learning rate for all parameters (no muP), does the best
-            one go up or down as the model gets wider? By labs/mup_coordinates.py an update by Adam
-            changes a matrix's output in proportion to the width: how far then?
-Command     python -m labs.lr_transfer          16 minutes on two cores; --quick=True: seconds
+            one go up or down as the model gets wider? How far, if an update by Adam changes the
+            output of a matrix in proportion to the width (labs/mup_coordinates.py)?
+Command     python -m labs.lr_transfer    22 minutes on two cores; --quick=True: seconds
 
 The loss is measured over learning rates, in steps of a factor of 2: for four widths with muP, for
-the same widths without it, and for three depths. Around the lowest point of each curve the runs are
-repeated with other seeds. A random search at the smallest width follows; what it finds is tested at
-the largest width.
+the same widths without it, and for three depths. The smallest model tries all rates. Each larger
+model tries those next to the best rate of the model before it. Next to the lowest point, the runs
+are repeated with other seeds. The vertex of a parabola, log loss over log rate, is the best rate.
+
+The base width of the labs, dim_model_base = 64, was chosen so that 0.01 is about the best rate
+there. So the 0.01 itself is no evidence. The evidence is that it stays the best elsewhere.
+
+A random search over four constants follows. The same sets of constants are tried at width 32 and at
+width 128: do both widths rank them alike, and what does it cost to trust the small one?
 """
 # %%
 import math
@@ -28,7 +34,10 @@ from labs.runs import Check
 
 PAPER = {"learning_rate": 0.01, "scale_emb": 12.0, "scale_depth": 1.4, "init_std": 0.1}
 DEPTH = 4                               # layers of the models of several widths
-FINALISTS = 3                           # of the search: they run with all seeds
+WINDOW = 4.1                            # a parabola is fitted to rates up to this factor away
+SAME = 2                                # best rates within this factor count as the same
+FALLS = 4                               # by at least this factor without muP
+RANKS = 0.8                             # smallest rank correlation
 
 
 @dataclass
@@ -38,7 +47,8 @@ class Settings:
     rates: tuple[float, ...] = (0.0025, 0.005, 0.01, 0.02, 0.04)
     control_rates: tuple[float, ...] = (0.00025, 0.0005, 0.001, 0.002, 0.004, 0.008, 0.016)
     seeds: tuple[int, ...] = (0, 1, 2)          # the others only around a curve's lowest point
-    trials: int = 20                            # draws of the random search
+    trials: int = 16                            # draws of the random search
+    search_widths: tuple[int, ...] = (32, 128)  # of the search: small and large
     steps: int = 200                            # updates per run
     eval_tokens: int = 65536                    # held-out bytes
 
@@ -62,25 +72,9 @@ def final_loss(width, depth, seed, mup, steps, eval_tokens, **constants):
     return {"loss": validate()["val_loss"]}
 
 
-def losses_of(jobs, settings, config):
-    """Return ([loss, ...], stale) of jobs: arguments of final_loss, without those in settings.
-
-    The loss of a run that diverged is infinite.
-    """
-    jobs = [dict(job, steps=settings.steps, eval_tokens=settings.eval_tokens) for job in jobs]
-    results, stale = runs.collect("lr_transfer", final_loss, jobs, config)
-    losses = [result["loss"] for result in results]
-    return [math.inf if loss is None else loss for loss in losses], stale
-
-
 def mean(losses):
     """Return the mean of {seed: loss}."""
     return float(np.mean(list(losses.values())))
-
-
-def spread(losses):
-    """Return the highest minus the lowest of {seed: loss}."""
-    return max(losses.values()) - min(losses.values())
 
 
 def best_rate(curve):
@@ -99,130 +93,162 @@ def neighbors(rate, rates):
     return rates[max(0, i - 1):i + 2]
 
 
-def rate_curves(settings, config):
-    """Return ({kind: {size: {learning rate: {seed: loss}}}}, stale); kind: muP, control or depth.
+def rate_curve(model, tried, rates, seeds, losses_of):
+    """Return {learning rate: {seed: loss}} of a model, given as arguments of final_loss.
 
-    The first seed runs at all rates, the others around the rate where the mean over seeds is
-    lowest. They can move the lowest point, so this repeats until it stays.
+    tried      rates that the first seed tries at first. Then follow the rates next to the lowest
+               point, which can move it, until it stays; then the same with all seeds
+    losses_of  jobs -> their losses
     """
+    curve = {}
+    for now in (seeds[:1], seeds):
+        while missing := [(rate, seed) for rate in tried for seed in now
+                          if seed not in curve.get(rate, {})]:
+            jobs = [dict(model, learning_rate=rate, seed=seed) for rate, seed in missing]
+            for (rate, seed), loss in zip(missing, losses_of(jobs)):
+                curve.setdefault(rate, {})[seed] = loss
+            tried = neighbors(best_rate(curve), rates)
+    return dict(sorted(curve.items()))
+
+
+def rate_curves(settings, losses_of):
+    """Return {kind: {size: curve}}; kind: muP, control or depth. See rate_curve."""
     models = {"muP": {width: dict(width=width, depth=DEPTH, mup=True) for width in settings.widths},
               "control": {width: dict(width=width, depth=DEPTH, mup=False)
                           for width in settings.widths},
               "depth": {depth: dict(width=settings.widths[0], depth=depth, mup=True)
                         for depth in settings.depths}}
-    rates = {"muP": settings.rates, "control": settings.control_rates, "depth": settings.rates}
-    curves = {kind: {size: {rate: {} for rate in rates[kind]} for size in models[kind]}
-              for kind in models}
-    wanted = [(kind, size, rate, settings.seeds[0])
-              for kind in models for size in models[kind] for rate in rates[kind]]
-    stale = False
-    while wanted:
-        losses, old = losses_of([dict(models[kind][size], seed=seed, learning_rate=rate)
-                                 for kind, size, rate, seed in wanted], settings, config)
-        stale |= old
-        for (kind, size, rate, seed), loss in zip(wanted, losses):
-            curves[kind][size][rate][seed] = loss
-        wanted = [(kind, size, rate, seed)
-                  for kind in curves for size, curve in curves[kind].items()
-                  for rate in neighbors(best_rate(curve), rates[kind])
-                  for seed in settings.seeds if seed not in curve[rate]]
-    return curves, stale
+    curves = {}
+    for kind, by_size in models.items():
+        rates = tried = settings.control_rates if kind == "control" else settings.rates
+        found = curves[kind] = {}
+        for size, model in by_size.items():
+            found[size] = rate_curve(model, tried, rates, settings.seeds, losses_of)
+            smallest, *_ = found.values()
+            tried = {*neighbors(best_rate(found[size]), rates), best_rate(smallest)}
+    return curves
 
 
-def random_constants(trials):
-    """Return random sets of constants, log-uniform within a factor of 4 of the paper's."""
-    rng = np.random.default_rng(0)
-    return [{name: float(f"{value * 4 ** rng.uniform(-1, 1):.3g}") for name, value in PAPER.items()}
-            for _ in range(trials)]
+def search(settings, losses_of):
+    """Return (trials, {width: loss of each trial}) of the random search, with one seed.
 
-
-def trials_at(width, sets, seeds, settings, config):
-    """Return ([(constants, {seed: loss}), ...], stale) of sets of constants."""
-    jobs = [dict(constants, width=width, depth=DEPTH, mup=True, seed=seed)
-            for constants in sets for seed in seeds]
-    losses, stale = losses_of(jobs, settings, config)
-    rows = np.reshape(losses, (len(sets), len(seeds))).tolist()
-    return [(constants, dict(zip(seeds, row))) for constants, row in zip(sets, rows)], stale
-
-
-def search(settings, config):
-    """Search for the constants at the smallest width, and test the best set at the largest.
-
-    returns  (trials, compared, stale): trials [(constants, {seed: loss}), ...], the best first;
-             compared {width: (loss by seed of the best set, of the paper's)}
+    trials  sets of constants, log-uniform within a factor of 4 of the paper's
     """
-    small, large = settings.widths[0], settings.widths[-1]
-    trials, stale = trials_at(small, random_constants(settings.trials), settings.seeds[:1],
-                              settings, config)
-    trials.sort(key=mean_of_trial)
-    best = [constants for constants, _ in trials[:FINALISTS]]
-    finalists, old = trials_at(small, best, settings.seeds, settings, config)
-    trials[:FINALISTS] = sorted(finalists, key=mean_of_trial)
-    stale |= old
-    compared = {}
-    for width in (small, large):
-        sets = [trials[0][0], {"learning_rate": PAPER["learning_rate"]}]    # rest: config/lab.py
-        results, old = trials_at(width, sets, settings.seeds, settings, config)
-        compared[width] = [losses for _, losses in results]
-        stale |= old
-    return trials, compared, stale
-
-
-def mean_of_trial(trial):
-    return mean(trial[1])
+    rng = np.random.default_rng(0)
+    trials = [{name: float(f"{value * 4 ** rng.uniform(-1, 1):.3g}")
+               for name, value in PAPER.items()} for _ in range(settings.trials)]
+    return trials, {width: np.array(losses_of([
+        dict(constants, width=width, depth=DEPTH, mup=True, seed=settings.seeds[0])
+        for constants in trials])) for width in settings.search_widths}
 
 
 def experiment(settings, config):
-    """Return ((curves, trials, compared), stale): see rate_curves and search."""
+    """Return ((curves, trials, losses of the trials), stale): see rate_curves and search."""
     runs.prepare(config)
-    curves, stale = rate_curves(settings, config)
-    trials, compared, old = search(settings, config)
-    return (curves, trials, compared), stale or old
+    stale = []
+
+    def losses_of(jobs):
+        """Return the loss of each job; that of a run that diverged is infinite."""
+        jobs = [dict(job, steps=settings.steps, eval_tokens=settings.eval_tokens) for job in jobs]
+        results, old = runs.collect("lr_transfer", final_loss, jobs, config)
+        stale.append(old)
+        return [math.inf if result["loss"] is None else result["loss"] for result in results]
+
+    return (rate_curves(settings, losses_of), *search(settings, losses_of)), any(stale)
+
+
+# %% The best rate between the rates tried
+
+def vertices(curve):
+    """Return the learning rates of lowest loss, one per seed, from parabolas through log loss over
+    log rate around the best rate of the grid.
+
+    The seeds share the curvature, which one seed's three points would tell badly. NaN if the
+    points do not curve upwards.
+    """
+    best = best_rate(curve)
+    points = [(math.log(rate), seed, math.log(loss)) for rate in curve
+              if 1 / WINDOW < rate / best < WINDOW
+              for seed, loss in curve[rate].items() if math.isfinite(loss)]
+    x, seed, y = map(np.array, zip(*points))
+    own = seed[:, None] == np.unique(seed)                  # (points, seeds)
+    columns = np.column_stack([x ** 2, own * x[:, None], own])
+    (curvature, *rest), *_ = np.linalg.lstsq(columns, y, rcond=None)
+    slopes = np.array(rest[:own.shape[1]])
+    return np.exp(-slopes / (2 * curvature)) if curvature > 0 else np.full(len(slopes), np.nan)
+
+
+def best_rates(curves, kind):
+    """Return {size: vertices} of the models of a kind."""
+    return {size: vertices(curve) for size, curve in curves[kind].items()}
+
+
+def rank_correlation(one, other):
+    """Return Spearman's rank correlation of two arrays without equal values."""
+    ranks = [np.argsort(np.argsort(values)) for values in (one, other)]
+    return float(np.corrcoef(ranks)[0, 1])
 
 
 # %% The figure
 
+KINDS = {"muP": "muP", "control": "no muP", "depth": "muP"}
+
+
+def plot_best(ax, curves, kinds, xlabel):
+    """Draw the best rates over the size, with the range of the seeds."""
+    for style, kind in zip(runs.STYLES, kinds):
+        best = best_rates(curves, kind)
+        runs.bars(ax, list(best), list(best.values()), style, label=KINDS[kind])
+    ax.set(yscale="log", xlabel=xlabel, ylabel="best learning rate (vertex)", ylim=(4e-4, 0.02))
+    ax.set_yticks([], minor=True)
+    ax.set_yticks(ticks := (0.0005, 0.001, 0.002, 0.005, 0.01), ticks)
+    runs.log_x(ax, best)
+
+
 def draw(results, settings):
-    curves, trials, compared = results
-    small = settings.widths[0]
-    figure, axes = runs.figure(2, 2, f"held-out loss after {settings.steps} updates",
+    curves, _, losses = results
+    figure, axes = runs.figure(2, 3, f"held-out loss after {settings.steps} updates",
                                width=5, height=3.8)
-    titles = ("muP: widths", "no muP: widths", f"muP: layers, at width {small}")
-    for ax, title, by_size in zip(axes.flat, titles, curves.values()):
+    titles = ("muP: widths", "no muP: widths", f"muP: layers, at width {settings.widths[0]}")
+    for ax, title, by_size in zip(axes[0], titles, curves.values()):
         for style, (size, curve) in zip(runs.STYLES, by_size.items()):
             shown = [rate for rate in curve if math.isfinite(mean(curve[rate]))]
-            losses = [list(curve[rate].values()) for rate in shown]
-            runs.bars(ax, shown, losses, style, label=size)
-            best = best_rate(curve)
-            ax.plot(best, mean(curve[best]), "o", markersize=13, markerfacecolor="none",
-                    color=style["color"])
-        ax.set(title=f"{title} (ring: lowest; bars: seeds)")
-        runs.log_x(ax, curve)
-
-    ax = axes[1, 1]
-    ax.plot([constants["learning_rate"] for constants, _ in trials],
-            [mean_of_trial(trial) for trial in trials], "o", color="0.6",
-            label=f"random constants, width {small}")
-    for face, (width, (found, paper)) in zip(("black", "white"), compared.items()):
-        marker = dict(color="black", markerfacecolor=face, markersize=10, linestyle="")
-        ax.plot(trials[0][0]["learning_rate"], mean(found), marker="*", **marker,
-                label=f"found constants, width {width}")
-        ax.plot(PAPER["learning_rate"], mean(paper), marker="s", **marker,
-                label=f"paper's constants, width {width}")
-    ax.set(title="search over four constants")
-    runs.log_x(ax, settings.rates)
-    for ax in axes.flat:
-        ax.set(xlabel="learning rate", ylabel="loss (nats per byte)")
-        ax.axvline(PAPER["learning_rate"], color="0.5", linestyle=":", label="the paper's rate")
+            runs.bars(ax, shown, [list(curve[rate].values()) for rate in shown], style, label=size)
+            ax.axvline(vertices(curve).mean(), ymax=0.08, color=style["color"], linewidth=3)
+        ax.set(title=f"{title} (below: vertices)", xlabel="learning rate",
+               ylabel="loss (nats per byte)")
+        runs.log_x(ax, sorted({rate for curve in by_size.values() for rate in curve}))
+    plot_best(axes[1, 0], curves, ("muP", "control"), "width")
+    plot_best(axes[1, 1], curves, ("depth",), "layers")
+    (small, of_small), (large, of_large) = losses.items()
+    winner = np.argmin(of_small)
+    ax = axes[1, 2]
+    ax.plot(of_small, of_large, "o", color="black", label="a random set of constants")
+    ax.plot(of_small[winner], of_large[winner], "o", markersize=13, markerfacecolor="none",
+            color="tab:red", label=f"the best at width {small}")
+    ax.set(title=f"search: rank correlation {rank_correlation(of_small, of_large):.2f}",
+           xlabel=f"loss at width {small}", ylabel=f"loss at width {large}")
     return figure
+
+
+def slide(ax, results, settings):
+    plot_best(ax, results[0], ("muP", "control"), "width")
+    muP, control = (same(best_rates(results[0], kind)) for kind in ("muP", "control"))
+    return ("With muP the best learning rate stays; without, it falls" if muP and not control else
+            "The best learning rate over the width, with and without muP")
 
 
 # %% The checks
 
-def stays(best, rates):
-    """Return whether {size: rate} are within a factor of 2, and none is at an end of rates."""
-    found = set(best.values())
-    return max(found) <= 2.01 * min(found) and not {rates[0], rates[-1]} & found
+def same(best):
+    """Return whether the mean best rates of all sizes are within a factor of SAME."""
+    means = [rates.mean() for rates in best.values()]
+    return bool(max(means) <= SAME * min(means))            # False if one is NaN
+
+
+def spread(losses):
+    """Return the highest minus the lowest of {seed: loss}."""
+    return max(losses.values()) - min(losses.values())
 
 
 def reuse(curves):
@@ -238,37 +264,40 @@ def reuse(curves):
     return cost, spread(own)
 
 
-def listed(best):
-    return ", ".join(f"{rate:g} at {size}" for size, rate in best.items())
-
-
 def checks(results, settings):
-    curves, trials, compared = results
+    curves, trials, losses = results
     small, large = settings.widths[0], settings.widths[-1]
-    best = {kind: {size: best_rate(curve) for size, curve in by_size.items()}
-            for kind, by_size in curves.items()}
+    best = {kind: best_rates(curves, kind) for kind in curves}
+    text = {kind: ", ".join(f"{runs.mean_and_range(rates, '.4f')} at {size}"
+                            for size, rates in by_size.items()) for kind, by_size in best.items()}
+    fall = np.log(best["control"][small] / best["control"][large])
     (cost, noise), (control_cost, control_noise) = reuse(curves["muP"]), reuse(curves["control"])
-    gain = {width: mean(paper) - mean(found) for width, (found, paper) in compared.items()}
-    search_noise = max(map(spread, compared[large]))
-    found, paper = (", ".join(f"{name} {value:g}" for name, value in constants.items())
-                    for constants in (trials[0][0], PAPER))
+    of_small, of_large = losses.values()
+    search_small, search_large = settings.search_widths
+    ranks, winner = rank_correlation(of_small, of_large), np.argmin(of_small)
+    regret = of_large[winner] - of_large.min()
+    search_noise = spread(curves["muP"][search_large][PAPER["learning_rate"]])
+    constants = ", ".join(f"{name} {value:g}" for name, value in trials[winner].items())
+    paper = ", ".join(f"{name} {value:g}" for name, value in PAPER.items())
     return [
-        Check("muP: the best learning rate stays within a factor of 2 over widths",
-              listed(best["muP"]), "0.01 at every size", stays(best["muP"], settings.rates)),
-        Check("muP: and over depths",
-              listed(best["depth"]), "0.01 at every size", stays(best["depth"], settings.rates)),
-        Check("without muP it falls as the width grows, by a factor of 4 or more",
-              listed(best["control"]), "-",
-              best["control"][small] >= 3.99 * best["control"][large]),
+        Check("muP: the vertex of the parabola (log loss over log rate) stays within a factor of "
+              f"{SAME} over widths", text["muP"], "0.01 at every size", same(best["muP"])),
+        Check("muP: and over depths", text["depth"], "0.01 at every size", same(best["depth"])),
+        Check(f"without muP it falls as the width grows, by a factor of {FALLS} or more",
+              f"{text['control']} (p = {runs.p_value(fall):.2g} that it does not fall)", "-",
+              bool(np.exp(fall.mean()) >= FALLS)),
         Check(f"the best rate of width {small} used at width {large} costs nothing with muP "
               "(within the seeds' spread), and something without",
               f"{cost:.3f} (spread {noise:.3f}) and {control_cost:.3f} (spread "
               f"{control_noise:.3f}) nats per byte", "-",
               cost <= noise and control_cost > control_noise),
-        Check(f"constants found at width {small} are not worse than the paper's at width {large}, "
-              "within the seeds' spread",
-              f"{found}: better by {gain[small]:.3f} at {small}, by {gain[large]:.3f} (spread "
-              f"{search_noise:.3f}) at {large}", paper, gain[large] >= -search_noise),
+        Check(f"random constants rank alike at widths {search_small} and {search_large}: rank "
+              f"correlation of at least {RANKS}",
+              f"{ranks:.2f} over {len(trials)} sets", "-", ranks >= RANKS),
+        Check(f"the best of them at width {search_small} costs at width {search_large} at most the "
+              "seeds' spread against the best there",
+              f"{constants}: {regret:.3f} (spread {search_noise:.3f}) nats per byte",
+              f"found: {paper}", bool(regret <= search_noise)),
     ]
 
 
@@ -276,24 +305,29 @@ def checks(results, settings):
 # far beyond them, found 0.01 again. So the matrices of the 2.4B model learn with 0.01 / 9. Without
 # muP one would have to search at the full size, or fit the drift over sizes and extrapolate it.
 #
-# The last check does not hold: a few random draws in four dimensions find nothing as good as the
-# paper's constants, which come from a Bayesian search. But the small width says so too: there the
-# best draw loses nearly as much as at the large width. What the small width says does hold at the
-# large one. What fails is the search, and a longer one costs seconds per run.
+# Over depth the best rate falls a little with every doubling of the layers. The likely reason is in
+# labs/mup_coordinates.py: the paper's rule shrinks the branches, but not their learning rate.
+#
+# One check does not hold: over all sets of constants, the ranks at the two widths agree a little
+# less than was asked. Look at the last panel. The best four sets come in the same order at both
+# widths, so trusting the small width costs nothing, and that is what a search needs. The order is
+# mixed among the sets that nobody would take. One set is far better at the large width than its
+# loss at the small width suggests. It has the lowest learning rate; one seed cannot tell why.
 #
 # Exercises
 # 1. `mup=mup`: add `mup_lr=False`, which keeps muP's init and scalings but uses one learning rate
 #    for all parameters. Over which widths does the best rate still hold?
 # 2. `warmup_steps=steps // 10`: train without warm-up. Which end of the curves changes, and does
-#    the lowest point move?
-# 3. `4 ** rng.uniform(-1, 1)`: draw within a factor of 2 of the paper's, or give --trials=100. Does
-#    the last check hold then?
+#    the vertex move?
+# 3. `4 ** rng.uniform(-1, 1)`: draw within a factor of 2 of the paper's. The sets then differ less:
+#    what happens to the rank correlation, and what to the regret?
 
 @exits_cleanly
 def main(argv):
-    quick = dict(widths=(32, 64), depths=(2,), rates=(0.005, 0.01), control_rates=(0.002,),
-                 seeds=(0, 1), trials=2, steps=2, eval_tokens=2048)
-    runs.main("lr_transfer", argv, Settings, quick, __doc__, experiment, draw, checks)
+    quick = dict(widths=(32, 64), depths=(2,), rates=(0.005, 0.01, 0.02), seeds=(0, 1),
+                 control_rates=(0.001, 0.002, 0.004), trials=2, search_widths=(32, 64), steps=2,
+                 eval_tokens=2048)
+    runs.main("lr_transfer", argv, Settings, quick, __doc__, experiment, draw, checks, slide)
 
 
 if __name__ == "__main__":

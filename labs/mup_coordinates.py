@@ -8,11 +8,13 @@ Claim       Under the rules of table 7 every activation has the same size at eve
 Write down  before you run it: the entries of a matrix are drawn with the same standard deviation
             at every width n. With which power of n does its output grow? An update by Adam changes
             every entry by about the learning rate: with which power does that change grow?
-Command     python -m labs.mup_coordinates          five minutes; --quick=True: a test of seconds
+            Then over depth: L layers add their updates to one residual stream. How must the
+            branches, or the learning rate, shrink with L, so that the sum stays the same?
+Command     python -m labs.mup_coordinates    ten minutes on two cores; --quick=True: seconds
 
 This is a coordinate check. Models of several widths make a few updates, then the mean |activation|
 on one fixed text is measured at several places. On logarithmic axes its slope over the width is the
-power with which it grows: 0 under muP.
+power with which it grows: 0 under muP. The second part does the same over depth, with four rules.
 """
 # %%
 import dataclasses
@@ -36,6 +38,13 @@ PROBES = ("embedding", "qkv", "attention", "gate and up", "mlp", "residual", "lo
           "experts")
 RULES = ("muP", "standard", "no init rule", "no learning-rate rule", "no logits rule",
          "embedding as a matrix", "experts, muP", "experts, no router rules")
+# Rules for the scale of a branch and the learning rate of matrices in a model of L layers; the last
+# three are the same at L = DEPTH.
+DEPTH_RULES = {"no depth rule": "neither changes with L", "muP": "branches / √L (the paper)",
+               "rate / sqrt(layers)": "branches / √L, rate / √L",
+               "CompleteP": "branches / L (CompleteP)"}
+FLAT = 0.25                     # a power below it counts as none
+GROWS = 0.4                     # a power above it counts as growth
 
 
 @dataclass
@@ -54,13 +63,15 @@ class Settings:
 
 
 # %% The experiment: muP, the standard parametrization (one init std and one learning rate for all),
-# and muP without one of its rules
+# and muP without one of its rules. For depth: the paper's rule; the same with the learning rate of
+# matrices divided by sqrt(L) too (Tensor Programs VI, 2310.02244); and branches divided by L at the
+# same learning rate (CompleteP, Dey et al. 2505.01618).
 
 mup_table = model_file.mup_table
 
 
 def table_without(rule, config):
-    """Return mup_table of model.py with one rule switched off."""
+    """Return mup_table of model.py with one rule switched off, or with one more."""
     table = mup_table(dataclasses.replace(config, dim_model_base=BASE))
     m, matrix, embedding = config.n_embd / BASE, table["matrix"], table["embedding"]
     if rule == "no init rule":
@@ -73,7 +84,19 @@ def table_without(rule, config):
     if rule == "experts, no router rules":
         router = table["router"]
         table["router"] = dataclasses.replace(router, std=router.std * math.sqrt(m), lr=1.0)
+    if rule == "rate / sqrt(layers)":
+        rate = matrix.lr * math.sqrt(DEPTH / config.n_layer)
+        table["matrix"] = dataclasses.replace(matrix, lr=rate)
     return table
+
+
+def branch_scale(rule, config):
+    """Return the factor on the residual branches, by the rule of depth."""
+    if rule == "no depth rule":
+        return config.scale_depth
+    if rule == "CompleteP":
+        return config.scale_depth / math.sqrt(DEPTH) * DEPTH / config.n_layer
+    return config.residual_scale
 
 
 def activations(rule, width, depth, seed, steps):
@@ -85,9 +108,8 @@ def activations(rule, width, depth, seed, steps):
         learning_rate=0.001 if standard else 0.01,
         num_experts=EXPERTS if rule.startswith("experts") else 0,
         dim_model_base=width if rule == "no logits rule" else BASE)
-    if rule == "no depth rule":
-        for block in model.blocks:
-            block.scale = model.config.scale_depth
+    for block in model.blocks:
+        block.scale = branch_scale(rule, model.config)
     changed = mup_table if standard else lambda config: table_without(rule, config)
     with mock.patch.object(model_file, "mup_table", changed):
         model_file.init_weights(model, seed)
@@ -131,8 +153,7 @@ def experiment(settings, config):
     cells = [("width", rule, width, DEPTH, seed)
              for rule in RULES for width in settings.widths for seed in settings.seeds]
     cells += [("depth", rule, settings.widths[0], depth, seed)
-              for rule in ("muP", "no depth rule")
-              for depth in settings.depths for seed in settings.seeds]
+              for rule in DEPTH_RULES for depth in settings.depths for seed in settings.seeds]
     jobs = [dict(rule=rule, width=width, depth=depth, seed=seed, steps=settings.steps)
             for _, rule, width, depth, seed in cells]
     results, stale = runs.collect("mup_coordinates", activations, jobs, config)
@@ -149,17 +170,6 @@ def probes(results):
     return [probe for probe in PROBES if probe in measured]
 
 
-def steepest(results, settings):
-    """Return (|power|, probe, step) of the probe that changes most with the size.
-
-    Without the logits: they are small at the start, and smaller the wider the model. A power that
-    is NaN, of a run that diverged, counts as infinite.
-    """
-    powers = {(probe, step): abs(power(results, probe, step))
-              for probe in probes(results) if probe != "logits" for step in settings.steps}
-    return max((np.nan_to_num(value, nan=np.inf), *where) for where, value in powers.items())
-
-
 def by_size(results, probe, step):
     """Return (sizes, array (seeds, sizes)) of a probe. results: {(size, seed): activations}"""
     sizes, seeds = (sorted(set(values)) for values in zip(*results))
@@ -167,93 +177,159 @@ def by_size(results, probe, step):
                             for seed in seeds])
 
 
-def power(results, probe, step):
-    """Return the power of the size with which a probe grows, mean over seeds."""
+def powers(results, probe, step):
+    """Return the power of the size with which a probe grows, one per seed.
+
+    NaN, of a run that diverged, counts as infinite.
+    """
     sizes, values = by_size(results, probe, step)
-    return float(np.polyfit(np.log2(sizes), np.log2(values).T, 1)[0].mean())
+    found = np.polyfit(np.log2(sizes), np.log2(values).T, 1)[0]
+    return np.nan_to_num(found, nan=np.inf)
+
+
+def steepest(results, settings):
+    """Return (powers, probe, step) of the probe that changes most with the size.
+
+    Without the logits: they are small at the start, and smaller the wider the model.
+    """
+    found = [(powers(results, probe, step), probe, step)
+             for probe in probes(results) if probe != "logits" for step in settings.steps]
+    return max(found, key=lambda each: abs(each[0].mean()))
 
 
 # %% The figure
 
+def plot(ax, results, probe, step, style, label=None):
+    """Draw a probe over the size, relative to its value at the smallest size."""
+    sizes, values = by_size(results, probe, step)
+    runs.curve(ax, sizes, values / values[:, :1], style, label=label)
+    ax.set(yscale="log", ylabel="relative to the smallest size")
+    runs.log_x(ax, sizes)
+    ax.axhline(1, color="0.5", linewidth=0.8)
+
+
 def draw(found, settings):
-    step = settings.steps[-1]
-    figure, axes = runs.figure(
-        2, 5, f"mean |activation| after {step} updates, relative to the smallest size")
+    last = settings.steps[-1]
+    figure, axes = runs.figure(3, 4, "mean |activation| of models of several sizes")
     styles = dict(zip(PROBES, runs.STYLES)) | {"experts": runs.STYLES[PROBES.index("gate and up")]}
-    for ax, ((kind, rule), results) in zip(axes.flat, found.items()):
-        for probe in probes(results) if kind == "width" else ["residual"]:
-            sizes, values = by_size(results, probe, step)
-            label = probe if rule.endswith("muP") else None
-            runs.curve(ax, sizes, values / values[:, :1], styles[probe], label=label)
-        if kind == "width":
-            ax.set(xlabel="width", title=rule, ylim=(0.2, 1500))
-        else:
-            ax.set(xlabel="layers", title=f"{rule}, over depth", ylim=(0.5, 50))
-        ax.set(yscale="log", ylabel="relative to the smallest size")
-        runs.log_x(ax, sizes)
-        ax.axhline(1, color="0.5", linewidth=0.8)
+    panels = [(rule, last) for rule in RULES] + [("standard", 0), ("no init rule", 0)]
+    for ax, (rule, step) in zip(axes.flat, panels):
+        for probe in probes(found["width", rule]):
+            plot(ax, found["width", rule], probe, step, styles[probe],
+                 probe if rule.endswith("muP") else None)
+        ax.set(xlabel="width", title=f"{rule}: {after(step)}", ylim=(0.2, 1500))
+    for ax, step in zip(axes[2, 2:], (0, last)):
+        plot_depth(ax, found, step)
     return figure
+
+
+def plot_depth(ax, found, step):
+    for style, (rule, label) in zip(runs.STYLES, DEPTH_RULES.items()):
+        plot(ax, found["depth", rule], "residual", step, style, label)
+    ax.set(xlabel="layers L", title=f"residual stream: {after(step)}", ylim=(0.3, 50))
+
+
+def after(step):
+    return f"after {step} updates" if step else "at the start"
+
+
+def slide(ax, found, settings):
+    last = settings.steps[-1]
+    for style, rule in zip(runs.STYLES, ("muP", "standard", "no init rule",
+                                         "no learning-rate rule")):
+        plot(ax, found["width", rule], "mlp", last, style, rule)
+    ax.set(xlabel="width", ylabel=f"output of an MLP after {last} updates\n(1: at width "
+                                  f"{settings.widths[0]})")
+    flat = abs(powers(found["width", "muP"], "mlp", last).mean()) < FLAT
+    return ("With all rules of muP activations keep their size at any width" if flat else
+            "Even with all rules of muP activations change with the width")
 
 
 # %% The checks
 
+def flat(values):
+    return bool(abs(values.mean()) < FLAT)
+
+
+def grows(values):
+    return bool(values.mean() > GROWS)
+
+
+def text(*powers_of):
+    """Return the powers, each as mean and range over seeds."""
+    return " and ".join(runs.mean_and_range(values, ".2f") for values in powers_of)
+
+
 def checks(found, settings):
     last = settings.steps[-1]
-    worst, probe, step = steepest(found["width", "muP"], settings)
-    of_experts = steepest(found["width", "experts, muP"], settings)
-    router, router_outside = (power(found["width", rule], "router", last)
-                              for rule in ("experts, muP", "experts, no router rules"))
-    control = {probe: power(found["width", "standard"], probe, 0)
-               for probe in ("qkv", "gate and up", "mlp")}
-    init = power(found["width", "no init rule"], "mlp", 0)
-    rate = power(found["width", "no learning-rate rule"], "mlp", last)
-    logits, mup_logits = (power(found["width", rule], "logits", last)
+    width, depth = ({rule: results for (of, rule), results in found.items() if of == kind}
+                    for kind in ("width", "depth"))
+    worst, probe, step = steepest(width["muP"], settings)
+    worst_expert, of_expert, step_expert = steepest(width["experts, muP"], settings)
+    standard = [powers(width["standard"], name, 0) for name in ("qkv", "gate and up", "mlp")]
+    init = powers(width["no init rule"], "mlp", 0)
+    rate = powers(width["no learning-rate rule"], "mlp", last)
+    logits, mup_logits = (powers(width[rule], "logits", last)
                           for rule in ("no logits rule", "muP"))
-    embedding = power(found["width", "embedding as a matrix"], "embedding", last)
-    (deep, deep_later), (unscaled, unscaled_later) = (
-        [power(found["depth", rule], "residual", step) for step in (0, last)]
-        for rule in ("muP", "no depth rule"))
+    router, mup_router = (powers(width[rule], "router", last)
+                          for rule in ("experts, no router rules", "experts, muP"))
+    embedding = powers(width["embedding as a matrix"], "embedding", last)
+    start, later = ({rule: powers(results, "residual", step) for rule, results in depth.items()}
+                    for step in (0, last))
+    lower_rate, complete = later["rate / sqrt(layers)"], later["CompleteP"]
     return [
         Check("muP: no hidden activation grows or shrinks with the width",
-              f"steepest power {worst:.2f} ({probe}, after {step})", "0", worst < 0.25),
+              f"steepest power {text(worst)}: {probe}, {after(step)}", "0", flat(worst)),
         Check("standard: they grow from the start",
-              ", ".join(f"{name} {value:.2f}" for name, value in control.items()), "-",
-              min(control.values()) > 0.4),
+              f"qkv, gate and up, mlp: {text(*standard)}", "-", all(map(grows, standard))),
         Check("without the init rule they grow from the start",
-              f"mlp {init:.2f} at the start", "-", init > 0.4),
+              f"mlp {text(init)} at the start", "-", grows(init)),
         Check("without the learning-rate rule they grow with the updates",
-              f"mlp {rate:.2f} after {last}", "-", rate > 0.4),
+              f"mlp {text(rate)} after {last}", "-", grows(rate)),
         Check("without the logits rule the logits grow, with it they do not",
-              f"{logits:.2f} and {mup_logits:.2f} after {last}", "-",
-              logits > 0.4 > abs(mup_logits)),
+              f"{text(logits, mup_logits)} after {last}", "-",
+              grows(logits) and abs(mup_logits.mean()) < GROWS),
         Check("muP with experts: no hidden activation grows or shrinks with the width, the "
               "router's logits included",
-              "steepest power {:.2f} ({}, after {})".format(*of_experts), "0",
-              of_experts[0] < 0.25),
+              f"steepest power {text(worst_expert)}: {of_expert}, {after(step_expert)}", "0",
+              flat(worst_expert)),
         Check("without the router's rules its logits grow, with them they do not",
-              f"{router_outside:.2f} and {router:.2f} after {last}", "-",
-              router_outside > 0.4 > abs(router)),
+              f"{text(router, mup_router)} after {last}", "-",
+              grows(router) and abs(mup_router.mean()) < GROWS),
         Check("a tied embedding scaled like a matrix shrinks",
-              f"{embedding:.2f} after {last}", "-", embedding < -0.4),
+              f"{text(embedding)} after {last}", "-", grows(-embedding)),
         Check("the residual stream starts equally large at every depth, but not without "
               "scale_depth / sqrt(layers)",
-              f"powers {deep:.2f} and {unscaled:.2f}", "-", abs(deep) < 0.25 < unscaled),
+              f"powers {text(start['muP'], start['no depth rule'])}", "-",
+              flat(start["muP"]) and start["no depth rule"].mean() > FLAT),
         Check("and it stays so after updates",
-              f"powers {deep_later:.2f} and {unscaled_later:.2f} after {last}", "-",
-              abs(deep_later) < 0.25 < unscaled_later),
+              f"powers {text(later['muP'], later['no depth rule'])} after {last}", "-",
+              flat(later["muP"]) and later["no depth rule"].mean() > FLAT),
+        Check("with the learning rate of matrices divided by sqrt(layers) too, it stays equally "
+              f"large after updates (power within {FLAT})",
+              f"{text(lower_rate)} after {last}", "-", flat(lower_rate)),
+        Check("with branches divided by the layers and the learning rate unchanged (CompleteP), it "
+              f"stays equally large after updates (power within {FLAT})",
+              f"{text(complete)} after {last}", "-", flat(complete)),
     ]
 
 
 # %% What it means: from width 64 to the 2304 of the 2.4B model, a power of 1 means a factor of 36.
 # No single learning rate can make up for that, because the activations of one network grow with
-# different powers. Over depth the paper's rule is half of a rule: table 7 divides each branch by
-# the square root of the depth, but not its learning rate. The updates of all blocks push the
-# residual stream in the same direction, so once training has begun it still grows a little with
-# depth. The paper searches for its constants with 8 layers and uses them with 40 and 52.
+# different powers.
 #
-# A router of experts is a matrix whose input grows and whose output does not. Outside of the rules
-# its logits grow with the width: the wider the model, the surer its router is of its choice before
-# it has learned anything.
+# One check does not hold: after updates the residual stream grows with depth. The paper's rule is
+# half of a rule. At the start the branches are random and independent, their sum grows with
+# sqrt(L), and dividing each by sqrt(L) cancels that. But the updates of all blocks push the stream
+# in the same direction, so they add up with L. Two complete rules exist, and both keep the stream
+# level here: divide the learning rate by sqrt(L) too, or divide the branches by L (CompleteP). Dey
+# et al. prefer the second: with the first, a block of a deep model learns little that is not linear
+# in its weights. The paper searches for its constants with 8 layers and uses them with 40 and 52.
+# labs/lr_transfer.py shows what this does to the best learning rate.
+#
+# A router of experts is a matrix whose input grows with the width and whose output does not.
+# Without its rules its logits grow with the width: a wide router is sure of its choice before it
+# has learned anything.
 #
 # Exercises
 # 1. `std=matrix.std * math.sqrt(m)`: use m ** 0.25. Which probe shows it first?
@@ -264,7 +340,7 @@ def checks(found, settings):
 @exits_cleanly
 def main(argv):
     quick = dict(widths=(32, 64), depths=(2, 4), seeds=(0,), steps=(0, 2))
-    runs.main("mup_coordinates", argv, Settings, quick, __doc__, experiment, draw, checks)
+    runs.main("mup_coordinates", argv, Settings, quick, __doc__, experiment, draw, checks, slide)
 
 
 if __name__ == "__main__":

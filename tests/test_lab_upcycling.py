@@ -18,7 +18,7 @@ def test_the_quick_run_draws_and_reuses_its_results(tmp_path, monkeypatch, capsy
     (line,) = metrics.read_jsonl(tmp_path / "upcycling.jsonl")
     steps = {name: [step for step, _ in curve] for name, curve in line["result"]["curves"].items()}
     assert steps["dense"] == steps["experts"] == list(range(2, 31, 2)) and steps["longer"][-1] > 30 and steps["scratch"][-1] > 30
-    assert "holds    | upcycled experts compute what the dense model computes" in said and (tmp_path / "upcycling.png").stat().st_size > 10_000
+    assert "holds | upcycled experts compute what the dense model computes" in said and (tmp_path / "upcycling.png").stat().st_size > 10_000
     assert not [path for path in tmp_path.iterdir() if path.is_dir() and path.name[0] != "."]   # checkpoints are gone
     upcycling.main(["--quick=True", "--workers=1"])                     # nothing is run again
     assert (tmp_path / "upcycling.jsonl").read_text() == results

@@ -163,7 +163,7 @@ def test_the_coordinate_check_runs_quickly_and_tells_a_rule_that_is_off(tmp_path
     monkeypatch.setattr(runs, "path", lambda lab, kind, config: tmp_path / f"{lab}.{kind}.png")
     mup_coordinates.main(["--quick=True", "--workers=1"])
     said = capsys.readouterr().out
-    assert len(re.findall("^(holds|does not hold) \\|", said, re.M)) == 10 and (tmp_path / "mup_coordinates.figures.png").stat().st_size > 10_000
+    assert len(re.findall("^(holds|does not hold) \\|", said, re.M)) == 12 and (tmp_path / "mup_coordinates.figures.png").stat().st_size > 10_000
     assert "\nholds | standard: they grow from the start" in said and "\nholds | without the learning-rate rule" in said
     assert "--widht: unknown option" in error_of(mup_coordinates, ["--widht=64"], capsys)
 
