@@ -1,5 +1,6 @@
 """labs/long_context.py: the quick run from corpora to checks, and checks that can fail."""
 import copy
+import re
 
 import pytest
 from test_prepare import script
