@@ -174,7 +174,8 @@ def slide(ax, results, settings):
     ends = {variant: found(results[variant, LONG], 2 * LONG).mean() for variant in VARIANTS}
     if all((share > FAR) == (variant in NTK_ONES) for variant, share in ends.items()):
         return "Twice past its trained length, only NTK-aware RoPE finds keys"
-    return f"Keys at {2 * LONG:,}: " + ", ".join(f"{name} {end:.0f} %" for name, end in ends.items())
+    listed = ", ".join(f"{variant} {end:.0f} %" for variant, end in ends.items())
+    return f"Keys at {2 * LONG:,}: {listed}"
 
 
 # %% The checks

@@ -58,6 +58,7 @@ class Settings:
     seeds: tuple[int, ...] = (0, 1, 2)          # of the order of the pairs and of the wrong labels
     pairs: int = 3200                           # training pairs, each seen once
     batch_size: int = 16                        # pairs per update
+    learning_rate: float = 2e-4                 # peak, see the end of the lab
     questions: int = 800                        # held-out questions
     ckpt: str | None = None                     # SFT run to start from; unset: the lab trains one
     trunk_steps: int = 1500                     # of the lab's own model; 40 % of them are decay
@@ -182,16 +183,16 @@ def tuned(start, questions):
             **sample_answers(origin, origin, min(questions, 400))}
 
 
-def aligned(start, beta, wrong, sft_coef, seed, pairs, batch_size, questions):
+def aligned(start, beta, wrong, sft_coef, seed, pairs, batch_size, learning_rate, questions):
     """Run DPO once; return its training curve and all measures, or None if it diverges."""
     job = dict(start=start, beta=beta, wrong=wrong, sft_coef=sft_coef, seed=seed, pairs=pairs,
-               batch_size=batch_size)
+               batch_size=batch_size, learning_rate=learning_rate)
     folder, origin = runs.folder("preferences", job), start_folder(start)
     label_pairs(pairs, wrong, seed, Path(f"{folder}.jsonl"))
     if not runs.finish(dpo.main, "config/laptop_dpo.py", init_from=origin, out_dir=folder,
                        beta=beta, sft_coef=sft_coef, seed=seed, pairs=f"{folder}.jsonl",
                        max_pairs=None, val_pairs=HELD_OUT_PAIRS, batch_size=batch_size,
-                       log_interval=1, **COMMON):
+                       learning_rate=learning_rate, log_interval=1, **COMMON):
         return None
     training, held_out = metrics.read(folder)
     # The labels that are wrong show the margin with the wrong sign.
@@ -220,7 +221,7 @@ def experiment(settings, config):
     common = dict(start=start, questions=settings.questions)
     (before,), before_stale = runs.collect("preferences", tuned, [common], config)
     jobs = [dict(beta=beta, wrong=wrong, sft_coef=sft_coef, seed=seed, pairs=settings.pairs,
-                 batch_size=settings.batch_size, **common)
+                 batch_size=settings.batch_size, learning_rate=settings.learning_rate, **common)
             for wrong, sft_coef in settings.arms.values()
             for beta in settings.betas for seed in settings.seeds]
     if not config.draw and runs.missing_jobs("preferences", aligned, jobs, config):
@@ -246,7 +247,7 @@ def optimum(settings, before, betas):
     that is a margin of log((1 - w) / w). The log-odds of the short form then rise by margin / beta.
     This is the KL if the model changes nothing else.
     """
-    margin, q = math.log(1 / settings.wrong - 1), before["short"]
+    margin, q = math.log(1 / settings.wrong - 1), np.clip(before["short"], 0.001, 0.999)
     p = 1 / (1 + (1 / q - 1) * np.exp(-margin / np.asarray(betas)))
     return margin, p, p * np.log(p / q) + (1 - p) * np.log((1 - p) / (1 - q))
 
