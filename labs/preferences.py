@@ -240,77 +240,74 @@ def values(after, arm, name):
                      for results in after[arm].values()]).T
 
 
-def optimum(settings, before, betas):
-    """Return (best margin, share of short answers, KL in nats per answer) at the lowest loss.
+def optimum(settings, before):
+    """Return {measure: its value for each beta} at the lowest loss, if only the form changes.
 
-    If a share w of the labels is wrong, the loss of a pair is lowest at sigmoid(margin) = 1 - w,
-    that is a margin of log((1 - w) / w). The log-odds of the short form then rise by margin / beta.
-    This is the KL if the model changes nothing else.
+    With a share w of wrong labels the loss of a pair is lowest at sigmoid(margin) = 1 - w, that is
+    at a margin of log((1 - w) / w). The log-odds of the short form then rise by margin / beta.
     """
-    margin, q = math.log(1 / settings.wrong - 1), np.clip(before["short"], 0.001, 0.999)
-    p = 1 / (1 + (1 / q - 1) * np.exp(-margin / np.asarray(betas)))
-    return margin, p, p * np.log(p / q) + (1 - p) * np.log((1 - p) / (1 - q))
+    q, betas = np.clip(before["short"], 0.001, 0.999), np.array(settings.betas)
+    margin = math.log(1 / settings.wrong - 1)
+    p = 1 / (1 + (1 / q - 1) * np.exp(-margin / betas))
+    return {"margin": np.full(len(betas), margin), "short": p,
+            "kl": p * np.log(p / q) + (1 - p) * np.log((1 - p) / (1 - q))}
 
 
 # %% The figure
+
+def draw_measure(ax, results, settings, name):
+    """Draw a measure of each arm over beta, and where the loss is lowest."""
+    before, after = results
+    for style, arm in zip(runs.STYLES, settings.arms):
+        runs.curve(ax, settings.betas, values(after, arm, name), style, label=arm)
+    ax.plot(settings.betas, optimum(settings, before)[name], color="0.4", linestyle=(0, (1, 1)),
+            label="lowest loss")
+    ax.set(xlabel="beta")
+    runs.log_x(ax, settings.betas)
+
 
 def draw(results, settings):
     before, after = results
     figure, axes = runs.figure(2, 3, f"DPO on {settings.pairs:,} pairs: of two right answers the "
                                "short one is preferred")
     training, margins, short, divergences, taxes, gains = axes.flat
-    betas = settings.betas
-    grid = np.geomspace(betas[0], betas[-1], 100)
-    margin, best_short, best_kl = optimum(settings, before, grid)
-    best = dict(color="0.4", linestyle=(0, (1, 1)))
-    for style, beta in zip(runs.STYLES, betas):
+    for style, beta in zip(runs.STYLES, settings.betas):
         curves = [result["curve"] for result in after["some labels wrong"][beta] if result]
         if curves:
             updates = 10 * np.arange(1, len(curves[0]) + 1)
-            runs.curve(training, updates, np.array(curves), {**style, "marker": ""},
-                       label=f"beta {beta:g}")
-    training.axhline(margin, **best, label="lowest loss")
-    training.set(xlabel="updates", title="margin of the training pairs, rightly labelled (nats)")
+            runs.curve(training, updates, np.array(curves), style, label=f"beta {beta:g}",
+                       markevery=4)
+    training.axhline(optimum(settings, before)["margin"][0], color="0.4", linestyle=":")
+    training.set(xlabel="updates", title="margin in training, some labels wrong (nats)")
+    for ax, name, title in ((margins, "margin", "margin of held-out pairs (nats)"),
+                            (short, "short", "share of short answers, sampled"),
+                            (divergences, "kl", "KL(policy || reference), nats per answer")):
+        draw_measure(ax, results, settings, name)
+        ax.set(title=title, yscale="linear" if name == "short" else "log")
 
     for style, arm in zip(runs.STYLES, settings.arms):
-        for ax, name in ((margins, "margin"), (short, "short"), (divergences, "kl")):
-            runs.curve(ax, betas, values(after, arm, name), style, label=arm)
-        exact, kl = (values(after, arm, name) for name in ("exact", "kl"))
-        taxes.plot(kl.mean(0), 100 * exact.mean(0), **style, label=arm)
-        for beta, x, y in zip(betas, kl.mean(0), 100 * exact.mean(0)):
+        kl, exact = (values(after, arm, name).mean(0) for name in ("kl", "exact"))
+        taxes.plot(kl, 100 * exact, **style, label=arm)
+        for beta, x, y in zip(settings.betas, kl, 100 * exact):
             taxes.annotate(f"{beta:g}", (x, y), xytext=(4, 4), textcoords="offset points",
                            fontsize=7, color=style["color"])
         for name, fill in (("chosen", "full"), ("rejected", "none")):
-            nats = values(after, arm, f"{name}_reward") / betas
-            runs.curve(gains, betas, nats, style, label=f"{name}, {arm}", fillstyle=fill)
-    margins.axhline(margin, **best, label="lowest loss")
-    short.plot(grid, best_short, **best, label="lowest loss")
-    short.axhline(before["short"], color="0.4", label="before")
-    divergences.plot(grid, best_kl, **best, label="lowest loss, if only the form changes")
-    divergences.set_yscale("log")
+            nats = values(after, arm, f"{name}_reward") / settings.betas
+            runs.curve(gains, settings.betas, nats, style, label=f"{name}, {arm}", fillstyle=fill)
     taxes.axhline(100 * before["exact"], color="0.4", label="before")
-    taxes.axhline(100 * before["exact"] - PAPER_TAX, **best, label="paper's tax")
-    taxes.set(title="right answers (%), at each beta",
-              xlabel="KL(policy || reference), nats per answer", xscale="log")
-    for ax, title in ((margins, "margin of held-out pairs (nats)"),
-                      (short, "share of short answers, sampled"),
-                      (divergences, "KL(policy || reference), nats per answer"),
-                      (gains, "gain in log-probability, held-out (nats)")):
-        ax.set(title=title, xlabel="beta")
-        runs.log_x(ax, betas)
+    taxes.axhline(100 * before["exact"] - PAPER_TAX, color="0.4", linestyle=":",
+                  label="paper's tax")
+    taxes.set(title="right answers (%), numbers: beta", xscale="log",
+              xlabel="KL(policy || reference), nats per answer")
+    gains.set(title="gain in log-probability, held-out (nats)", xlabel="beta")
+    runs.log_x(gains, settings.betas)
     return figure
 
 
 def slide(ax, results, settings):
-    before, after = results
-    betas = settings.betas
-    for style, arm in zip(runs.STYLES, settings.arms):
-        runs.curve(ax, betas, values(after, arm, "kl"), style, label=arm)
-    ax.plot(betas, optimum(settings, before, betas)[2], color="0.4", linestyle=(0, (1, 1)),
-            label="lowest loss, if only the form changes")
-    ax.set(xlabel="beta", ylabel="KL(policy || reference), nats per answer", yscale="log")
-    runs.log_x(ax, betas)
-    falls = (np.diff(values(after, "some labels wrong", "kl").mean(0)) < 0).all()
+    draw_measure(ax, results, settings, "kl")
+    ax.set(ylabel="KL(policy || reference), nats per answer", yscale="log")
+    falls = (np.diff(values(results[1], "some labels wrong", "kl").mean(0)) < 0).all()
     return f"A larger beta {'keeps' if falls else 'does not always keep'} DPO closer to its start"
 
 
@@ -326,8 +323,8 @@ def checks(results, settings):
     margins, kl, exact, short = (values(after, noisy, name)             # (seeds, betas) each
                                  for name in ("margin", "kl", "exact", "short"))
     grown, sft_exact = values(after, clean, "margin"), values(after, with_sft, "exact")
-    best, best_short, _ = optimum(settings, before, settings.betas)
-    misses = 100 * np.abs(short.mean(0) - best_short)
+    best = optimum(settings, before)
+    misses = 100 * np.abs(short.mean(0) - best["short"])
     lost, saved = 100 * (exact[:, -1] - exact[:, 0]), 100 * (sft_exact[:, 0] - exact[:, 0])
     tax = 100 * (before["exact"] - sft_exact.mean(0))
     return [
@@ -336,8 +333,8 @@ def checks(results, settings):
               accuracy.min() >= SURE),
         Check(f"with wrong labels the margin of held-out pairs ends within {CLOSE} % of its "
               "optimum, ln 4, for every beta",
-              f"{listed(margins)} nats, the optimum is {best:.2f}", "-",
-              (np.abs(margins.mean(0) / best - 1) <= CLOSE / 100).all()),
+              f"{listed(margins)} nats, the optimum is {best['margin'][0]:.2f}", "-",
+              (np.abs(margins.mean(0) / best["margin"] - 1) <= CLOSE / 100).all()),
         Check("without wrong labels the margin ends higher, for every beta and seed",
               f"{listed(grown)} nats (p at most {largest_p(grown - margins):.2g})", "-",
               (grown > margins).all()),
