@@ -283,7 +283,7 @@ def draw(results, settings):
                             (short, "short", "share of short answers, sampled"),
                             (divergences, "kl", "KL(policy || reference), nats per answer")):
         draw_measure(ax, results, settings, name)
-        ax.set(title=title, yscale="linear" if name == "short" else "log")
+        ax.set(title=title, yscale="log" if name == "kl" else "linear")
 
     for style, arm in zip(runs.STYLES, settings.arms):
         kl, exact = (values(after, arm, name).mean(0) for name in ("kl", "exact"))
