@@ -44,7 +44,7 @@ MIXTURE = "passkey_{length}:0.36,speeches_long:0.08,pytorch:0.56"
 @dataclass
 class Settings:
     base_steps: int = 3000      # of a base model, at 256 tokens
-    more_steps: int = 500       # of its continuation, at 256 or 1,024 tokens
+    more_steps: int = 400       # of its continuation, at 256 or 1,024 tokens
     seeds: tuple[int, ...] = (0, 1, 2)          # of the base model, weights and data
     lengths: tuple[int, ...] = (SHORT, 512, LONG, 2 * LONG)
     depths: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
