@@ -230,19 +230,14 @@ def compared(higher, lower):
 # %% What it means: the base sets the wavelength of RoPE's slowest component. Beyond the trained
 # length its angles are new to the model, and attention that never saw them scatters. A larger base
 # keeps more of the components within the range that was seen; NTK-aware scaling does so as the text
-# grows.
-#
-# One check does not hold, here as in the release: after training at the longer length, the first
-# positions of speeches are predicted a tenth of a nat worse. This is so for every variant, whatever
-# its RoPE: this stage has 8 % of speeches in its data, the stage before had 28 %.
-# At 2.4B the paper does the same, from 4K to 32K by the base and to 128K by NTK
+# grows. At 2.4B the paper goes from 4K to 32K by the base and on to 128K by NTK
 # (config/minicpm_128k_32k.py, config/minicpm_128k.py).
 #
 # Exercises
 # 1. `"rope_theta": 100_000.0`: try 1_000_000. Which rows of the heat map get worse?
 # 2. `rope_factor`: 8 instead of 4. Does it work at 4,096 tokens (add that to --lengths)?
-# 3. Remove the keys from the data of config/laptop_long_1024.py. Are keys still found at 1,024, and
-#    does the loss by position change?
+# 3. `MIXTURE`: put speeches_long in the place of the keys, for the further training only. Are keys
+#    still found at 1,024, and does the loss by position change?
 
 @exits_cleanly
 def main(argv):
