@@ -70,7 +70,7 @@ def summary(rows, verdicts):
     """Return the paragraph above the table of checks."""
     hold = sum(verdict.endswith("holds") for verdict in verdicts)
     changed = sum(verdict.startswith("changed") for verdict in verdicts)
-    with_p = sum(" p = " in row or " p < " in row for row in rows)
+    with_p = sum("(p = " in row or "(p at most " in row for row in rows)
     return (f"Of {len(verdicts)} checks {hold} hold and {len(verdicts) - hold} do not; {changed} "
             f"of them were changed after seeing results, and {len(rows) - len(verdicts)} more were "
             f"withdrawn as badly asked. {with_p} checks compare seeds and say p, the chance of "

@@ -1,28 +1,31 @@
 """Lab: what preferences do to a model, and what they cost (paper section 7.1).
 
 Question    A model that has learned to answer is trained on pairs of answers, one of them
-            preferred. What changes, and what is lost?
+            preferred. How far does it move from where it started, and what is lost?
 Claim       DPO makes the model answer as preferred, and it costs a little of what the model knew:
             the alignment tax. The paper's MT-Bench rises from 6.89 to 7.25 while the mean of its
             knowledge benchmarks falls from 52.33 to 51.60 (tables 3 and 4). beta keeps the model
             close to the reference: the larger beta, the smaller the KL divergence.
 Write down  before you run it: both answers of each pair are correct, and the short one is preferred
-            ("7", not "The answer is 7."). Will the model give fewer right answers afterwards? Which
-            beta costs most: 0.05 or 1? What does an SFT term on the preferred answers change?
-Command     python -m labs.preferences      about 6 minutes on two cores; --quick=True: a few
+            ("7", not "The answer is 7."), but a fifth of the pairs is labelled the wrong way round.
+            The loss is then lowest at one margin, the same for every beta: which one? How many of
+            the model's answers are short after training with beta 0.1, and with 3? Which beta costs
+            more right answers? What does an SFT term on the preferred answers change?
+Command     python -m labs.preferences      about 20 minutes on two cores; --quick=True: a few
                                             seconds, to see that it works
             python -m labs.preferences --ckpt=PATH      the same from your own SFT run; results are
                                             stored under the hash of its weights
 
 The lab trains the model that DPO starts from: a short laptop run with instructions in its decay,
-then SFT. All DPO runs start from it and use the same pairs; the seed sets their order. The
-preference can be measured (tokens per answer), and so can the tax: the share of held-out questions
-that are answered exactly, in either form of the answer.
+then SFT. All DPO runs start from it and see 3,200 pairs once, of questions that SFT did not ask.
+The seed sets the order of the pairs and which labels are wrong.
 """
 # %%
 import itertools
+import math
 import os
 import shutil
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,6 +34,8 @@ import torch
 
 from configurator import ROOT, exits_cleanly
 from data import packing
+from data.instruct import prepare as instruct
+from data.pytorch.prepare import documents
 from data.tokenizer import chat_ids
 from engine import checkpoint, metrics
 from family import dpo
@@ -38,19 +43,22 @@ from labs import runs
 from labs.runs import Check
 from tools import evaluate
 
-QUESTIONS = ROOT / "data" / "instruct" / "test.jsonl"
+QUESTIONS, HELD_OUT_PAIRS, TRAIN = (
+    ROOT / "data" / "instruct" / f"{name}.jsonl" for name in ("test", "pairs_test", "train"))
+LONG_ANSWER = "The answer"      # how the form that is not preferred begins
 COMMON = dict(compile=False, eval_interval=0, save_interval=0)
 PAPER_TAX = 52.33 - 51.60       # points; mean of the benchmarks in tables 3 and 4
 
 
 @dataclass
 class Settings:
-    betas: tuple[float, ...] = (0.05, 0.1, 0.5, 1.0)
-    sft_coefs: tuple[float, ...] = (0.0, 1.0)   # weights of the SFT term
-    seeds: tuple[int, ...] = (0, 1, 2)          # of the order of the pairs
-    pairs: int = 800                            # training pairs
-    val_pairs: str | None = "data/instruct/pairs_test.jsonl"    # unset: 5 % of the prompts
+    betas: tuple[float, ...] = (0.1, 0.3, 1.0, 3.0)
+    wrong: float = 0.2                          # share of the pairs with a wrong label
+    sft_coef: float = 1.0                       # weight of the SFT term
+    seeds: tuple[int, ...] = (0, 1, 2)          # of the order of the pairs and of the wrong labels
+    pairs: int = 3200                           # training pairs, each seen once
     batch_size: int = 16                        # pairs per update
+    learning_rate: float = 2e-4                 # peak, see the end of the lab
     questions: int = 800                        # held-out questions
     ckpt: str | None = None                     # SFT run to start from; unset: the lab trains one
     trunk_steps: int = 1500                     # of the lab's own model; 40 % of them are decay
@@ -58,9 +66,16 @@ class Settings:
     width: int = 128
 
     def problems(self):
-        if len(set(self.betas)) < 2:
-            return [f"--betas={self.betas}: needs two or more values to compare"]
-        return []
+        out = [] if 0 < self.wrong < 0.5 else [f"--wrong={self.wrong}: must be between 0 and 0.5"]
+        if list(self.betas) != sorted(set(self.betas)) or len(self.betas) < 2:
+            out.append(f"--betas={self.betas}: needs two or more values, in rising order")
+        return out
+
+    @property
+    def arms(self):
+        """{label: (share of wrong labels, weight of the SFT term)}"""
+        return {"some labels wrong": (self.wrong, 0.0),
+                "some wrong, SFT term": (self.wrong, self.sft_coef), "all labels right": (0.0, 0.0)}
 
 
 # %% The model to start from
@@ -96,27 +111,55 @@ def keep_copy(ckpt):
     return start
 
 
+# %% The pairs
+
+def fresh_pairs(number):
+    """Return a file of so many pairs, made here unless it is there: no question is in the training
+    data of SFT, none comes twice, and none has the content of a held-out question."""
+    path = Path(runs.folder("preferences", {"pairs": number}) + ".jsonl")
+    if not path.exists():
+        asked = {messages[0]["content"] for messages in packing.read_conversations(TRAIN)}
+        material, pairs = instruct.materials(documents())["train"], []
+        for family, question, answer in instruct.examples("train", sys.maxsize, material):
+            if question not in asked:
+                asked.add(question)
+                pairs.append({"family": family, "prompt": question, "chosen": answer,
+                              "rejected": instruct.styled(answer, True)})
+            if len(pairs) == number:
+                break
+        path.parent.mkdir(parents=True, exist_ok=True)
+        instruct.write_jsonl(path, pairs)
+    return path
+
+
+def label_pairs(number, wrong, seed, path):
+    """Write fresh pairs to a file, with chosen and rejected exchanged in a random share of them."""
+    pairs = metrics.read_jsonl(fresh_pairs(number))
+    for n in np.random.default_rng(seed).permutation(number)[:round(wrong * number)]:
+        pairs[n]["chosen"], pairs[n]["rejected"] = pairs[n]["rejected"], pairs[n]["chosen"]
+    instruct.write_jsonl(path, pairs)
+
+
 # %% The measures
 
-def answers(folder, questions):
-    """Return {"exact": share of right answers to held-out questions, "tokens": mean per answer}."""
+def right_answers(folder, questions):
+    """Return the share of held-out questions that are answered exactly, in either form."""
     model, tokenizer = runs.load_model(folder)
     config = evaluate.EvaluateConfig(questions=questions)
-    found = evaluate.exact(model, tokenizer, config, QUESTIONS)
-    return {"exact": found["exact"], "tokens": found["answer_tokens"]}
+    return evaluate.exact(model, tokenizer, config, QUESTIONS)["exact"]
 
 
 @torch.no_grad()
-def divergence(folder, start, questions):
-    """Return KL(policy || reference) in nats per answer.
+def sample_answers(folder, start, questions):
+    """Sample an answer of the policy to each question.
 
-    Answers are sampled from the policy; the divergence at each of their tokens, the stop token
-    included, is exact.
+    Returns {"kl": KL(policy || reference) in nats per answer, "short": share of short answers}. The
+    divergence at each sampled token, the stop token included, is exact.
     """
     (policy, tokenizer), (reference, _) = runs.load_model(folder), runs.load_model(start)
     asked = itertools.islice(packing.read_questions(QUESTIONS), questions)
     prompts = [chat_ids(tokenizer, messages, generate=True)[0] for messages, _, _ in asked]
-    nats = []
+    nats, short = [], []
     for at in range(0, len(prompts), 16):
         batch = prompts[at:at + 16]
         tokens = policy.generate(batch, 32, seed=at, stop_ids=tokenizer.stop_ids)
@@ -127,32 +170,40 @@ def divergence(folder, start, questions):
             log_p, log_q = (model(idx)[0, len(prompt) - 1:].log_softmax(-1)
                             for model in (policy, reference))   # (end + 1, vocabulary) each
             nats.append((log_p.exp() * (log_p - log_q)).sum().item())
-    return float(np.mean(nats))
+            short.append(not tokenizer.decode(ids[:end]).strip().startswith(LONG_ANSWER))
+    return {"kl": float(np.mean(nats)), "short": float(np.mean(short))}
 
 
 # %% The experiment
 
 def tuned(start, questions):
-    """Return the answers of the model before DPO."""
-    return answers(start_folder(start), questions)
+    """Return the measures of the model before DPO."""
+    origin = start_folder(start)
+    return {"exact": right_answers(origin, questions),
+            **sample_answers(origin, origin, min(questions, 400))}
 
 
-def aligned(start, beta, sft_coef, seed, pairs, val_pairs, batch_size, questions):
+def aligned(start, beta, wrong, sft_coef, seed, pairs, batch_size, learning_rate, questions):
     """Run DPO once; return its training curve and all measures, or None if it diverges."""
-    job = dict(start=start, beta=beta, sft_coef=sft_coef, seed=seed, pairs=pairs,
-               val_pairs=val_pairs, batch_size=batch_size)
+    job = dict(start=start, beta=beta, wrong=wrong, sft_coef=sft_coef, seed=seed, pairs=pairs,
+               batch_size=batch_size, learning_rate=learning_rate)
     folder, origin = runs.folder("preferences", job), start_folder(start)
+    label_pairs(pairs, wrong, seed, Path(f"{folder}.jsonl"))
     if not runs.finish(dpo.main, "config/laptop_dpo.py", init_from=origin, out_dir=folder,
-                       beta=beta, sft_coef=sft_coef, seed=seed, max_pairs=pairs,
-                       val_pairs=val_pairs, batch_size=batch_size, log_interval=5, **COMMON):
+                       beta=beta, sft_coef=sft_coef, seed=seed, pairs=f"{folder}.jsonl",
+                       max_pairs=None, val_pairs=HELD_OUT_PAIRS, batch_size=batch_size,
+                       learning_rate=learning_rate, log_interval=1, **COMMON):
         return None
     training, held_out = metrics.read(folder)
-    curve = {name: [line[name] for line in training] for name in ("step", "margin", "accuracy")}
-    result = {"curve": curve, "kl": divergence(folder, origin, min(questions, 200)),
-              **answers(folder, questions)}
+    # The labels that are wrong show the margin with the wrong sign.
+    margins = np.array([line["margin"] for line in training]) / (1 - 2 * wrong)
+    tens = margins[:len(margins) // 10 * 10].reshape(-1, 10).mean(1).round(4).tolist()
+    result = {"curve": tens, "exact": right_answers(folder, questions),
+              **sample_answers(folder, origin, min(questions, 400))}
     for name in ("margin", "accuracy", "chosen_reward", "rejected_reward"):
         result[name] = held_out[-1][f"val_{name}"]
     shutil.rmtree(folder)
+    Path(f"{folder}.jsonl").unlink()
     return result
 
 
@@ -160,7 +211,7 @@ def experiment(settings, config):
     """Return ((before, after), stale).
 
     before    result of tuned
-    after     {(sft_coef, beta): [result of aligned for each seed]}
+    after     {arm: {beta: [result of aligned for each seed]}}
     """
     runs.prepare(config, data="pytorch", decay_data="instruct", tokenizer="bpe4096")
     if settings.ckpt:
@@ -169,111 +220,184 @@ def experiment(settings, config):
         start = {name: getattr(settings, name) for name in ("trunk_steps", "sft_steps", "width")}
     common = dict(start=start, questions=settings.questions)
     (before,), before_stale = runs.collect("preferences", tuned, [common], config)
-    jobs = [dict(beta=beta, sft_coef=sft_coef, seed=seed, pairs=settings.pairs,
-                 val_pairs=settings.val_pairs, batch_size=settings.batch_size, **common)
-            for sft_coef in settings.sft_coefs for beta in settings.betas
-            for seed in settings.seeds]
+    jobs = [dict(beta=beta, wrong=wrong, sft_coef=sft_coef, seed=seed, pairs=settings.pairs,
+                 batch_size=settings.batch_size, learning_rate=settings.learning_rate, **common)
+            for wrong, sft_coef in settings.arms.values()
+            for beta in settings.betas for seed in settings.seeds]
     if not config.draw and runs.missing_jobs("preferences", aligned, jobs, config):
-        start_folder(start)     # parallel jobs would otherwise train it at the same time
+        start_folder(start)     # parallel jobs would otherwise make both at the same time
+        fresh_pairs(settings.pairs)
     results, after_stale = runs.collect("preferences", aligned, jobs, config)
-    return (before, runs.group(jobs, results, "sft_coef", "beta")), before_stale or after_stale
+    found = runs.group(jobs, results, "wrong", "sft_coef", "beta")
+    after = {arm: {beta: found[*of_arm, beta] for beta in settings.betas}
+             for arm, of_arm in settings.arms.items()}
+    return (before, after), before_stale or after_stale
 
 
-def values(after, sft_coef, name):
+def values(after, arm, name):
     """Return (seeds, betas) of one measure, nan for a run that diverged."""
     return np.array([[result[name] if result else np.nan for result in results]
-                     for (coef, beta), results in after.items() if coef == sft_coef]).T
+                     for results in after[arm].values()]).T
+
+
+def optimum(settings, before):
+    """Return {measure: its value for each beta} at the lowest loss, if only the form changes.
+
+    With a share w of wrong labels the loss of a pair is lowest at sigmoid(margin) = 1 - w, that is
+    at a margin of log((1 - w) / w). The log-odds of the short form then rise by margin / beta.
+    """
+    q, betas = np.clip(before["short"], 0.001, 0.999), np.array(settings.betas)
+    margin = math.log(1 / settings.wrong - 1)
+    p = 1 / (1 + (1 / q - 1) * np.exp(-margin / betas))
+    return {"margin": np.full(len(betas), margin), "short": p,
+            "kl": p * np.log(p / q) + (1 - p) * np.log((1 - p) / (1 - q))}
 
 
 # %% The figure
 
+def draw_measure(ax, results, settings, name):
+    """Draw a measure of each arm over beta, and where the loss is lowest."""
+    before, after = results
+    for style, arm in zip(runs.STYLES, settings.arms):
+        runs.curve(ax, settings.betas, values(after, arm, name), style, label=arm)
+    ax.plot(settings.betas, optimum(settings, before)[name], color="0.4", linestyle=(0, (1, 1)),
+            label="lowest loss, only the form changes")
+    ax.set(xlabel="beta")
+    runs.log_x(ax, settings.betas)
+
+
 def draw(results, settings):
     before, after = results
-    figure, axes = runs.figure(
-        2, 3, f"DPO on {settings.pairs} pairs: of two right answers the short one is preferred")
-    training, accuracy, divergences, tokens, exact, gains = axes.flat
+    figure, axes = runs.figure(2, 3, f"DPO on {settings.pairs:,} pairs: of two right answers the "
+                               "short one is preferred")
+    training, margins, short, divergences, taxes, gains = axes.flat
     for style, beta in zip(runs.STYLES, settings.betas):
-        curves = [result["curve"] for result in after[settings.sft_coefs[-1], beta] if result]
+        curves = [result["curve"] for result in after["some labels wrong"][beta] if result]
         if curves:
-            margins = np.array([curve["margin"] for curve in curves])
-            runs.curve(training, curves[0]["step"], margins, style, label=f"beta {beta:g}")
-    training.set(xlabel="updates", ylabel="nats",
-                 title=f"training margin, SFT term x {settings.sft_coefs[-1]:g}")
+            updates = 10 * np.arange(1, len(curves[0]) + 1)
+            runs.curve(training, updates, np.array(curves), style, label=f"beta {beta:g}",
+                       markevery=4)
+    training.axhline(optimum(settings, before)["margin"][0], color="0.4", linestyle=":")
+    training.set(xlabel="updates", title="margin in training, some labels wrong (nats)")
+    for ax, name, title in ((margins, "margin", "margin of held-out pairs (nats)"),
+                            (short, "short", "share of short answers, sampled"),
+                            (divergences, "kl", "KL(policy || reference), nats per answer")):
+        draw_measure(ax, results, settings, name)
+        ax.set(title=title, yscale="log" if name == "kl" else "linear")
 
-    betas = np.array(settings.betas)
-    for style, coef in zip(runs.STYLES, settings.sft_coefs):
-        label = f"SFT term x {coef:g}"
-        for ax, name in ((accuracy, "accuracy"), (divergences, "kl"), (tokens, "tokens"),
-                         (exact, "exact")):
-            runs.curve(ax, betas, values(after, coef, name), style, label=label)
+    for style, (arm, (_, sft_coef)) in zip(runs.STYLES, settings.arms.items()):
+        kl, exact = (values(after, arm, name).mean(0) for name in ("kl", "exact"))
+        taxes.plot(kl, 100 * exact, **style, label=arm)
+        for beta, x, y in zip(settings.betas, kl, 100 * exact):
+            taxes.annotate(f"{beta:g}", (x, y), xytext=(4, 5 if sft_coef else -9), fontsize=7,
+                           textcoords="offset points", color=style["color"])
         for name, fill in (("chosen", "full"), ("rejected", "none")):
-            nats = values(after, coef, f"{name}_reward") / betas
-            runs.curve(gains, betas, nats, style, label=f"{name}, {label}", fillstyle=fill)
-    tokens.axhline(before["tokens"], color="0.4", label="before")
-    exact.axhline(before["exact"], color="0.4", label="before")
-    taxed = before["exact"] - PAPER_TAX / 100
-    exact.axhline(taxed, color="0.4", linestyle=":", label="paper's tax")
-    for ax, title in ((accuracy, "accuracy on held-out pairs"),
-                      (divergences, "KL(policy || reference), nats per answer"),
-                      (tokens, "tokens per answer"), (exact, "share of exact answers"),
-                      (gains, "gain in log-probability, held-out (nats)")):
-        ax.set(title=title, xlabel="beta", xscale="log")
-        ax.set_xticks(betas, [f"{beta:g}" for beta in betas])
-        ax.minorticks_off()
-    accuracy.set_ylim(0.45, 1.02)
+            nats = values(after, arm, f"{name}_reward") / settings.betas
+            runs.curve(gains, settings.betas, nats, style, label=f"{name}, {arm}", fillstyle=fill)
+    taxes.axhline(100 * before["exact"], color="0.4", label="before")
+    taxes.axhline(100 * before["exact"] - PAPER_TAX, color="0.4", linestyle=":",
+                  label="paper's tax")
+    taxes.margins(0.1, 0.1)
+    taxes.set(title="right answers (%), numbers: beta", xscale="log",
+              xlabel="KL(policy || reference), nats per answer")
+    gains.set(title="gain in log-probability, held-out (nats)", xlabel="beta")
+    runs.log_x(gains, settings.betas)
     return figure
+
+
+def slide(ax, results, settings):
+    draw_measure(ax, results, settings, "kl")
+    ax.set(ylabel="KL(policy || reference), nats per answer", yscale="log")
+    falls = (np.diff(values(results[1], "some labels wrong", "kl").mean(0)) < 0).all()
+    return f"A larger beta {'keeps' if falls else 'does not always keep'} DPO closer to its start"
 
 
 # %% The checks
 
+SURE, CLOSE, POINTS, TAX = 80, 20, 10, 3        # thresholds: %, %, points, points
+
+
 def checks(results, settings):
     before, after = results
-    accuracy, tokens, exact, kl = (                     # means over the seeds: (sft_coefs, betas)
-        np.array([values(after, coef, name).mean(0) for coef in settings.sft_coefs])
-        for name in ("accuracy", "tokens", "exact", "kl"))
-    tax = 100 * (before["exact"] - exact[-1])
-    found = [
-        Check("on held-out pairs the preferred answer gains more than the other, for every beta",
-              f"in at least {100 * accuracy.min():.1f} %", "-", accuracy.min() >= 0.8),
-        Check("the model adopts the preference: its answers get shorter by a token or more",
-              f"from {before['tokens']:.1f} to between {tokens.min():.1f} and "
-              f"{tokens.max():.1f} tokens", "-", tokens.max() <= before["tokens"] - 1),
-        Check(f"with SFT term x {settings.sft_coefs[-1]:g} the alignment tax is 3 points at most",
+    noisy, with_sft, clean = after
+    accuracy = 100 * np.array([values(after, arm, "accuracy").mean(0) for arm in after])
+    margins, kl, exact, short = (values(after, noisy, name)             # (seeds, betas) each
+                                 for name in ("margin", "kl", "exact", "short"))
+    grown, sft_exact = values(after, clean, "margin"), values(after, with_sft, "exact")
+    best = optimum(settings, before)
+    misses = 100 * np.abs(short.mean(0) - best["short"])
+    lost, saved = 100 * (exact[:, -1] - exact[:, 0]), 100 * (sft_exact[:, 0] - exact[:, 0])
+    tax = 100 * (before["exact"] - sft_exact.mean(0))
+    return [
+        Check(f"on {SURE} % of the held-out pairs or more the preferred answer gains more than the "
+              "other, for every beta", f"in at least {accuracy.min():.1f} %", "-",
+              accuracy.min() >= SURE),
+        Check(f"with wrong labels the margin of held-out pairs ends within {CLOSE} % of its "
+              "optimum, ln 4, for every beta",
+              f"{listed(margins)} nats, the optimum is {best['margin'][0]:.2f}", "-",
+              (np.abs(margins.mean(0) / best["margin"] - 1) <= CLOSE / 100).all()),
+        Check("without wrong labels the margin ends higher, for every beta and seed",
+              f"{listed(grown)} nats (p at most {largest_p(grown - margins):.2g})", "-",
+              (grown > margins).all()),
+        Check(f"the share of short answers is within {POINTS} points of what ln 4 / beta predicts, "
+              "for every beta", f"off by {', '.join(f'{miss:.0f}' for miss in misses)} points", "-",
+              misses.max() <= POINTS),
+        Check("the larger beta, the smaller the KL divergence, for every seed",
+              f"{listed(kl)} nats per answer (p at most {largest_p(kl[:, :-1] - kl[:, 1:]):.2g})",
+              "-", (np.diff(kl) < 0).all()),
+        Check("the smallest beta costs right answers: fewer than with the largest, for every seed",
+              f"{runs.mean_and_range(lost)} points fewer (p = {runs.p_value(lost):.2g})", "-",
+              (lost > 0).all()),
+        Check("at the smallest beta an SFT term saves right answers, for every seed",
+              f"{runs.mean_and_range(saved)} points (p = {runs.p_value(saved):.2g})", "-",
+              (saved > 0).all()),
+        Check(f"with SFT term x {settings.sft_coef:g} the alignment tax is {TAX} points at most",
               f"{tax.min():+.1f} to {tax.max():+.1f} points of {100 * before['exact']:.1f} %",
-              f"{PAPER_TAX:+.1f} points of 52.3 %", tax.max() <= 3),
+              f"{PAPER_TAX:+.1f} points of 52.3 %", tax.max() <= TAX),
     ]
-    for coef, divergences in zip(settings.sft_coefs, kl[:, np.argsort(settings.betas)]):
-        found.append(Check(
-            f"the larger beta, the smaller the KL divergence (SFT term x {coef:g})",
-            f"{', '.join(f'{nats:.2f}' for nats in divergences)} nats per answer", "-",
-            all(np.diff(divergences) < 0)))
-    return found
 
 
-# %% What it means: a preference between two answers that differ only in form is learned within tens
-# of updates, far fewer than SFT took. The loss is another matter: the preference loss does not ask
-# that the chosen answer stay likely, only that it gain more than the other (last panel). Without an
-# SFT term almost a fifth of the right answers is lost, with it none. At the paper's scale the same
-# loss runs for one epoch at a learning rate of 1e-5.
+def listed(measured):
+    """Return the means over seeds, one per beta, as text."""
+    return ", ".join(f"{mean:.2f}" for mean in measured.mean(0))
+
+
+def largest_p(differences):
+    """Return the largest p value of (seeds, betas) differences."""
+    return max(runs.p_value(of_beta) for of_beta in differences.T)
+
+
+# %% What it means: if a fifth of the labels is wrong, the loss asks for a probability: that of a
+# right label, 0.8. With a large beta a small change of the model gives this probability, with a
+# small beta it takes a large one. The share of short answers follows this rule at every beta. But
+# a change of the form alone would cost less than 0.8 nats of KL divergence. What is measured on top
+# is drift that no label asks for. At beta 0.1 it is the larger part, and almost a quarter of the
+# right answers is lost. The SFT term prevents both: it keeps the preferred answers likely. If no
+# label is wrong, only the end of training stops the margin, and at beta 0.1 most right answers are
+# lost. At the paper's scale DPO runs for one epoch at a learning rate of 1e-5.
 #
-# Two checks do not hold: beta does not order the divergences. beta sets how far the minimum of the
-# loss is from the reference, and in fifty updates no run reaches that minimum. On the way there the
-# gradient of the preference loss is proportional to beta, but AdamW normalises the gradient: from
-# 0.05 to 0.5 the runs make almost the same steps. With the SFT term, beta is the weight of the
-# preference loss against it, so a larger beta goes further.
+# The learning rate was chosen in a pilot with another seed: at 1e-4 beta 0.1 did not reach the best
+# margin (0.92 nats), and at 3e-4 beta 3 went past it (2.06 nats).
+#
+# Two checks do not hold. For beta 1 and 3 the margin ends above ln 4. One reason is that the margin
+# differs from pair to pair: the more it does, the higher the mean margin must be for a mean
+# probability of 0.8. The accuracy at beta 3 suggests a spread of 1.3 nats, which explains about
+# half of the excess. And with one of three seeds the model moved less far at beta 0.1 than at 0.3.
+# At both, nearly all answers are short, so the difference is drift, which depends on the order of
+# the pairs.
 #
 # Exercises
-# 1. `--betas=0.005,0.1,1`: does the model stay close to the reference at 0.005? To talk to such a
-#    model, use that beta in the README's commands for family/dpo.py and sample.py.
-# 2. `--sft_coefs=0.1,10`: from which weight on is the chosen answer as likely as before?
+# 1. `--wrong=0.4`: where is the lowest loss now? Predict the margin and the share of short answers
+#    at beta 1, then run it.
+# 2. `--sft_coef=0.1` and `--sft_coef=10`: which gives more right answers at the same divergence?
 # 3. `CHOSEN, REJECTED` in family/dpo.py: swap them, so that the long answer is preferred. Which
 #    panels are mirrored, and which are not?
 
 @exits_cleanly
 def main(argv):
-    quick = dict(betas=(0.1, 1.0), seeds=(0,), pairs=64, val_pairs=None, questions=16,
-                 trunk_steps=10, sft_steps=5, width=32)
-    runs.main("preferences", argv, Settings, quick, __doc__, experiment, draw, checks)
+    quick = dict(betas=(0.1, 1.0), seeds=(0, 1), pairs=64, questions=16, trunk_steps=10,
+                 sft_steps=5, width=32)
+    runs.main("preferences", argv, Settings, quick, __doc__, experiment, draw, checks, slide)
 
 
 if __name__ == "__main__":

@@ -438,8 +438,11 @@ def report(lab, checks, stale):
 
 def p_value(differences):
     """Return the one-sided p of Student's t test: how likely a mean so far above 0 is, in units of
-    its standard error, if the true mean is 0. differences: one per seed, normally distributed."""
+    its standard error, if the true mean is 0. differences: one per seed, normally distributed; NaN
+    if they do not differ from each other, as with one seed."""
     n, values = len(differences), np.asarray(differences, dtype=float)
+    if n < 2 or not values.std():
+        return math.nan
     t = values.mean() / (values.std(ddof=1) / math.sqrt(n))
     # With t = sqrt(n - 1) tan(angle), the density of Student's t becomes cos(angle)^(n - 2).
     angle = np.linspace(-math.pi / 2, math.pi / 2, 100_001)

@@ -1,12 +1,15 @@
 """labs/preferences.py: the quick run, and checks that fail when they should."""
 import dataclasses
+import math
 from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+import torch
 
 from data.tokenizer import load_tokenizer
 from engine import checkpoint, metrics
+from family import dpo
 from labs import preferences, runs
 from model import MiniCPM, MiniCPMConfig, init_weights
 
@@ -26,9 +29,9 @@ def test_the_quick_run_draws_and_reuses_its_results(place, monkeypatch, capsys):
     preferences.main(["--quick=True", "--workers=1"])
     results, said = (place / "preferences.jsonl").read_text(), capsys.readouterr().out
     lines = metrics.read_jsonl(place / "preferences.jsonl")
-    assert len(lines) == 1 + 2 * 2 and (place / "preferences.png").stat().st_size > 10_000
-    assert all(line["result"]["kl"] > 0 and len(line["result"]["curve"]["margin"]) for line in lines[1:])
-    assert said.count("|") == 5 and str(place) not in results
+    assert len(lines) == 1 + 3 * 2 * 2 and (place / "preferences.png").stat().st_size > 10_000 and (place / "preferences_slide.png").exists()
+    assert all(line["result"]["kl"] > 0 and "short" in line["result"] for line in lines[1:])
+    assert said.count(" | ") == 8 and str(place) not in results
     preferences.main(["--quick=True", "--workers=1"])                   # nothing is run again
     assert (place / "preferences.jsonl").read_text() == results
 
@@ -44,27 +47,62 @@ def test_a_given_checkpoint_is_identified_by_its_weights(place):
     assert MiniCPM.from_pretrained(preferences.start_folder(starts[2])).config == config
 
 
+def test_fresh_pairs_are_new_and_a_share_of_their_labels_is_wrong(place):
+    runs.prepare(runs.LabConfig(), data="pytorch", decay_data="instruct", tokenizer="bpe4096")
+    fresh = metrics.read_jsonl(preferences.fresh_pairs(200))
+    prompts = {pair["prompt"] for pair in fresh}
+    known = [line["messages"][0]["content"] for name in ("train", "test") for line in metrics.read_jsonl(preferences.TRAIN.with_name(f"{name}.jsonl"))]
+    assert len(prompts) == 200 and not prompts & set(known)
+    assert all(pair["rejected"] == f"The answer is {pair['chosen']}." for pair in fresh)
+    preferences.label_pairs(200, 0.2, 0, place / "labelled.jsonl")
+    labelled = metrics.read_jsonl(place / "labelled.jsonl")
+    wrong = [pair for pair, other in zip(fresh, labelled) if pair != other]
+    assert len(wrong) == 40 and all(other in fresh or {**other, "chosen": other["rejected"], "rejected": other["chosen"]} in wrong for other in labelled)
+
+
+def test_the_optimum_of_flipped_labels():
+    best = preferences.optimum(dataclasses.replace(SETTINGS, betas=(1.0, 1e9)), {"short": 0.5})
+    assert best["margin"] == pytest.approx(math.log(4)) and best["short"] == pytest.approx([0.8, 0.5])
+    assert best["kl"] == pytest.approx([0.8 * math.log(1.6) + 0.2 * math.log(0.4), 0])
+    # the loss of a pair with label noise is lowest there, whatever beta
+    ratios = torch.linspace(0, 20, 20001)
+    pairs = torch.stack([ratios, torch.zeros_like(ratios)], 1)
+    for beta in (0.1, 1.0):
+        losses = dpo.dpo_loss(pairs, torch.zeros_like(pairs), beta, label_smoothing=0.2)     # a fifth of the labels wrong
+        assert beta * float(ratios[losses.argmin()]) == pytest.approx(math.log(4), rel=1e-2)
+
+
+BEFORE = {"exact": 0.62, "short": 0.5}
+GOOD = {"accuracy": 1.0, "kl": lambda arm, beta: 1 / beta, "short": lambda arm, beta: float(preferences.optimum(SETTINGS, BEFORE)["short"][SETTINGS.betas.index(beta)]),
+        "margin": lambda arm, beta: 3 if arm == "all labels right" else 1.3,
+        "exact": lambda arm, beta: 0.6 if "SFT" in arm or beta == 1 else 0.5}
+
+
 def made_up(**changes):
-    """Return results of all runs; changes: {measure: value of every run, or a function of (sft_coef, beta)}."""
-    values = {"accuracy": 1.0, "kl": lambda sft_coef, beta: 1 / beta, "exact": 0.6, "tokens": 4.0, **changes}
-    return {(sft_coef, beta): [{name: value(sft_coef, beta) if callable(value) else value for name, value in values.items()}] * 2
-            for sft_coef in SETTINGS.sft_coefs for beta in SETTINGS.betas}
+    """Return results of all runs; changes: {measure: value of every run, or a function of (arm, beta)}. The second of two seeds is 0.1 % off."""
+    values = {**GOOD, **changes}
+    def run(arm, beta, scale):
+        return {name: scale * (value(arm, beta) if callable(value) else value) for name, value in values.items()}
+    return {arm: {beta: [run(arm, beta, 1), run(arm, beta, 0.999)] for beta in SETTINGS.betas} for arm in SETTINGS.arms}
 
 
 @pytest.mark.parametrize("changes, fails", [
     ({}, []),
-    ({"accuracy": lambda sft_coef, beta: 0.79 if beta == 1 else 1}, [0]),
-    ({"tokens": lambda sft_coef, beta: 7.5 if beta == 1 else 4}, [1]),
-    ({"exact": lambda sft_coef, beta: 0.58 if sft_coef else 0.5}, [2]),
-    ({"exact": lambda sft_coef, beta: 0.4 if not sft_coef else 0.6}, []),             # the tax is that of the runs with the SFT term
-    ({"kl": lambda sft_coef, beta: beta if sft_coef else 1 / beta}, [4]),
+    ({"accuracy": lambda arm, beta: 0.79 if beta == 1 else 1}, [0]),
+    ({"margin": lambda arm, beta: 3 if arm == "all labels right" else 1.3 * beta}, [1]),
+    ({"margin": 1.3}, [2]),
+    ({"short": lambda arm, beta: 1.0}, [3]),
+    ({"kl": lambda arm, beta: beta}, [4]),
+    ({"exact": lambda arm, beta: 0.6 if "SFT" in arm or beta < 1 else 0.5}, [5, 6]),
+    ({"exact": 0.5}, [5, 6, 7]),
 ])
 def test_checks_fail_when_they_should(changes, fails):
-    checks = preferences.checks(({"exact": 0.62, "tokens": 8.0}, made_up(**changes)), SETTINGS)
+    checks = preferences.checks((BEFORE, made_up(**changes)), SETTINGS)
     assert [n for n, check in enumerate(checks) if not check.holds] == fails
 
 
 def test_a_diverged_run_fails_its_checks():
     after = made_up()
-    after[1.0, 0.1] = [None, after[1.0, 0.1][0]]
-    assert not any(check.holds for n, check in enumerate(preferences.checks(({"exact": 0.62, "tokens": 8.0}, after), SETTINGS)) if n != 3)
+    for arm in after:
+        after[arm][0.1] = [None, after[arm][0.1][0]]
+    assert not any(check.holds for check in preferences.checks((BEFORE, after), SETTINGS))

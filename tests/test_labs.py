@@ -210,6 +210,7 @@ def test_p_is_that_of_student_s_tables():
     for n, t, p in ((3, 2.920, 0.05), (3, 6.965, 0.01), (5, 2.132, 0.05)):
         seeds = np.linspace(-1, 1, n)
         assert runs.p_value(seeds + t * seeds.std(ddof=1) / n ** 0.5) == pytest.approx(p, rel=2e-3)
+    assert all(np.isnan(runs.p_value(same)) for same in ([0.1], [0, 0, 0]))                # one seed; no spread
     assert runs.p_value([1, 0, -1]) == pytest.approx(0.5, abs=1e-4) and runs.p_value([-3, -3.1, -2.9]) > 0.99
 
 
