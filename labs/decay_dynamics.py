@@ -20,12 +20,13 @@ The lab trains with batches of 16 and of 128 sequences. At regular steps t, with
 the gradient g_t on one large fixed batch of held-out text (in float32), it measures
     v = x_{t+1} - x_t                   D1 = g_{t+1}.v / |v|
     D2 = (g_{t+1} - g_t).v / |v|^2      curvature = |D2| / (1 + D1^2)^1.5
-At ten steps it measures how steep the valley can be for this optimizer (Cohen et al. 2022, "Adaptive
-Gradient Methods at the Edge of Stability"): the largest eigenvalue of P^-1/2 H P^-1/2, where H is
-the Hessian of the loss on the fixed batch and P = diag(sqrt(v_hat) + eps) is what Adam divides by.
-With momentum beta1, Adam bounces off a side that is steeper than (2 + 2 beta1) / ((1 - beta1) rate),
-which is 38 / rate. In muP each role of weights has its own rate, the schedule's times a factor; the
-lab divides P by that factor, so that the rate in 38 / rate is the schedule's.
+At ten steps it measures how sharp the steepest side of the valley is to this optimizer: the largest
+eigenvalue of P^-1/2 H P^-1/2, where H is the Hessian of the loss on the fixed batch, and
+P = diag(sqrt(v_hat) + eps) is what Adam divides by. If this sharpness exceeds
+(2 + 2 beta1) / ((1 - beta1) rate), which is 38 / rate, Adam with the gradient of all data bounces
+ever higher (Cohen et al. 2022, "Adaptive Gradient Methods at the Edge of Stability"). In muP each
+role of weights has its own rate, the schedule's times a factor. The lab divides P by that factor,
+so the rate in 38 / rate is the schedule's.
 """
 # %%
 from dataclasses import dataclass
@@ -79,7 +80,7 @@ def dynamics(width, steps, decay_steps, every, probe_tokens, batch_size, seed):
     """Train a model and measure it every `every` steps.
 
     returns  {"steps": [t, ...], series: [value, ...], "sharpness": [[t, lr, value], ...],
-              "lines": {name: losses at LINE}}, with a series for each other entry of `row` below
+              line: losses at LINE}, with a series for each other entry of `row` below
     """
     model, updates, validate = runs.begin(
         "config/lab.py", **runs.shape(width), seed=seed, batch_size=batch_size, max_steps=steps,
@@ -116,9 +117,9 @@ def dynamics(width, steps, decay_steps, every, probe_tokens, batch_size, seed):
         if t in (stable - decay_steps, stable, steps):
             kept.append(x)
     earlier, last, decayed = kept
-    lines = {"stable to decayed": along(model, params, validate, last, decayed),
-             "stable to stable": along(model, params, validate, earlier, last)}
-    return {**out, "sharpness": sharp, "lines": lines}
+    return {**out, "sharpness": sharp,
+            "stable to decayed": along(model, params, validate, last, decayed),
+            "stable to stable": along(model, params, validate, earlier, last)}
 
 
 def gradient(model, params, probe, create_graph=False):
@@ -180,27 +181,147 @@ def along(model, params, validate, start, end):
 
 
 def experiment(settings, config):
-    """Return ({batch size: [dynamics of each seed]}, stale)."""
+    """Return ({batch size: {series or line: array (seeds, ...)}}, stale)."""
     runs.prepare(config)
     jobs = [dict(width=settings.width, steps=settings.steps, decay_steps=settings.decay_steps,
                  every=settings.every, probe_tokens=settings.probe_tokens, batch_size=batch_size,
                  seed=seed) for batch_size in settings.batch_sizes for seed in settings.seeds]
     results, stale = runs.collect("decay_dynamics", dynamics, jobs, config)
-    return runs.group(jobs, results, "batch_size"), stale
+    return {batch_size: {name: np.array([result[name] for result in same]) for name in same[0]}
+            for batch_size, same in runs.group(jobs, results, "batch_size").items()}, stale
 
+
+# %% The figure
 
 def draw(found, settings):
-    return None
+    begins = settings.steps - settings.decay_steps
+    figure, axes = runs.figure(2, 4, f"Through the decay, width {settings.width}, mean and range "
+                                     f"of {len(settings.seeds)} seeds", width=3.9)
+    panels = {"largest update": f"largest change of a weight in {settings.every} updates",
+              "gradient norm": "nats per unit of weight", "cosine": "of successive batches",
+              "D1": "nats per unit of weight", "curvature": "nats per unit squared",
+              "sharpness": "largest eigenvalue (dotted: 38 / rate)"}
+    for style, (batch_size, series) in zip(runs.STYLES, found.items()):
+        for ax, (name, ylabel) in zip(axes.flat, panels.items()):
+            x, values = series["steps"][0], series[name]
+            if name == "sharpness":
+                x, rates, values = *series[name][0, :, :2].T, series[name][..., 2]
+                ax.plot(x, STABLE_BELOW / rates, "k:")
+                ax.set(yscale="log")
+            runs.curve(ax, x, values, style, markersize=3, label=f"batches of {batch_size}")
+            ax.set(xlabel="update (gray: decay)", ylabel=ylabel, title=name)
+        for ax, name in zip(axes.flat[6:], ("stable to decayed", "stable to stable")):
+            draw_line(ax, series, name, style, f"batches of {batch_size}")
+            ax.set(title=f"river valley: {name}")
+    for ax in axes.flat[:6]:
+        ax.axvspan(begins, settings.steps, color="0.9", zorder=0)
+    return figure
+
+
+def draw_line(ax, series, name, style, label):
+    runs.curve(ax, LINE, series[name], style, label=label)
+    ax.set(xlabel="place on the straight line (0: start, 1: end)",
+           ylabel="held-out loss (nats per byte)")
+
+
+def slide(ax, found, settings):
+    series = found[settings.batch_sizes[0]]
+    for style, name in zip(runs.STYLES, ("stable to decayed", "stable to stable")):
+        draw_line(ax, series, name, style, name)
+    rise = np.diff(series["stable to decayed"][:, START:END + 1]).max()
+    return f"The decay goes down {'without' if rise < FLAT else 'over'} a hill"
+
+
+# %% The checks. Their thresholds were set before the runs
+
+def stages(series, settings):
+    """Return {name: (before, at the end)} of one batch size, arrays (seeds,) of means.
+
+    before      over the updates before the decay, as many as it has; sharpness: the last of them
+    at the end  over the last quarter of the decay; sharpness: the last update
+    """
+    steps, begins = series["steps"][0], settings.steps - settings.decay_steps
+    before = (steps > begins - settings.decay_steps) & (steps <= begins)
+    end = steps > settings.steps - settings.decay_steps / 4
+    sharp = series["sharpness"][..., 2]
+    ratios = {**series, "D1": abs(series["D1"]),
+              "update per rate": series["largest update"] / series["lr"]}
+    found = {name: (values[:, before].mean(1), values[:, end].mean(1))
+             for name, values in ratios.items() if values.shape == series["lr"].shape}
+    part = sharp * series["sharpness"][..., 1] / STABLE_BELOW
+    return {**found, "sharpness": (sharp[:, 4], sharp[:, 9]), "part": (part[:, 4], part[:, 9])}
 
 
 def checks(found, settings):
-    return []
+    small, large = settings.batch_sizes[0], settings.batch_sizes[-1]
+    both = {batch_size: stages(series, settings) for batch_size, series in found.items()}
+    aligned, sharper = (both[large]["cosine"][1] - both[large]["cosine"][0],
+                        both[large]["sharpness"][0] - both[small]["sharpness"][0])
+    cosines = {size: " to ".join(f"{values.mean():+.3f}" for values in stage["cosine"])
+               for size, stage in both.items()}
+    part = both[large]["part"][0]
+    down = np.concatenate([series["stable to decayed"] for series in found.values()])
+    across = np.concatenate([series["stable to stable"] for series in found.values()])
+    rise, bend = (np.diff(down[:, START:END + 1], n) for n in (1, 2))
+    dips = np.minimum(across[:, START], across[:, END]) - across[:, MIDDLE]
+    return [
+        changes("the largest update follows the learning rate (within a factor of 2)", both,
+                "update per rate", 0.5, 2, "follows it"),
+        changes("the gradient norm falls in the decay", both, "gradient norm", 0, 1, "falls"),
+        Check(f"on fresh batches of {large} sequences successive gradients point in the same "
+              f"direction more than before",
+              f"{cosines[large]} (p = {runs.p_value(aligned):.2g}); of {small}: {cosines[small]}",
+              "mostly above 0", aligned.mean() > 0 and both[large]["cosine"][1].mean() > 0),
+        changes("the slope along the update, D1, shrinks to less than half", both, "D1", 0, 0.5,
+                "shrinks with the rate"),
+        changes("the curvature along the update grows", both, "curvature", 1, np.inf, "about x 10"),
+        Check(f"before the decay the preconditioned sharpness is higher with batches of {large} "
+              f"sequences than with {small}",
+              f"by {runs.mean_and_range(sharper, '.0f')} (p = {runs.p_value(sharper):.2g})", "-",
+              sharper.mean() > 0),
+        Check(f"and with {large} it is within a factor of 2 of the threshold, 38 / rate",
+              f"x {runs.mean_and_range(part, '.2f')}", "-", 0.5 < part.mean() < 2),
+        changes(f"in the decay it grows to at least {GROWTH} times what it was", both, "sharpness",
+                GROWTH, np.inf),
+        changes("but by less than the threshold does", both, "part", 0, 1),
+        Check(f"from the stable weights to the decayed ones the loss rises nowhere by more than "
+              f"{FLAT} nats", f"falls by {runs.mean_and_range(-rise.sum(1), '.3f')} nats", "-",
+              rise.max() < FLAT),
+        Check(f"and it is convex on this line, up to {FLAT} nats",
+              f"smallest second difference {bend.min():+.4f} nats", "-", bend.min() > -FLAT),
+        Check("between two stable checkpoints the loss is lower",
+              f"halfway {runs.mean_and_range(dips, '.3f')} nats below the lower end", "-",
+              dips.min() > 0),
+    ]
 
+
+def changes(claim, both, name, low, high, paper="-"):
+    """Return the Check that a series' end / before is between low and high with all batch sizes."""
+    ours, holds = [], True
+    for batch_size, stage in both.items():
+        before, end = stage[name]
+        ratio = end / before
+        p = runs.p_value(np.minimum(ratio - low, high - ratio))
+        ours.append(f"of {batch_size}: {before.mean():.3g} to {end.mean():.3g}, "
+                    f"x {runs.mean_and_range(ratio, '.2g')} (p = {p:.2g})")
+        holds = holds and low < ratio.mean() < high
+    return Check(claim, f"batches {'; '.join(ours)}", paper, bool(holds))
+
+
+# %% What it means: TEXT
+#
+# Exercises
+# 1. `x - x_then`: use a random direction of the same length instead. What is the curvature along
+#    it, before and in the decay?
+# 2. `schedule`: give runs.begin schedule="cosine". Where in the run does the sharpness begin to
+#    grow?
+# 3. `scale = `: leave Adam out (scale 1 for all weights). Which batch size has the sharper valley
+#    now, and does it still grow in the decay?
 
 @exits_cleanly
 def main(argv):
-    quick = dict(width=32, steps=40, every=2, probe_tokens=256, batch_sizes=(4, 8), seeds=(0, 1))
-    runs.main("decay_dynamics", argv, Settings, quick, __doc__, experiment, draw, checks)
+    quick = dict(width=8, steps=40, every=2, probe_tokens=256, batch_sizes=(4, 8), seeds=(0, 1))
+    runs.main("decay_dynamics", argv, Settings, quick, __doc__, experiment, draw, checks, slide)
 
 
 if __name__ == "__main__":

@@ -181,3 +181,21 @@ def differences(a, b):
 def closest(curve):
     """Return the losses (seeds,) with the lowest mean of a {x: losses}."""
     return min(curve.values(), key=np.mean)
+
+
+def draw(found, settings):
+    return None
+
+
+def checks(found, settings):
+    return []
+
+
+@exits_cleanly
+def main(argv):
+    quick = dict()
+    runs.main("wsd_vs_cosine", argv, Settings, quick, __doc__, experiment, draw, checks)
+
+
+if __name__ == "__main__":
+    main()
