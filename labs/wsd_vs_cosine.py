@@ -9,10 +9,10 @@ Claim       A cosine is best if it ends where the run ends (T = S): shorter and 
 Write down  before you run it: for the lengths 1, 2, 3 and 4, what do four cosine runs cost, and
             what does one trunk with four decays of 10 %? If the weights of the trunk's last
             checkpoints are averaged instead, how much of the drop does that give?
-Command     python -m labs.wsd_vs_cosine        fifteen minutes on two cores; --quick=True: seconds
+Command     python -m labs.wsd_vs_cosine        13 minutes on two quiet cores; --quick=True: seconds
 
-The model has 47,392 parameters without the embedding, the N of the paper. As in its figure 4, runs
-end after 20, 40, 60 and 80 tokens per parameter. Decays branch from the trunk with its weights,
+The model has 47,392 parameters without the embedding, the N of the paper. As in figure 4, runs end
+after 20, 40, 60 and 80 tokens per parameter. A decay branches from the trunk with its weights,
 optimizer state and position in the data. All runs of a seed start with the same weights and read
 the same text in the same order.
 """
@@ -137,8 +137,8 @@ def over_seeds(curves):
 def experiment(settings, config):
     """Return (found, stale). found holds losses, an array (seeds,) each:
 
-    "trunk" and "averaged" {step: losses}, "decays" {(start, end, form): losses},
-    "cosines" {(T, loop): {step: losses}}
+    "trunk" and "averaged" {step: losses}, "decays" {share: {end: losses}}, "forms" {form: losses},
+    "cosines" {(T, loop): {step: losses}}, and "ends" {T: losses} of those at T = S
     """
     runs.prepare(config)
     s, ends = settings, settings.ends
@@ -149,7 +149,10 @@ def experiment(settings, config):
         config)
     found = {name: over_seeds([trunk[name] for trunk in trunks]) for name in ("trunk", "averaged")}
     losses = np.array([trunk["decays"] for trunk in trunks]).T
-    found["decays"] = dict(zip(map(tuple, decays), losses))
+    found["decays"] = {share: dict(zip(ends, losses[i::len(s.shares)]))
+                       for i, share in enumerate(s.shares)}
+    found["forms"] = dict(zip(s.forms, [found["decays"][s.share][ends[-1]],
+                                        *losses[len(ends) * len(s.shares):]]))
     jobs = [dict(common=s.common(seed), T=T, loop=False, ends=ends[:i + 2], every=s.every)
             for i, T in enumerate(ends) for seed in s.seeds]    # on to the next horizon
     jobs += [dict(common=s.common(seed), T=ends[0], loop=True, ends=ends[:3], every=s.every)
@@ -157,21 +160,11 @@ def experiment(settings, config):
     results, old = runs.collect("wsd_vs_cosine", cosine, jobs, config)
     found["cosines"] = {name: over_seeds(curves)
                         for name, curves in runs.group(jobs, results, "T", "loop").items()}
+    found["ends"] = {T: found["cosines"][T, False][T] for T in ends}
     return found, stale or old
 
 
 # %% What the figure and the checks compare
-
-def decay_ends(found, settings, share):
-    """Return {end: losses (seeds,)} after decays of a share of every horizon."""
-    return {end: found["decays"][branch_point(end, share), end, settings.forms[0]]
-            for end in settings.ends}
-
-
-def cosine_ends(found):
-    """Return {T: losses (seeds,)} of the cosines at T = S."""
-    return {T: curve[T] for (T, loop), curve in found["cosines"].items() if not loop}
-
 
 def differences(a, b):
     """Return {x: a - b} of two curves, where both are known."""
@@ -183,18 +176,152 @@ def closest(curve):
     return min(curve.values(), key=np.mean)
 
 
-def draw(found, settings):
-    return None
+# %% The figure
 
+def draw(found, settings):
+    s, cosines = settings, found["ends"]
+    figure, axes = runs.figure(2, 2, f"WSD and cosine, width {s.width}, mean and range of "
+                                     f"{len(s.seeds)} seeds", width=6, height=4)
+    drops, schedules, drift, rivals = axes.flat
+    draw_drops(drops, found, s)
+    plot(drops, found["averaged"], s.ratio, runs.STYLES[3], label="trunk, weights averaged")
+    drops.set(title="figure 5: the drop")
+
+    for style, ((T, loop), curve) in zip(runs.STYLES, found["cosines"].items()):
+        label = f"{'loop' if loop else 'cosine'}, T = {T * s.ratio:.0f}"
+        plot(schedules, curve, s.ratio, style, label=label, marker="")
+        schedules.plot(T * s.ratio, curve[T].mean(), "o", color=style["color"], fillstyle="none")
+        others = {S: loss for S, loss in differences(curve, cosines).items() if S != T}
+        plot(rivals, others, s.ratio, style, label=label)
+    schedules.set(title="figure 4: cosines (ring: T = S)", ylim=drops.get_ylim())
+    rivals.set(title="other cosines minus the cosine with T = S")
+
+    styles = iter(runs.STYLES)
+    for share in s.shares:
+        plot(drift, differences(found["decays"][share], cosines), s.ratio, next(styles),
+             label=f"decay of {100 * share:g}%")
+    for form in s.forms[1:]:
+        plot(drift, {s.ends[-1]: found["forms"][form] - cosines[s.ends[-1]]}, s.ratio,
+             next(styles), label=f"{form}, {s.share:.0%}")
+    drift.set(title="drift: WSD minus the cosine with T = S")
+    drift.legend(fontsize=7, ncols=2, loc=(0.03, 0.57))
+    for ax in (drift, rivals):
+        ax.axhspan(-MARGIN, MARGIN, color="0.85", zorder=0, label="margin, set beforehand")
+    for ax in axes.flat:
+        kind = "held-out loss" if ax in axes[0] else "loss difference"
+        ax.set(xlabel="tokens per parameter", ylabel=f"{kind} (nats per byte)")
+    return figure
+
+
+def draw_drops(ax, found, settings):
+    """Draw the trunk, its decays of the paper's share, and the ends of the cosines."""
+    s, trunk = settings, found["trunk"]
+    first, second, third, *_ = runs.STYLES
+    plot(ax, trunk, s.ratio, first, label="trunk, constant rate", marker="")
+    for end, losses in found["decays"][s.share].items():
+        start = branch_point(end, s.share)
+        plot(ax, {start: trunk[start], end: losses}, s.ratio, second,
+             label=f"decays of {s.share:.0%}" if end == s.ends[0] else None)
+    plot(ax, found["ends"], s.ratio, third, label="ends of cosines, T = S")
+    ax.set(ylim=(None, trunk[s.ends[0]].max() + 0.1))
+
+
+def plot(ax, curve, scale, style, **more):
+    """Plot a curve {x: losses (seeds,)} over scale * x, with the range of the seeds."""
+    x = [scale * each for each in curve]
+    runs.curve(ax, x, np.array(list(curve.values())).T, style, **more)
+
+
+def slide(ax, found, settings):
+    draw_drops(ax, found, settings)
+    ax.set(xlabel="tokens per parameter", ylabel="held-out loss (nats per byte)")
+    lost = differences(found["decays"][settings.share], found["ends"]).values()
+    worst = max(loss.mean() for loss in lost)
+    return (f"One run with {settings.share:.0%} decays ends at most {worst:.2f} nats above "
+            f"{len(lost)} cosines")
+
+
+# %% The checks. Their thresholds were set before the runs
 
 def checks(found, settings):
-    return []
+    s, ends, last, first = settings, settings.ends, settings.ends[-1], settings.ends[0]
+    shortest, share, longest = s.shares[0], s.share, s.shares[-1]
+    trunk, decays, cosines = found["trunk"], found["decays"], found["ends"]
+    lost = {each: differences(decays[each], cosines) for each in s.shares}
+    worst = {each: max(lost[each].values(), key=np.mean) for each in s.shares}
+    against = {each: ", ".join(f"{x.mean():+.3f}" for x in lost[each].values()) + "; worst "
+               for each in s.shares}
+    drop = closest(differences(trunk, decays[share]))
+    short = decays[shortest][last] - decays[share][last]
+    drift = lost[longest][last] - lost[longest][first]
+    curves = {T: found["cosines"][T, False] for T in ends}
+    later = closest({(T, S): curves[T][S] - cosines[S] for T in ends for S in ends if S < T})
+    earlier = closest({S: curves[T][S] - cosines[S] for T, S in zip(ends, ends[1:])})
+    rising = differences(found["cosines"][first, True], cosines)
+    loop = closest({S: loss for S, loss in rising.items() if S > first})
+    by_form = [losses.mean() for losses in found["forms"].values()]
+    differ, dropped = max(by_form) - min(by_form), (trunk[last] - decays[share][last]).mean()
+    averaged, decayed = ((trunk[last] - losses).mean()
+                         for losses in (found["averaged"][last], decays[longest][last]))
+    return [
+        over(f"a decay of {share:.0%} ends at least {DROP} nats below the trunk, at every horizon",
+             "smallest ", drop, drop - DROP),
+        over(f"a decay of {longest:.0%} is at no horizon worse than the cosine with T = S "
+             f"(margin {MARGIN})", against[longest], worst[longest], MARGIN - worst[longest]),
+        over(f"a decay of {share:.0%} is enough for that", against[share], worst[share],
+             MARGIN - worst[share], "10 %"),
+        over(f"a decay of {shortest:.1%} ends at least {MARGIN} nats above one of {share:.0%}, at "
+             f"the last horizon", "", short, short - MARGIN, "2.5 %"),
+        over(f"the loss after a decay of {longest:.0%} minus that of the cosine grows by less than "
+             f"{MARGIN} nats from the first horizon to the last", "", drift, MARGIN - drift),
+        over(f"a cosine that ends later (T > S) is worse at S by at least {MARGIN} nats, at every "
+             f"horizon", "closest ", later, later - MARGIN, "worse"),
+        over("a cosine that ended one horizon earlier is worse than the cosine with T = S, at "
+             "every horizon", "closest ", earlier, earlier, "worse"),
+        over("a cosine that rises again is worse than the cosine with T = S", "closest ", loop,
+             loop, "worse"),
+        Check(f"the forms of the decay differ by less than half of what a decay of {share:.0%} "
+              f"drops", f"by {differ:.3f} of {dropped:.3f} nats", "-", differ < dropped / 2),
+        Check("averaging the trunk's weights gives a part of what decaying gives",
+              f"{averaged:.3f} of {decayed:.3f} nats", "-", 0 < averaged < decayed),
+    ]
 
+
+def over(claim, words, values, margins, paper="-"):
+    """Return the Check of a claim over seeds. margins (seeds,): how far within the threshold the
+    values (seeds,) are; p is for a mean so far within it by chance."""
+    ours = f"{words}{runs.mean_and_range(values, '+.3f')} nats (p = {runs.p_value(margins):.2g})"
+    return Check(claim, ours, paper, margins.mean() > 0)
+
+
+# %% What it means: the cosines are as in the paper's figure 4. Each is best where it ends: longer
+# and shorter ones are worse there, and so is the loop. The drop is there too: a decay of 10 % ends
+# 0.14 to 0.20 nats below the trunk, in all four forms. Averaging the trunk's weights gives half of
+# the drop. A trunk with four decays of 10 % takes 4,258 updates, four cosines take 9,256. This is
+# why scaling laws are measured with one run per size (labs/scaling_law.py), and why new data are
+# tried in a decay (labs/annealing.py). MiniCPM-2.4B decayed for 6.6 % of its updates.
+#
+# Three checks do not hold: here WSD does not reach the cosine. The longer the decay, the smaller
+# the gap: 0.09 nats with 2.5 %, 0.02 to 0.04 with 10 %, up to 0.015 with 20 %. It grows from 20 to
+# 60 tokens per parameter, and hardly after that. One more run, made later with one seed, supports
+# one explanation: at 40 tokens per parameter a decay of 40 % ends where the cosine ends (0.002 nats
+# below it), and one of 80 % is too long (0.008 above). So one stable run can replace the cosines,
+# but here 10 % is too short a decay. Why was not tested. A batch of 1,024 tokens has a noisy
+# gradient, and a short decay may not average enough of the noise away.
+#
+# Exercises
+# 1. `kept = ...` in trunk_and_decays: average the last two sets of weights only, or all from the
+#    first. When does averaging hurt?
+# 2. `shares`: add 0.4 and 0.8. Which share is best at each horizon? Is the best decay a fixed share
+#    of the run, or a fixed number of updates?
+# 3. `batch_size`: 32 reads the same tokens in a quarter of the updates. Does WSD come closer to the
+#    cosine? Or with learning_rate=0.005 in `common`?
 
 @exits_cleanly
 def main(argv):
-    quick = dict()
-    runs.main("wsd_vs_cosine", argv, Settings, quick, __doc__, experiment, draw, checks)
+    quick = dict(width=8, horizons=(1, 2), shares=(0.05, 0.2), forms=DECAYS[:2], seeds=(0, 1),
+                 every=8, warmup=2, batch_size=4, block_size=32, eval_tokens=2048)
+    runs.main("wsd_vs_cosine", argv, Settings, quick, __doc__, experiment, draw, checks, slide)
 
 
 if __name__ == "__main__":
