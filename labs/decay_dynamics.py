@@ -44,6 +44,8 @@ from labs.runs import Check
 
 LINE = tuple(round(0.1 * i, 1) for i in range(-5, 16))      # places: the line goes from 0 to 1
 START, MIDDLE, END = (LINE.index(place) for place in (0.0, 0.5, 1.0))
+LINES = "stable to decayed", "stable to stable"             # each is a straight line
+PLACE, LOSS = "place on the line (0: start, 1: end)", "held-out loss (nats per byte)"
 STABLE_BELOW = (2 + 2 * 0.9) / (1 - 0.9)                    # 38: largest stable rate * sharpness
 GROWTH = 1.5                    # of the sharpness in the decay; the rate falls to a tenth
 FLAT = 0.002                    # nats per byte: a smaller hill or bend is noise
@@ -113,13 +115,12 @@ def dynamics(width, steps, decay_steps, every, probe_tokens, batch_size, seed):
                     out.setdefault(name, []).append(value)
             weights_then, cosines = weights, []
         if t in ten:
-            sharp.append([t, lr, sharpness(model, params, probe, update.optimizer)])
+            sharp.append([t, lr, sharpness(model, probe, update.optimizer)])
         if t in (stable - decay_steps, stable, steps):
             kept.append(x)
     earlier, last, decayed = kept
-    return {**out, "sharpness": sharp,
-            "stable to decayed": along(model, params, validate, last, decayed),
-            "stable to stable": along(model, params, validate, earlier, last)}
+    lines = [along(model, params, validate, *ends) for ends in ((last, decayed), (earlier, last))]
+    return {**out, "sharpness": sharp, **dict(zip(LINES, lines))}
 
 
 def gradient(model, params, probe, create_graph=False):
@@ -146,19 +147,20 @@ def directional(g_then, g, v):
     return d1, abs(d2) / (1 + d1 ** 2) ** 1.5
 
 
-def sharpness(model, params, probe, optimizer, iterations=12):
-    """Return the largest eigenvalue of A = S H S, with S = sqrt(muP factor / P).
+def sharpness(model, probe, optimizer, iterations=12):
+    """Return the largest eigenvalue of S H S, with S = sqrt(muP factor / P).
 
-    Power iteration that keeps its directions (Lanczos): of the space they span, the largest
-    eigenvalue, even if a negative one is larger in size.
+    Power iteration that keeps its directions (Lanczos): the largest eigenvalue in the space that
+    they span, even if a negative one is larger in size.
     """
-    scales = {}
+    params, scales = [], []
     for group in optimizer.param_groups:
         for p in group["params"]:
             state = optimizer.state[p]
             v_hat = state["exp_avg_sq"] / (1 - group["betas"][1] ** state["step"])
-            scales[p] = (group["lr_scale"] / (v_hat.sqrt() + group["eps"])).sqrt()
-    scale = parameters_to_vector([scales[p] for p in params])
+            params.append(p)
+            scales.append((group["lr_scale"] / (v_hat.sqrt() + group["eps"])).sqrt())
+    scale = parameters_to_vector(scales)
     slope = gradient(model, params, probe, create_graph=True)
     space = scale.new_empty(0, len(scale))
     images, new = [], torch.randn(len(scale), generator=torch.Generator().manual_seed(0))
@@ -200,36 +202,31 @@ def draw(found, settings):
     panels = {"largest update": f"largest change of a weight in {settings.every} updates",
               "gradient norm": "nats per unit of weight", "cosine": "of successive batches",
               "D1": "nats per unit of weight", "curvature": "nats per unit squared",
-              "sharpness": "largest eigenvalue (dotted: 38 / rate)"}
+              "sharpness": "largest eigenvalue (dotted: 38 / rate)", **dict.fromkeys(LINES, LOSS)}
     for style, (batch_size, series) in zip(runs.STYLES, found.items()):
         for ax, (name, ylabel) in zip(axes.flat, panels.items()):
-            x, values = series["steps"][0], series[name]
+            x, values = LINE if name in LINES else series["steps"][0], series[name]
             if name == "sharpness":
-                x, rates, values = *series[name][0, :, :2].T, series[name][..., 2]
+                x, rates, values = *values[0, :, :2].T, values[..., 2]
                 ax.plot(x, STABLE_BELOW / rates, "k:")
                 ax.set(yscale="log")
             runs.curve(ax, x, values, style, markersize=3, label=f"batches of {batch_size}")
             ax.set(xlabel="update (gray: decay)", ylabel=ylabel, title=name)
-        for ax, name in zip(axes.flat[6:], ("stable to decayed", "stable to stable")):
-            draw_line(ax, series, name, style, f"batches of {batch_size}")
-            ax.set(title=f"river valley: {name}")
     for ax in axes.flat[:6]:
         ax.axvspan(begins, settings.steps, color="0.9", zorder=0)
+    for ax in axes.flat[6:]:
+        ax.set(xlabel=PLACE)
     return figure
-
-
-def draw_line(ax, series, name, style, label):
-    runs.curve(ax, LINE, series[name], style, label=label)
-    ax.set(xlabel="place on the straight line (0: start, 1: end)",
-           ylabel="held-out loss (nats per byte)")
 
 
 def slide(ax, found, settings):
     series = found[settings.batch_sizes[0]]
-    for style, name in zip(runs.STYLES, ("stable to decayed", "stable to stable")):
-        draw_line(ax, series, name, style, name)
-    rise = np.diff(series["stable to decayed"][:, START:END + 1]).max()
-    return f"The decay goes down {'without' if rise < FLAT else 'over'} a hill"
+    for style, name in zip(runs.STYLES, LINES):
+        runs.curve(ax, LINE, series[name], style, label=name)
+    ax.set(xlabel=PLACE, ylabel=LOSS)
+    rise = np.diff(series[LINES[0]][:, START:END + 1]).max()
+    downhill = "downhill" if rise < FLAT else "not downhill"
+    return f"From stable to decayed weights: {downhill} all the way"
 
 
 # %% The checks. Their thresholds were set before the runs
@@ -244,36 +241,34 @@ def stages(series, settings):
     before = (steps > begins - settings.decay_steps) & (steps <= begins)
     end = steps > settings.steps - settings.decay_steps / 4
     sharp = series["sharpness"][..., 2]
-    ratios = {**series, "D1": abs(series["D1"]),
-              "update per rate": series["largest update"] / series["lr"]}
-    found = {name: (values[:, before].mean(1), values[:, end].mean(1))
-             for name, values in ratios.items() if values.shape == series["lr"].shape}
-    part = sharp * series["sharpness"][..., 1] / STABLE_BELOW
-    return {**found, "sharpness": (sharp[:, 4], sharp[:, 9]), "part": (part[:, 4], part[:, 9])}
+    values = {"D1": abs(series["D1"]), "update per rate": series["largest update"] / series["lr"],
+              **{name: series[name] for name in ("gradient norm", "cosine", "curvature")}}
+    return {"sharpness": (sharp[:, 4], sharp[:, 9]), **{
+        name: (each[:, before].mean(1), each[:, end].mean(1)) for name, each in values.items()}}
 
 
 def checks(found, settings):
     small, large = settings.batch_sizes[0], settings.batch_sizes[-1]
     both = {batch_size: stages(series, settings) for batch_size, series in found.items()}
-    aligned, sharper = (both[large]["cosine"][1] - both[large]["cosine"][0],
-                        both[large]["sharpness"][0] - both[small]["sharpness"][0])
+    cosine, cosine_end = both[large]["cosine"]
     cosines = {size: " to ".join(f"{values.mean():+.3f}" for values in stage["cosine"])
                for size, stage in both.items()}
-    part = both[large]["part"][0]
-    down = np.concatenate([series["stable to decayed"] for series in found.values()])
-    across = np.concatenate([series["stable to stable"] for series in found.values()])
+    sharp, rates = both[large]["sharpness"][0], found[large]["sharpness"][0, :, 1]
+    sharper, part = sharp - both[small]["sharpness"][0], sharp * rates[4] / STABLE_BELOW
+    down, across = (np.concatenate([series[line] for series in found.values()]) for line in LINES)
     rise, bend = (np.diff(down[:, START:END + 1], n) for n in (1, 2))
     dips = np.minimum(across[:, START], across[:, END]) - across[:, MIDDLE]
     return [
         changes("the largest update follows the learning rate (within a factor of 2)", both,
                 "update per rate", 0.5, 2, "follows it"),
-        changes("the gradient norm falls in the decay", both, "gradient norm", 0, 1, "falls"),
+        changes("the gradient norm falls in the decay", both, "gradient norm", -np.inf,
+                1, "falls"),
         Check(f"on fresh batches of {large} sequences successive gradients point in the same "
               f"direction more than before",
-              f"{cosines[large]} (p = {runs.p_value(aligned):.2g}); of {small}: {cosines[small]}",
-              "mostly above 0", aligned.mean() > 0 and both[large]["cosine"][1].mean() > 0),
-        changes("the slope along the update, D1, shrinks to less than half", both, "D1", 0, 0.5,
-                "shrinks with the rate"),
+              f"{cosines[large]} (p = {runs.p_value(cosine_end - cosine):.2g}); of {small}: "
+              f"{cosines[small]}", "mostly above 0", cosine_end.mean() > max(0, cosine.mean())),
+        changes("the slope along the update, D1, shrinks to less than half", both, "D1",
+                -np.inf, 0.5, "shrinks with the rate"),
         changes("the curvature along the update grows", both, "curvature", 1, np.inf, "about x 10"),
         Check(f"before the decay the preconditioned sharpness is higher with batches of {large} "
               f"sequences than with {small}",
@@ -283,7 +278,8 @@ def checks(found, settings):
               f"x {runs.mean_and_range(part, '.2f')}", "-", 0.5 < part.mean() < 2),
         changes(f"in the decay it grows to at least {GROWTH} times what it was", both, "sharpness",
                 GROWTH, np.inf),
-        changes("but by less than the threshold does", both, "part", 0, 1),
+        changes("but by less than the threshold does", both, "sharpness", -np.inf,
+                rates[4] / rates[9]),
         Check(f"from the stable weights to the decayed ones the loss rises nowhere by more than "
               f"{FLAT} nats", f"falls by {runs.mean_and_range(-rise.sum(1), '.3f')} nats", "-",
               rise.max() < FLAT),
