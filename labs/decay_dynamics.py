@@ -162,8 +162,8 @@ def sharpness(model, probe, optimizer, iterations=12):
             scales.append((group["lr_scale"] / (v_hat.sqrt() + group["eps"])).sqrt())
     scale = parameters_to_vector(scales)
     slope = gradient(model, params, probe, create_graph=True)
-    space = scale.new_empty(0, len(scale))
-    images, new = [], torch.randn(len(scale), generator=torch.Generator().manual_seed(0))
+    new = torch.randn(len(scale), generator=torch.Generator().manual_seed(0)).to(scale)
+    space, images = scale.new_empty(0, len(scale)), []
     for _ in range(iterations):
         space = torch.cat([space, new[None] / new.norm()])
         product = torch.autograd.grad(slope @ (scale * space[-1]), params, retain_graph=True)
@@ -261,8 +261,7 @@ def checks(found, settings):
     return [
         changes("the largest update follows the learning rate (within a factor of 2)", both,
                 "update per rate", 0.5, 2, "follows it"),
-        changes("the gradient norm falls in the decay", both, "gradient norm", -np.inf,
-                1, "falls"),
+        changes("the gradient norm falls in the decay", both, "gradient norm", -np.inf, 1, "falls"),
         Check(f"on fresh batches of {large} sequences successive gradients point in the same "
               f"direction more than before",
               f"{cosines[large]} (p = {runs.p_value(cosine_end - cosine):.2g}); of {small}: "
