@@ -304,15 +304,15 @@ def changes(claim, both, name, low, high, paper="-"):
 
 
 # %% What it means: most of section 4.4 is visible in a model four thousand times smaller. The
-# weights move as far as the rate lets them while the loss does not show it. D1 is above 0 before the decay
-# (an update ends uphill: it crossed the valley, past the bottom) and near 0 after it. The straight
-# lines are those of a valley. Between two stable checkpoints the loss is lower, which is why their
-# mean is better than each of them (labs/wsd_vs_cosine.py). And one convex slope leads down to the
-# decayed weights.
+# weights move as far as the rate lets them while the loss does not show it. D1 is above 0 before
+# the decay (an update ends uphill: it crossed the valley, past the bottom) and near 0 after it. The
+# straight lines are those of a valley. Between two stable checkpoints the loss is lower, which is
+# why their mean is better than each of them (labs/wsd_vs_cosine.py). And one convex slope leads
+# down to the decayed weights.
 #
 # What else appears depends on the batch. With 128 sequences, successive gradients align more in the
-# decay, as in the paper. The sharpness stays near the threshold while the rate is constant, as Cohen
-# et al. find with the gradient of all data. With 16 sequences the sharpness stays below the
+# decay, as in the paper. The sharpness stays near the threshold while the rate is constant, as
+# Cohen et al. find with the gradient of all data. With 16 sequences the sharpness stays below the
 # threshold, and successive gradients align less in the decay. The mean gradient shrinks there, the
 # noise of a batch hardly does, and two batches share only the mean.
 #
