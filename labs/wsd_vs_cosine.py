@@ -9,41 +9,42 @@ Claim       A cosine is best if it ends where the run ends (T = S): shorter and 
 Write down  before you run it: for the lengths 1, 2, 3 and 4, what do four cosine runs cost, and
             what does one trunk with four decays of 10 %? If the weights of the trunk's last
             checkpoints are averaged instead, how much of the drop does that give?
-Command     python -m labs.wsd_vs_cosine        ten minutes on two cores; --quick=True: seconds
+Command     python -m labs.wsd_vs_cosine        13 minutes on two quiet cores; --quick=True: seconds
 
-The trunk is a run that train.py continues, each time with a larger --max_steps. From its
-checkpoints decays branch (--branch_from) with its weights, optimizer state and position in the
-data. All runs of a seed start with the same weights and read the same text in the same order.
+The model has 47,392 parameters without the embedding, the N of the paper. As in figure 4, runs end
+after 20, 40, 60 and 80 tokens per parameter. A decay branches from the trunk with its weights,
+optimizer state and position in the data. All runs of a seed start with the same weights and read
+the same text in the same order.
 """
 # %%
-import shutil
+import dataclasses
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
 
 import train
 from configurator import exits_cleanly
-from engine import checkpoint, metrics
-from engine.device import pick_dtype
 from labs import runs
 from labs.runs import Check
+from model import MiniCPMConfig
 from wsd import DECAYS
 
 MARGIN = 0.01                   # nats per byte by which runs with the same settings may differ
+DROP = 0.05                     # nats per byte: less is no sharp drop
 
 
 @dataclass
 class Settings:
-    width: int = 64
-    horizons: tuple[int, ...] = (240, 480, 720, 960)        # updates; S in the paper
-    shares: tuple[float, ...] = (0.025, 0.05, 0.1, 0.2)     # of a horizon, spent decaying
-    forms: tuple[str, ...] = DECAYS                         # all only at the last horizon
+    width: int = 32
+    n_layer: int = 4
+    horizons: tuple[int, ...] = (20, 40, 60, 80)        # tokens per parameter; S in the paper
+    shares: tuple[float, ...] = (0.025, 0.1, 0.2)       # of a horizon, spent decaying
+    forms: tuple[str, ...] = DECAYS                     # the others: one share, last horizon
     seeds: tuple[int, ...] = (0, 1, 2)
-    every: int = 48                                         # updates between evaluations
-    warmup: int = 24                                        # updates
-    batch_size: int = 16
+    every: int = 185                                    # updates between evaluations
+    warmup: int = 48                                    # updates
+    batch_size: int = 8
     block_size: int = 128
     eval_tokens: int = 65536
 
@@ -62,92 +63,70 @@ class Settings:
     def share(self):            # the paper's 10 %, if among the shares
         return 0.1 if 0.1 in self.shares else self.shares[-1]
 
+    @property
+    def ratio(self):            # tokens per parameter that an update reads
+        config = MiniCPMConfig(n_layer=self.n_layer, **runs.shape(self.width))
+        return self.batch_size * self.block_size / config.n_params_non_embedding
+
+    @property
+    def ends(self):             # the horizons in updates
+        return [round(horizon / self.ratio) for horizon in self.horizons]
+
     def common(self, seed):
         """Return the options of train.py that all runs of a seed share."""
-        return dict(**runs.shape(self.width), seed=seed, warmup_steps=self.warmup,
-                    batch_size=self.batch_size, block_size=self.block_size,
-                    eval_tokens=self.eval_tokens)
+        return dict(**runs.shape(self.width), n_layer=self.n_layer, seed=seed,
+                    warmup_steps=self.warmup, batch_size=self.batch_size,
+                    block_size=self.block_size, eval_tokens=self.eval_tokens)
 
 
 # %% The experiment: the trunk of a seed with its branches
 
-def trunk_and_decays(common, horizons, shares, forms, every):
-    """Train the trunk of a seed and its decays, and average the trunk's checkpoints.
+def trunk_and_decays(common, ends, decays, every):
+    """Train the trunk of a seed and its decays, and average the trunk's weights.
 
-    returns  {"trunk": [[step, val_loss], ...], "averaged": [[horizon, val_loss], ...],
-              "decays": [{"horizon", "share", "form", "curve": [[step, val_loss], ...]}, ...]}
+    ends     updates after which results are wanted
+    decays   [[start, end, form], ...] in updates
+    returns  {"trunk": [[step, val_loss], ...], "decays": [val_loss, ...] in their order,
+              "averaged": [[end, val_loss], ...]}
     """
-    folder = Path(runs.folder("wsd_vs_cosine", [common, horizons, shares, forms, every]))
-    trunk = folder / "trunk"
-    starts = {horizon: [branch_point(horizon, share) for share in shares] for horizon in horizons}
-    for stop in sorted({*horizons, *sum(starts.values(), [])}):
-        if not step_of(trunk, stop).exists():
-            train_until(stop, trunk, "config/lab.py", *runs.options(
-                decay_steps=0, max_steps=stop, eval_interval=every, **common))
-    decays, averaged = [], []
-    for horizon in horizons:
-        for form in forms if horizon == horizons[-1] else forms[:1]:
-            for share, start in zip(shares, starts[horizon]):
-                length = horizon - start
-                out_dir = folder / f"decay-{horizon}-{share}-{form}"
-                curve = train_until(horizon, out_dir, *runs.options(
-                    branch_from=step_of(trunk, start), decay=form, decay_steps=length,
-                    eval_interval=max(1, length // 4)))
-                decays.append({"horizon": horizon, "share": share, "form": form, "curve": curve})
-        steps = sorted({*starts[horizon], horizon})
-        averaged.append([horizon, loss_of_mean([step_of(trunk, step) for step in steps], common)])
-    result = {"trunk": val_losses(trunk), "decays": decays, "averaged": averaged}
-    shutil.rmtree(folder)
-    return result
+    config, model, batches, validate = runs.build("config/lab.py", **common, decay_steps=0,
+                                                  max_steps=ends[-1])
+    trunk, losses, weights = [], {}, {}
+    for update in train.train(config, batches, train.language_loss, model):
+        branches = [decay for decay in decays if decay[0] == update.step]
+        if branches or update.step in ends:
+            weights[update.step] = {name: value.clone()
+                                    for name, value in model.state_dict().items()}
+        if update.step in weights or update.step % every == 0:
+            trunk.append([update.step, validate(model.eval())["val_loss"]])
+        for start, end, form in branches:
+            decayed = runs.decayed_model(dataclasses.replace(config, decay=form), batches, update,
+                                         end)
+            losses[start, end, form] = validate(decayed.eval())["val_loss"]
+    averaged = []
+    for end in ends:                # over the starts of its decays, and the end itself
+        kept = [weights[step] for step in {end, *(decay[0] for decay in decays if decay[1] == end)}]
+        model.load_state_dict({name: torch.stack([each[name] for each in kept]).mean(0)
+                               for name in kept[0]})
+        averaged.append([end, validate(model)["val_loss"]])
+    return {"trunk": trunk, "decays": [losses[tuple(decay)] for decay in decays],
+            "averaged": averaged}
 
 
-def branch_point(horizon, share):
-    """Return the update after which a decay begins."""
-    return horizon - max(1, round(share * horizon))
+# %% Cosines that end at T, and how they go on at the floor or, as a loop, rise again
 
-
-def step_of(trunk, step):
-    return trunk / f"step-{step:08d}"
-
-
-def val_losses(out_dir):
-    """Return [[step, val_loss], ...] of a run folder."""
-    return sorted({line["step"]: line["val_loss"] for line in metrics.read(out_dir)[1]}.items())
-
-
-def train_until(end, out_dir, *arguments):
-    """Train a run until step `end`, unless it is there already, and return its val_losses."""
-    if end not in dict(val_losses(out_dir)):
-        train.main([*arguments, f"--out_dir={out_dir}", "--quiet=True"])
-    curve = val_losses(out_dir)
-    if end not in dict(curve):                  # after Ctrl-C train.py saves and returns
-        raise KeyboardInterrupt
-    return curve
-
-
-def loss_of_mean(folders, common):
-    """Return the held-out loss of the mean of several checkpoints' weights."""
-    model, _, validate = runs.begin("config/lab.py", **common)
-    model.numerics.dtype = pick_dtype("auto", torch.device("cpu"))      # as train.py evaluates
-    weights = [dict(checkpoint.read_weights(folder, torch.float32)) for folder in folders]
-    model.load_state_dict({name: torch.stack([each[name] for each in weights]).mean(0)
-                           for name in weights[0]})
-    return validate()["val_loss"]
-
-
-# %% Cosines that end at T, evaluated until the last horizon: T > S before T, and T < S after it
-
-def cosine(common, T, loop, horizons, every):
-    """Return [[step, val_loss], ...]; loop: the learning rate rises again after T."""
-    model, updates, validate = runs.begin(
+def cosine(common, T, loop, ends, every):
+    """Return [[step, val_loss], ...] of a cosine up to the last of the ends."""
+    _, updates, validate = runs.begin(
         "config/lab.py", **common, schedule="cosine_loop" if loop else "cosine", cosine_period=T,
-        max_steps=horizons[-1])
-    rows = []
-    for update in updates:
-        if update.step % every == 0 or update.step in horizons:
-            rows.append([update.step, validate()["val_loss"]])
-            model.train()
-    return rows
+        max_steps=ends[-1])
+    return [[update.step, validate()["val_loss"]] for update in updates
+            if update.step % every == 0 or update.step in ends]
+
+
+def branch_point(end, share):
+    """Return the update after which a decay begins."""
+    return end - max(1, round(share * end))
 
 
 def over_seeds(curves):
@@ -156,115 +135,95 @@ def over_seeds(curves):
 
 
 def experiment(settings, config):
-    """Return (found, stale). found holds curves, {step: losses (seeds,)}:
+    """Return (found, stale). found holds losses, an array (seeds,) each:
 
-    "trunk" and "averaged" (over the horizons), "decays": {(horizon, share, form): curve},
-    "cosines": {(T, loop): curve}
+    "trunk" and "averaged" {step: losses}, "decays" {share: {end: losses}}, "forms" {form: losses},
+    "cosines" {(T, loop): {step: losses}}, and "ends" {T: losses} of those at T = S
     """
     runs.prepare(config)
-    s = settings
+    s, ends = settings, settings.ends
+    decays = [[branch_point(end, share), end, s.forms[0]] for end in ends for share in s.shares]
+    decays += [[branch_point(ends[-1], s.share), ends[-1], form] for form in s.forms[1:]]
     trunks, stale = runs.collect("wsd_vs_cosine", trunk_and_decays, [
-        dict(common=s.common(seed), horizons=s.horizons, shares=s.shares, forms=s.forms,
-             every=s.every) for seed in s.seeds], config)
+        dict(common=s.common(seed), ends=ends, decays=decays, every=s.every) for seed in s.seeds],
+        config)
     found = {name: over_seeds([trunk[name] for trunk in trunks]) for name in ("trunk", "averaged")}
-    found |= {"decays": {}, "cosines": {}}
-    for same in zip(*(trunk["decays"] for trunk in trunks)):        # the same decay of each seed
-        name = same[0]["horizon"], same[0]["share"], same[0]["form"]
-        found["decays"][name] = over_seeds([decay["curve"] for decay in same])
-    names = [*((T, False) for T in s.horizons), (s.horizons[0], True)]
-    cosines, old = runs.collect("wsd_vs_cosine", cosine, [
-        dict(common=s.common(seed), T=T, loop=loop, horizons=s.horizons, every=s.every)
-        for T, loop in names for seed in s.seeds], config)
-    for i, name in enumerate(names):
-        found["cosines"][name] = over_seeds(cosines[i * len(s.seeds):(i + 1) * len(s.seeds)])
+    losses = np.array([trunk["decays"] for trunk in trunks]).T
+    found["decays"] = {share: dict(zip(ends, losses[i::len(s.shares)]))
+                       for i, share in enumerate(s.shares)}
+    found["forms"] = dict(zip(s.forms, [found["decays"][s.share][ends[-1]],
+                                        *losses[len(ends) * len(s.shares):]]))
+    jobs = [dict(common=s.common(seed), T=T, loop=False, ends=ends[:i + 2], every=s.every)
+            for i, T in enumerate(ends) for seed in s.seeds]    # on to the next horizon
+    jobs += [dict(common=s.common(seed), T=ends[0], loop=True, ends=ends[:3], every=s.every)
+             for seed in s.seeds]
+    results, old = runs.collect("wsd_vs_cosine", cosine, jobs, config)
+    found["cosines"] = {name: over_seeds(curves)
+                        for name, curves in runs.group(jobs, results, "T", "loop").items()}
+    found["ends"] = {T: found["cosines"][T, False][T] for T in ends}
     return found, stale or old
 
 
 # %% What the figure and the checks compare
-
-def decay_ends(found, share, form):
-    """Return {horizon: losses (seeds,)} at the ends of decays."""
-    return {horizon: curve[horizon] for (horizon, *name), curve in found["decays"].items()
-            if name == [share, form]}
-
-
-def cosine_ends(found):
-    """Return {T: losses (seeds,)} of the cosines at T = S."""
-    return {T: curve[T] for (T, loop), curve in found["cosines"].items() if not loop}
-
 
 def differences(a, b):
     """Return {x: a - b} of two curves, where both are known."""
     return {x: a[x] - b[x] for x in a if x in b}
 
 
-def updates_spent(settings, share):
-    """Return the updates for results at the first 1, 2, ... horizons: (of WSD, of cosines)."""
-    starts = np.array([branch_point(horizon, share) for horizon in settings.horizons])
-    return starts + np.cumsum(settings.horizons - starts), np.cumsum(settings.horizons)
+def closest(curve):
+    """Return the losses (seeds,) with the lowest mean of a {x: losses}."""
+    return min(curve.values(), key=np.mean)
 
 
 # %% The figure
 
 def draw(found, settings):
-    horizons, share, form = settings.horizons, settings.share, settings.forms[0]
-    last, million = horizons[-1], settings.batch_size * settings.block_size / 1e6
-    trunk, cosines = found["trunk"], cosine_ends(found)
-    first, second, third, *_ = runs.STYLES
-    figure, axes = runs.figure(2, 3, f"WSD and cosine, width {settings.width}, mean and range of "
-                                     f"{len(settings.seeds)} seeds")
-    for ax in axes.flat[:5]:
-        ax.set(xlabel="million tokens", ylabel="held-out loss (nats per byte)")
+    s, cosines = settings, found["ends"]
+    figure, axes = runs.figure(2, 2, f"WSD and cosine, width {s.width}, mean and range of "
+                                     f"{len(s.seeds)} seeds", width=6, height=4)
+    drops, schedules, drift, rivals = axes.flat
+    draw_drops(drops, found, s)
+    plot(drops, found["averaged"], s.ratio, runs.STYLES[3], label="trunk, weights averaged")
+    drops.set(title="figure 5: the drop")
 
-    ax = axes[0, 0]
-    plot(ax, trunk, million, first, label="trunk", marker="")
-    for horizon in horizons:
-        start = branch_point(horizon, share)
-        decay = {start: trunk[start], **found["decays"][horizon, share, form]}
-        plot(ax, decay, million, second, markersize=3,
-             label=f"decays of {share:.0%}" if horizon == last else None)
-    plot(ax, cosines, million, third, label="cosines at T = S", linestyle="")
-    ax.set(title="figure 5: the drop")
-
-    ax = axes[0, 1]
     for style, ((T, loop), curve) in zip(runs.STYLES, found["cosines"].items()):
-        label = f"{'loop' if loop else 'cosine'}, T = {T * million:.2g}M"
-        plot(ax, curve, million, style, label=label, marker="")
-        ax.plot(T * million, curve[T].mean(), "o", color=style["color"], fillstyle="none")
-    ax.set(title="figure 4: cosines (ring: T = S)")
-    for ax in axes[0, :2]:
-        ax.set(ylim=(None, trunk[horizons[0]].max() + 0.1))
+        label = f"{'loop' if loop else 'cosine'}, T = {T * s.ratio:.0f}"
+        plot(schedules, curve, s.ratio, style, label=label, marker="")
+        schedules.plot(T * s.ratio, curve[T].mean(), "o", color=style["color"], fillstyle="none")
+        others = {S: loss for S, loss in differences(curve, cosines).items() if S != T}
+        plot(rivals, others, s.ratio, style, label=label)
+    schedules.set(title="figure 4: cosines (ring: T = S)", ylim=drops.get_ylim())
+    rivals.set(title="other cosines minus the cosine with T = S")
 
-    ax = axes[0, 2]
-    for style, each in zip(runs.STYLES, settings.shares):
-        plot(ax, differences(decay_ends(found, each, form), cosines), million, style,
-             label=f"decay of {each:.1%}")
-    ax.axhspan(-MARGIN, MARGIN, color="0.85", zorder=0, label="noise, set beforehand")
-    ax.set(title="WSD minus cosine at T = S", ylabel="loss difference (nats per byte)")
-
-    ax = axes[1, 0]
-    for style, each in zip(runs.STYLES, settings.forms):
-        ends = {100 * part: decay_ends(found, part, each)[last] for part in settings.shares}
-        plot(ax, ends, 1, style, label=each)
-    ax.axhline(cosines[last].mean(), color="0.4", linestyle=":", label="cosine at T = S")
-    ax.set(title=f"share and form, S = {last * million:.2g}M tokens",
-           xlabel="decay, % of the run (paper: 10)")
-
-    ax, longest = axes[1, 1], settings.shares[-1]
-    curves = {"trunk": {horizon: trunk[horizon] for horizon in horizons},
-              "trunk, weights averaged": found["averaged"],
-              f"decay of {longest:.0%}": decay_ends(found, longest, form)}
-    for style, (label, curve) in zip(runs.STYLES, curves.items()):
-        plot(ax, curve, million, style, label=label)
-    ax.set(title="averaging and decaying")
-
-    ax, lengths = axes[1, 2], range(1, len(horizons) + 1)
-    labels = f"trunk and decays of {share:.0%}", "a cosine for each"
-    for style, label, spent in zip(runs.STYLES, labels, updates_spent(settings, share)):
-        ax.plot(lengths, spent * million, **style, label=label)
-    ax.set(title="cost", xlabel="number of lengths", ylabel="million tokens trained on",
-           xticks=lengths)
+    styles = iter(runs.STYLES)
+    for share in s.shares:
+        plot(drift, differences(found["decays"][share], cosines), s.ratio, next(styles),
+             label=f"decay of {100 * share:g}%")
+    for form in s.forms[1:]:
+        plot(drift, {s.ends[-1]: found["forms"][form] - cosines[s.ends[-1]]}, s.ratio,
+             next(styles), label=f"{form}, {s.share:.0%}")
+    drift.set(title="drift: WSD minus the cosine with T = S")
+    drift.legend(fontsize=7, ncols=2, loc=(0.03, 0.57))
+    for ax in (drift, rivals):
+        ax.axhspan(-MARGIN, MARGIN, color="0.85", zorder=0, label="margin, set beforehand")
+    for ax in axes.flat:
+        kind = "held-out loss" if ax in axes[0] else "loss difference"
+        ax.set(xlabel="tokens per parameter", ylabel=f"{kind} (nats per byte)")
     return figure
+
+
+def draw_drops(ax, found, settings):
+    """Draw the trunk, its decays of the paper's share, and the ends of the cosines."""
+    s, trunk = settings, found["trunk"]
+    first, second, third, *_ = runs.STYLES
+    plot(ax, trunk, s.ratio, first, label="trunk, constant rate", marker="")
+    for end, losses in found["decays"][s.share].items():
+        start = branch_point(end, s.share)
+        plot(ax, {start: trunk[start], end: losses}, s.ratio, second,
+             label=f"decays of {s.share:.0%}" if end == s.ends[0] else None)
+    plot(ax, found["ends"], s.ratio, third, label="ends of cosines, T = S")
+    ax.set(ylim=(None, trunk[s.ends[0]].max() + 0.1))
 
 
 def plot(ax, curve, scale, style, **more):
@@ -273,85 +232,96 @@ def plot(ax, curve, scale, style, **more):
     runs.curve(ax, x, np.array(list(curve.values())).T, style, **more)
 
 
+def slide(ax, found, settings):
+    draw_drops(ax, found, settings)
+    ax.set(xlabel="tokens per parameter", ylabel="held-out loss (nats per byte)")
+    lost = differences(found["decays"][settings.share], found["ends"]).values()
+    worst = max(loss.mean() for loss in lost)
+    return (f"One run with {settings.share:.0%} decays ends at most {worst:.2f} nats above "
+            f"{len(lost)} cosines")
+
+
 # %% The checks. Their thresholds were set before the runs
 
 def checks(found, settings):
-    horizons, share, form = settings.horizons, settings.share, settings.forms[0]
-    last, shortest, longest = horizons[-1], settings.shares[0], settings.shares[-1]
-    trunk, cosines = found["trunk"], cosine_ends(found)
-    decays = {each: decay_ends(found, each, form) for each in settings.shares}
-    drop = max(differences(decays[share], trunk).values(), key=np.mean)
-    against, worst = {}, {}                     # the cosine with T = S, of two shares
-    for each in (share, longest):
-        lost = differences(decays[each], cosines).values()
-        worst[each] = max(lost, key=np.mean)
-        against[each] = (", ".join(f"{x.mean():+.3f}" for x in lost)
-                         + f" nats; worst {runs.mean_and_range(worst[each], '+.3f')}")
-    million = settings.batch_size * settings.block_size / 1e6
-    wsd, separate = (spent[-1] * million for spent in updates_spent(settings, longest))
+    s, ends, last, first = settings, settings.ends, settings.ends[-1], settings.ends[0]
+    shortest, share, longest = s.shares[0], s.share, s.shares[-1]
+    trunk, decays, cosines = found["trunk"], found["decays"], found["ends"]
+    lost = {each: differences(decays[each], cosines) for each in s.shares}
+    worst = {each: max(lost[each].values(), key=np.mean) for each in s.shares}
+    against = {each: ", ".join(f"{x.mean():+.3f}" for x in lost[each].values()) + "; worst "
+               for each in s.shares}
+    drop = closest(differences(trunk, decays[share]))
     short = decays[shortest][last] - decays[share][last]
-    rivals = {(T, end): found["cosines"][T, False][end] - cosines[end]
-              for T in horizons for end in horizons if T != end}
-    T, end = min(rivals, key=lambda name: rivals[name].mean())
-    loop = differences(found["cosines"][horizons[0], True], cosines)
-    loop = min((loop[T] for T in horizons[1:]), key=np.mean)
-    by_form = [decay_ends(found, share, each)[last].mean() for each in settings.forms]
-    forms_differ, dropped = max(by_form) - min(by_form), (trunk[last] - decays[share][last]).mean()
+    drift = lost[longest][last] - lost[longest][first]
+    curves = {T: found["cosines"][T, False] for T in ends}
+    later = closest({(T, S): curves[T][S] - cosines[S] for T in ends for S in ends if S < T})
+    earlier = closest({S: curves[T][S] - cosines[S] for T, S in zip(ends, ends[1:])})
+    rising = differences(found["cosines"][first, True], cosines)
+    loop = closest({S: loss for S, loss in rising.items() if S > first})
+    by_form = [losses.mean() for losses in found["forms"].values()]
+    differ, dropped = max(by_form) - min(by_form), (trunk[last] - decays[share][last]).mean()
     averaged, decayed = ((trunk[last] - losses).mean()
                          for losses in (found["averaged"][last], decays[longest][last]))
     return [
-        Check(f"the loss drops sharply in a decay of {share:.0%}",
-              f"at least {-drop.mean():.3f} nats below the trunk at every horizon", "-",
-              drop.mean() < -0.05),
-        Check(f"a decay of {longest:.0%} is at no horizon worse than the cosine with T = S "
-              f"(margin {MARGIN})",
-              f"{against[longest]}; {len(horizons)} lengths for {wsd:.1f}M tokens, not "
-              f"{separate:.1f}M", "-", worst[longest].mean() <= MARGIN),
-        Check(f"a decay of {share:.0%} is enough for that", against[share], "10 %",
-              worst[share].mean() <= MARGIN),
-        Check(f"a decay of {shortest:.1%} falls short",
-              f"{runs.mean_and_range(short, '+.3f')} nats from {share:.0%}, at the last horizon",
-              "2.5 %", short.mean() > MARGIN),
-        Check(f"a cosine is best at its own end (margin {MARGIN})",
-              f"closest at S = {end}: T = {T} with "
-              f"{runs.mean_and_range(rivals[T, end], '+.3f')} nats", "T = S",
-              rivals[T, end].mean() >= -MARGIN),
-        Check("a cosine that rises again is worse than the cosine with T = S",
-              f"{runs.mean_and_range(loop, '+.3f')} nats where it is closest", "worse",
-              loop.mean() > 0),
-        Check("the form of the decay matters less than the decay",
-              f"forms differ by {forms_differ:.3f} nats at {share:.0%}, the drop is {dropped:.3f}",
-              "-", forms_differ < dropped / 2),
+        over(f"a decay of {share:.0%} ends at least {DROP} nats below the trunk, at every horizon",
+             "smallest ", drop, drop - DROP),
+        over(f"a decay of {longest:.0%} is at no horizon worse than the cosine with T = S "
+             f"(margin {MARGIN})", against[longest], worst[longest], MARGIN - worst[longest]),
+        over(f"a decay of {share:.0%} is enough for that", against[share], worst[share],
+             MARGIN - worst[share], "10 %"),
+        over(f"a decay of {shortest:.1%} ends at least {MARGIN} nats above one of {share:.0%}, at "
+             f"the last horizon", "", short, short - MARGIN, "2.5 %"),
+        over(f"the loss after a decay of {longest:.0%} minus that of the cosine grows by less than "
+             f"{MARGIN} nats from the first horizon to the last", "", drift, MARGIN - drift),
+        over(f"a cosine that ends later (T > S) is worse at S by at least {MARGIN} nats, at every "
+             f"horizon", "closest ", later, later - MARGIN, "worse"),
+        over("a cosine that ended one horizon earlier is worse than the cosine with T = S, at "
+             "every horizon", "closest ", earlier, earlier, "worse"),
+        over("a cosine that rises again is worse than the cosine with T = S", "closest ", loop,
+             loop, "worse"),
+        Check(f"the forms of the decay differ by less than half of what a decay of {share:.0%} "
+              f"drops", f"by {differ:.3f} of {dropped:.3f} nats", "-", differ < dropped / 2),
         Check("averaging the trunk's weights gives a part of what decaying gives",
               f"{averaged:.3f} of {decayed:.3f} nats", "-", 0 < averaged < decayed),
     ]
 
 
-# %% What it means: the 2.4B model made 261,000 updates at its peak rate and decayed in 18,500 more,
-# a share of 6.6 %. Each checkpoint of the 261,000 could have been the start of a decay, and still
-# is the start of a longer run. So scaling laws are measured with one run per size
-# (labs/scaling_law.py), and new data are tried in a decay (labs/annealing.py). A cosine run has one
-# length, and its cost is spent. How long a decay must be is another question: this model has seen
-# about ten tokens per parameter at its last horizon, the paper's models at least twenty. So look at
-# the figure here before you adopt the 10 %.
+def over(claim, words, values, margins, paper="-"):
+    """Return the Check of a claim over seeds. margins (seeds,): how far within the threshold the
+    values (seeds,) are; p is for a mean so far within it by chance."""
+    ours = f"{words}{runs.mean_and_range(values, '+.3f')} nats (p = {runs.p_value(margins):.2g})"
+    return Check(claim, ours, paper, margins.mean() > 0)
+
+
+# %% What it means: the cosines are as in the paper's figure 4. Each is best where it ends: longer
+# and shorter ones are worse there, and so is the loop. The drop is there too: a decay of 10 % ends
+# 0.14 to 0.20 nats below the trunk, in all four forms. Averaging the trunk's weights gives half of
+# the drop. A trunk with four decays of 10 % takes 4,258 updates, four cosines take 9,256. This is
+# why scaling laws are measured with one run per size (labs/scaling_law.py), and why new data are
+# tried in a decay (labs/annealing.py). MiniCPM-2.4B decayed for 6.6 % of its updates.
 #
-# One check does not hold: at the first horizon, cosines of twice the length and more are ahead of
-# the one that ends there. After 240 updates the model has hardly begun, and a rate that stays high
-# is worth more than a falling one; from the second horizon on none is ahead by more than 0.007.
+# Three checks do not hold: here WSD does not reach the cosine. The longer the decay, the smaller
+# the gap: 0.09 nats with 2.5 %, 0.02 to 0.04 with 10 %, up to 0.015 with 20 %. It grows from 20 to
+# 60 tokens per parameter, and hardly after that. One more run, made later with one seed, supports
+# one explanation: at 40 tokens per parameter a decay of 40 % ends where the cosine ends (0.002 nats
+# below it), and one of 80 % is too long (0.008 above). So one stable run can replace the cosines,
+# but here 10 % is too short a decay. Why was not tested. A batch of 1,024 tokens has a noisy
+# gradient, and a short decay may not average enough of the noise away.
 #
 # Exercises
-# 1. `steps = sorted(...)` in trunk_and_decays: average the last two checkpoints only, or all from
-#    the first. When does averaging hurt?
-# 2. `shares`: add 0.4 and 0.8. From which share on does a longer decay no longer help, and why must
-#    there be one?
-# 3. `decay=form`: add min_lr=0 for the forms that can reach it (not the exponential one). Is the
-#    floor worth having?
+# 1. `kept = ...` in trunk_and_decays: average the last two sets of weights only, or all from the
+#    first. When does averaging hurt?
+# 2. `shares`: add 0.4 and 0.8. Which share is best at each horizon? Is the best decay a fixed share
+#    of the run, or a fixed number of updates?
+# 3. `batch_size`: 32 reads the same tokens in a quarter of the updates. Does WSD come closer to the
+#    cosine? Or with learning_rate=0.005 in `common`?
 
 @exits_cleanly
 def main(argv):
-    quick = dict(width=32, horizons=(8, 16), shares=(0.2,), forms=DECAYS[:2], seeds=(0,), every=8,
-                 warmup=2, batch_size=4, block_size=32, eval_tokens=2048)
-    runs.main("wsd_vs_cosine", argv, Settings, quick, __doc__, experiment, draw, checks)
+    quick = dict(width=8, horizons=(1, 2), shares=(0.05, 0.2), forms=DECAYS[:2], seeds=(0, 1),
+                 every=8, warmup=2, batch_size=4, block_size=32, eval_tokens=2048)
+    runs.main("wsd_vs_cosine", argv, Settings, quick, __doc__, experiment, draw, checks, slide)
 
 
 if __name__ == "__main__":
