@@ -330,7 +330,7 @@ def changes(claim, both, name, low, high, paper="-"):
 
 @exits_cleanly
 def main(argv):
-    quick = dict(width=8, steps=40, every=2, probe_tokens=256, batch_sizes=(4, 8), seeds=(0, 1))
+    quick = dict(width=8, steps=40, every=2, probe_tokens=256, batch_sizes=(4, 8), seeds=(0,))
     runs.main("decay_dynamics", argv, Settings, quick, __doc__, experiment, draw, checks, slide)
 
 

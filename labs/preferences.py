@@ -395,8 +395,8 @@ def largest_p(differences):
 
 @exits_cleanly
 def main(argv):
-    quick = dict(betas=(0.1, 1.0), seeds=(0, 1), pairs=64, questions=16, trunk_steps=10,
-                 sft_steps=5, width=32)
+    quick = dict(betas=(0.1, 1.0), seeds=(0,), pairs=32, questions=8, trunk_steps=10, sft_steps=5,
+                 width=32)
     runs.main("preferences", argv, Settings, quick, __doc__, experiment, draw, checks, slide)
 
 

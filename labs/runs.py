@@ -114,6 +114,7 @@ def save_figure(drawing, file, stale, legend_size):
         if ax.get_legend() is None and ax.get_legend_handles_labels()[0]:
             ax.legend(fontsize=legend_size)
     drawing.savefig(file)
+    plotting().close(drawing)
     print(f"drew {file}")
 
 

@@ -16,9 +16,9 @@ def test_the_quick_run(tmp_path, monkeypatch, capsys):
     lab.main(["--quick=True", "--workers=1"])
     out = capsys.readouterr().out
     assert all((tmp_path / f"decay_dynamics{page}.figures.png").stat().st_size > 10_000 for page in ("", "_slide"))
-    assert all(name in out for name in NAMES) and "nan" not in out
+    assert all(name in out for name in NAMES) and "nan" not in out.replace("(p = nan)", "")      # p of one seed
     lines = metrics.read_jsonl(tmp_path / "decay_dynamics.results.png")
-    assert [(line["job"]["batch_size"], line["job"]["seed"]) for line in lines] == [(4, 0), (4, 1), (8, 0), (8, 1)]
+    assert [(line["job"]["batch_size"], line["job"]["seed"]) for line in lines] == [(4, 0), (8, 0)]
     result = lines[0]["result"]
     assert result["steps"][-1] == 39 and len({len(result[name]) for name in ("steps", "lr", "cosine", "D1", "curvature")}) == 1
     assert result["lr"][0] == 0.01 and 0.001 < result["lr"][-1] < 0.002

@@ -29,7 +29,7 @@ def test_the_quick_run_draws_and_reuses_its_results(place, monkeypatch, capsys):
     preferences.main(["--quick=True", "--workers=1"])
     results, said = (place / "preferences.jsonl").read_text(), capsys.readouterr().out
     lines = metrics.read_jsonl(place / "preferences.jsonl")
-    assert len(lines) == 1 + 3 * 2 * 2 and (place / "preferences.png").stat().st_size > 10_000 and (place / "preferences_slide.png").exists()
+    assert len(lines) == 1 + 3 * 2 and (place / "preferences.png").stat().st_size > 10_000 and (place / "preferences_slide.png").exists()
     assert all(line["result"]["kl"] > 0 and "short" in line["result"] for line in lines[1:])
     assert said.count(" | ") == 8 and str(place) not in results
     preferences.main(["--quick=True", "--workers=1"])                   # nothing is run again
