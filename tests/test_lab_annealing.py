@@ -25,6 +25,7 @@ def data_dir(tmp_path):
     return folder
 
 
+@pytest.mark.slow
 def test_the_quick_run_goes_from_corpora_to_checks_and_trains_nothing_twice(tmp_path, data_dir, monkeypatch, capsys):
     monkeypatch.setattr(runs, "path", lambda lab, kind, config: tmp_path / f"{lab}.{'png' if kind == 'figures' else 'jsonl'}")
     monkeypatch.setattr(runs, "folder", lambda lab, job: str(tmp_path / "runs" / str(hash(runs.job_key(job)))))

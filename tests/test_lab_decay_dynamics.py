@@ -11,6 +11,7 @@ NAMES = ("largest update", "norm", "fresh batches", "slope", "curvature", "sharp
          "at least 1.5 times", "by less than the threshold", "rises nowhere", "convex", "is lower")
 
 
+@pytest.mark.slow
 def test_the_quick_run(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(runs, "path", lambda name, kind, config: tmp_path / f"{name}.{kind}.png")
     lab.main(["--quick=True", "--workers=1"])

@@ -24,6 +24,7 @@ def place(tmp_path, monkeypatch):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_the_quick_run_draws_and_reuses_its_results(place, monkeypatch, capsys):
     monkeypatch.setattr(metrics, "draw", lambda folder: None)            # one figure per run takes long
     preferences.main(["--quick=True", "--workers=1"])

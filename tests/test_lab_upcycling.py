@@ -9,6 +9,7 @@ from labs import runs, upcycling
 SETTINGS = upcycling.Settings(experts=2)
 
 
+@pytest.mark.slow
 def test_the_quick_run_draws_and_reuses_its_results(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(runs, "path", lambda lab, kind, config: tmp_path / f"{lab}.{'png' if kind == 'figures' else 'jsonl'}")
     monkeypatch.setattr(runs, "folder", lambda lab, job, plain=runs.folder: str(tmp_path / Path(plain(lab, job)).name))
