@@ -317,11 +317,6 @@ def slide(ax, results, settings):
 
 # %% The checks
 
-def with_p(values, text):
-    """Return the text with the p of values above 0, if there are several seeds."""
-    return f"{text} (p = {runs.p_value(values):.2g})" if len(values) > 1 else text
-
-
 def checks(results, settings):
     points = results[2]
     seeds = by_seed(points)
@@ -338,14 +333,14 @@ def checks(results, settings):
     return [
         Check("the best batch grows as the loss falls: bs = a / L^b, with an a for each size, has "
               "b above 0 at every seed",
-              with_p(b, f"b {runs.mean_and_range(b, '.2f')}")
-              + f"; as tokens^{runs.mean_and_range(power, '.2f')}", f"b {PAPER_B}", min(b) > 0),
+              f"b {runs.mean_and_range(b, '.2f')} (p = {runs.p_value(b):.2g}); as "
+              f"tokens^{runs.mean_and_range(power, '.2f')}", f"b {PAPER_B}", min(b) > 0),
         Check(f"within the sizes this law describes it: R^2 above {MIN_R2}, seeds averaged",
               f"{r2:.2f}, of a power of the tokens {r2_tokens:.2f} ({len(points)} best batches)",
               "-", r2 > MIN_R2),
         Check("one line for all sizes explains it better by the number of tokens than by the loss: "
               "its residual is smaller at every seed",
-              with_p(gain, f"{rest_tokens} over tokens, {rest} over the loss"),
+              f"{rest_tokens} over tokens, {rest} over the loss (p = {runs.p_value(gain):.2g})",
               "by the loss (Zhang et al.: by tokens)", min(gain) > 0),
         Check("at the same number of tokens the best batches of the largest and the smallest size "
               "differ by less than half (in the logarithm) of what the law of the loss says",

@@ -88,14 +88,12 @@ def start_folder(start):
     """
     if "weights" in start:
         return runs.folder("preferences", start)
-    width = start["width"]
     trunk = runs.train_stage(
         "preferences", "config/laptop.py", minutes=None, max_steps=start["trunk_steps"],
-        decay_share=0.4, decay_data="pytorch:0.7,instruct:0.3", n_embd=width,
-        n_head=max(1, width // 64), n_ff=width * 5 // 2, sample_tokens=0, eval_tokens=16384,
-        **COMMON)
+        decay_share=0.4, decay_data="pytorch:0.7,instruct:0.3", sample_tokens=0, eval_tokens=16384,
+        **runs.shape(start["width"], head=64), **COMMON)
     return runs.train_stage("preferences", "config/laptop_sft.py", init_from=trunk,
-                       max_steps=start["sft_steps"], **COMMON)
+                            max_steps=start["sft_steps"], **COMMON)
 
 
 def keep_copy(ckpt):

@@ -92,7 +92,7 @@ def main(lab, argv, Settings, quick, usage, experiment, draw, checks, slide=None
     chosen, config = settings(argv, Settings, quick, usage)
     results, stale = experiment(chosen, config)
     name = lab
-    if any(getattr(chosen, own, None) for own in ("runs", "strategy")):     # not the lab's figure
+    if any(getattr(chosen, own, None) for own in ("runs", "strategy", "ckpt")):     # the reader's
         name, config = f"{lab}_own", dataclasses.replace(config, quick=True)
     drawing = draw(results, chosen)
     if drawing:

@@ -322,8 +322,7 @@ def main(argv):
     quick = dict(models=("lab", "laptop"), batch_model="lab", batches=(1, 2), context_model="lab",
                  contexts=(16, 64), expert_model="lab", expert_batches=(1, 2), prompt=8, tokens=4,
                  rounds=2, probe_mb=8)
-    runs.main("serving", argv, Settings, quick, __doc__, experiment, draw, checks,
-              slide)
+    runs.main("serving", argv, Settings, quick, __doc__, experiment, draw, checks, slide)
 
 
 if __name__ == "__main__":

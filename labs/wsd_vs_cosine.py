@@ -9,7 +9,7 @@ Claim       A cosine is best if it ends where the run ends (T = S): shorter and 
 Write down  before you run it: for the lengths 1, 2, 3 and 4, what do four cosine runs cost, and
             what does one trunk with four decays of 10 %? If the weights of the trunk's last
             checkpoints are averaged instead, how much of the drop does that give?
-Command     python -m labs.wsd_vs_cosine        13 minutes on two quiet cores; --quick=True: seconds
+Command     python -m labs.wsd_vs_cosine        25 minutes on two busy cores; --quick=True: seconds
 
 The model has 47,392 parameters without the embedding, the N of the paper. As in figure 4, runs end
 after 20, 40, 60 and 80 tokens per parameter. A decay branches from the trunk with its weights,
