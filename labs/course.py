@@ -17,6 +17,7 @@ LABS = {
     "decay_dynamics": "wsd_vs_cosine",
     "scaling_law": "wsd_vs_cosine",
     "annealing": "wsd_vs_cosine; `data/instruct/prepare.py`",
+    "continue_training": "wsd_vs_cosine; annealing",
     "preferences": "annealing",
     "upcycling": "wsd_vs_cosine; `model.py: MoE`",
     "long_context": "`model.py: rope_tables`",
