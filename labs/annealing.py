@@ -43,8 +43,8 @@ CHOOSING = 240                  # held-out questions with which the rate of SFT 
 # Models of the experiment, and the rows of the paper's table 1 that they stand for.
 ONE, MORE, TWICE = "SFT x 1\n(A-1, B-1)", "SFT x 1.3", "SFT x 2\n(B-2)"
 DECAY, MIXED = "labels in decay,\nSFT x 1 (A-2, B-3)", "decay's labels\nmixed into SFT"
-PAPER = {"A-1": 30.14, "A-2": 37.57, "B-1": 35.26, "B-2": 35.21, "B-3": 37.87}  # means of its
-                                                                # seven benchmarks
+# Means of the paper's seven benchmarks for A (2.4B) and B (1.2B).
+PAPER = {ONE: (30.14, 35.26), TWICE: (np.nan, 35.21), DECAY: (37.57, 37.87)}
 MARGIN = 10                     # points
 
 
@@ -164,13 +164,62 @@ def percent(answers, families):
     return float(np.mean([answers[name] for name in families if name in answers]))
 
 
-def scores(by_row, row, families, after=1):
-    """Return (seeds,): % exact answers of a row after the decay (0) or after SFT (1)."""
-    return np.array([percent(results[after]["test"], families) for results in by_row[row]])
+def scores(by_row, row, families):
+    """Return (seeds,): % exact answers of a row after SFT."""
+    return np.array([percent(after_sft["test"], families) for _, after_sft in by_row[row]])
+
+
+# %% The figure
+
+def draw_rows(ax, by_row, size):
+    """Draw % exact answers of each row, for both groups of families; size of the markers."""
+    x = np.arange(len(by_row))
+    groups = (("families that SFT trains", TRAINED, "full"), ("the four others", OTHERS, "none"))
+    for shift, style, (label, families, fill) in zip((-0.1, 0.1), runs.STYLES, groups):
+        style = {**style, "linestyle": "", "markersize": size, "fillstyle": fill}
+        samples = [scores(by_row, row, families) for row in by_row]
+        runs.bars(ax, x + shift, samples, style, label=label)
+    ax.set_xticks(x, by_row, fontsize=size)
+    ax.set(ylabel="exact answers (%)", ylim=(-3, 103))
 
 
 def draw(results, settings):
-    return None
+    by_row, tried = results
+    figure, ((ours, paper), (kinds, choice)) = runs.figure(
+        2, 2, "Labelled data in the decay, or more SFT? (points: mean of the seeds; bars: all "
+        "seeds)", width=6.6, height=4)
+    draw_rows(ours, by_row, 8)
+    ours.set_title("here, after SFT")
+    for style, label, means in zip(runs.STYLES, ("A, 2.4B", "B, 1.2B"), zip(*PAPER.values())):
+        paper.plot(range(len(PAPER)), means, **{**style, "linestyle": ""}, label=label)
+    paper.set_xticks(range(len(PAPER)), PAPER, fontsize=8)
+    paper.set(ylabel="mean of seven benchmarks (%)", title="the paper's table 1", xlim=(-0.5, 2.5))
+
+    order = TRAINED + OTHERS
+    for n, row in enumerate(by_row):
+        samples = [scores(by_row, row, [family]) for family in order]
+        runs.bars(kinds, np.arange(len(order)) + 0.15 * (n - 2), samples,
+                  {**runs.STYLES[n], "linestyle": ""}, label=row.replace("\n", " "))
+    kinds.axvline(len(TRAINED) - 0.5, color="gray", linestyle=":")
+    kinds.set_xticks(range(len(order)), order)
+    kinds.set(ylabel="exact answers (%)", title="by family (SFT trains those on the left)",
+              ylim=(-3, 103))
+
+    for style, (data, found) in zip(runs.STYLES, tried.items()):
+        choice.plot(found.keys(), found.values(), **style, label=f"decay on {data}")
+    runs.log_x(choice, settings.rates)
+    choice.set(xlabel="learning rate of SFT", ylabel="exact answers (%)",
+               title=f"choosing the rate: {CHOOSING} other questions, one seed")
+    return figure
+
+
+def slide(ax, results, settings):
+    by_row, _ = results
+    draw_rows(ax, by_row, 14)
+    ax.legend(loc="upper left")
+    gain = {row: (scores(by_row, DECAY, OTHERS) - scores(by_row, row, OTHERS)).mean()
+            for row in (TWICE, MIXED)}
+    return f"On other tasks labels in the decay gain {gain[TWICE]:+.0f} points over twice the SFT"
 
 
 # %% The checks
@@ -190,7 +239,7 @@ def checks(results, settings):
                 "SFT, for every seed", MORE, TRAINED, "-"),
         compare("on four families that SFT does not train, labels in the decay beat twice the SFT "
                 f"(B-3 against B-2) by more than {MARGIN} points, for every seed", TWICE, OTHERS,
-                f"{PAPER['B-3']} against {PAPER['B-2']}", MARGIN),
+                f"{PAPER[DECAY][1]} against {PAPER[TWICE][1]}", MARGIN),
         compare("over all eight families, the same labels do more in the decay than mixed into "
                 "SFT, for every seed", MIXED, FAMILIES, "-"),
     ]
@@ -202,7 +251,7 @@ def checks(results, settings):
 def main(argv):
     quick = dict(seeds=(0, 1), width=32, batch_size=2, trunk=4, decay=10, sft=2, rates=(0.001,),
                  questions=8, eval_tokens=1024)
-    runs.main("annealing", argv, Settings, quick, __doc__, experiment, draw, checks)
+    runs.main("annealing", argv, Settings, quick, __doc__, experiment, draw, checks, slide)
 
 
 if __name__ == "__main__":

@@ -78,13 +78,14 @@ def stage(*config_files, eval_interval=0, **options):
 def measure(seed, start, data, more, before, width, batch_size, eval_tokens, data_dir):
     """Train on Python as `start` says, then on `data` for `more` updates (0: not), and measure it.
 
-    returns  {OLD and NEW: held-out bits per byte, "curve": [[updates since, bits per byte of a
-             small held-out part of data], ...]}
+    returns  {OLD and NEW: held-out bits per byte, "curve": [[updates since then, bits per byte
+             of a small held-out part of data], ...]}
     """
     common = dict(batch_size=batch_size, data_dir=data_dir, **runs.shape(width, head=64))
     folder = None if start == NOTHING else first_training(seed, start, before, common)
     result = {"curve": []}
     if more:
+        evaluations = metrics.read(folder)[1][-1:] if data == OLD else []
         warmup, steps = round(REWARM_SHARE * more), 0 if start == NOTHING else before
         options = dict(data=data, max_steps=steps + more, eval_interval=more // 10,
                        decay_steps=round(DECAY_SHARE * more))
@@ -98,8 +99,8 @@ def measure(seed, start, data, more, before, width, batch_size, eval_tokens, dat
             folder = stage(branch_from=folder, schedule="wsd", **options)
         else:
             folder = stage(branch_from=folder, schedule="wsd", rewarm_steps=warmup, **options)
-        result["curve"] = [[line["step"] - steps, line["val_bpb"]]
-                           for line in metrics.read(folder)[1]]
+        evaluations += metrics.read(folder)[1]
+        result["curve"] = [[line["step"] - steps, line["val_bpb"]] for line in evaluations]
     model, tokenizer = runs.load_model(folder)
     config = evaluate.EvaluateConfig(eval_tokens=eval_tokens)
     for corpus in (OLD, NEW):
@@ -132,25 +133,71 @@ def experiment(settings, config):
 
 # %% The figure
 
+def bpb(by_place, start, data, more, corpus):
+    """Return (seeds,): bits per byte of a corpus at a place."""
+    return np.array([result[corpus] for result in by_place[start, data, more]])
+
+
+def draw_gaps(ax, by_place, settings, size):
+    """Draw how far the warmed-up starts end above the stable one; size of the markers."""
+    ticks = []
+    for x, (data, more) in enumerate(itertools.product((OLD, NEW), settings.more)):
+        ticks.append(f"{'same' if data == OLD else 'new'} domain,\n{more} updates")
+        stable = bpb(by_place, STABLE, data, more, data)
+        for shift, start, style in zip((-0.1, 0.1), (DECAYED, COSINE), runs.STYLES[1:]):
+            gap = bpb(by_place, start, data, more, data) - stable
+            runs.bars(ax, [x + shift], [gap], {**style, "linestyle": "", "markersize": size},
+                      label=start if x == 0 else None)
+    ax.axhline(0, color="black", label=STABLE)
+    ax.set_xticks(range(len(ticks)), ticks)
+    ax.set_xlim(-0.5, len(ticks) - 0.5)
+    ax.set_ylabel("bits per byte above the stable start")
+
+
 def draw(by_place, settings):
-    return None
+    figure, ((same, new), (gaps, old)) = runs.figure(
+        2, 2, "The same tokens of Python, then more text (bands and bars: all seeds)", width=6,
+        height=4)
+    longest = max(settings.more)
+    for style, start in zip(runs.STYLES, STARTS):
+        for ax, data in ((same, OLD), (new, NEW)):
+            if (start, data, longest) in by_place:
+                curves = np.array([result["curve"] for result in by_place[start, data, longest]])
+                runs.curve(ax, curves[0, :, 0], curves[:, :, 1], style, label=start)
+        if start != NOTHING:
+            first = DECAYED if start == KEPT else start     # the same checkpoint
+            forgot = [bpb(by_place, first, OLD, 0, OLD),
+                      *(bpb(by_place, start, NEW, more, OLD) for more in settings.more)]
+            runs.curve(old, [0, *settings.more], np.array(forgot).T, style, label=start)
+    for ax, title in ((same, "same domain (pytorch)"), (new, "new domain (speeches)")):
+        ax.set(xlabel="updates of the second training", title=title,
+               ylabel="bits per byte, a small held-out part")
+    draw_gaps(gaps, by_place, settings, 6)
+    gaps.set_title("at the end, all held-out text")
+    old.set(xlabel="updates on the new domain", ylabel="held-out bits per byte of Python",
+            title="what is left of the old domain")
+    return figure
+
+
+def slide(ax, by_place, settings):
+    draw_gaps(ax, by_place, settings, 14)
+    longest = max(settings.more)
+    decayed, stable = (bpb(by_place, start, NEW, longest, NEW) for start in (DECAYED, STABLE))
+    gap = (decayed - stable).mean()
+    side = "below" if gap > 0 else "above"
+    return f"New text: a stable start ends {abs(gap):.3f} bits per byte {side} a decayed one"
 
 
 # %% The checks
-
-def bpb(by_place, place, corpus):
-    """Return (seeds,): bits per byte of a corpus at a place (start, data, more)."""
-    return np.array([result[corpus] for result in by_place[place]])
-
 
 def compare(claim, by_place, start, others, data, corpus, margin=0):
     """Return the Check that after training on `data` a start has fewer bits per byte of a corpus
     than each of the others, for every length and seed. margin: how many more it may have."""
     said, holds = [], True
     for more in sorted({place[2] for place in by_place if place[:2] == (start, data)} - {0}):
-        ours, rest = bpb(by_place, (start, data, more), corpus), []
+        ours, rest = bpb(by_place, start, data, more, corpus), []
         for other in others:
-            theirs = bpb(by_place, (other, data, more), corpus)
+            theirs = bpb(by_place, other, data, more, corpus)
             holds &= bool(all(ours < theirs + margin))
             rest.append(f"{runs.mean_and_range(theirs, '.3f')} ({other.split(',')[0]}, "
                         f"p = {runs.p_value(theirs + margin - ours):.2g})")
@@ -181,7 +228,7 @@ def checks(by_place, settings):
 @exits_cleanly
 def main(argv):
     quick = dict(seeds=(0, 1), width=32, batch_size=2, before=10, more=(10, 20), eval_tokens=1024)
-    runs.main("continue_training", argv, Settings, quick, __doc__, experiment, draw, checks)
+    runs.main("continue_training", argv, Settings, quick, __doc__, experiment, draw, checks, slide)
 
 
 if __name__ == "__main__":
