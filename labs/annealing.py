@@ -11,8 +11,8 @@ Command     python -m labs.annealing    about MINUTES minutes on two cores; --qu
 
 Three trunks (one per seed) of 1.3M parameters read Python source at a constant learning rate. Two
 decays branch from each, with and without instructions in their data. data/instruct has eight
-families of tasks: SFT trains every other one, the decay shows all eight. A decay of 400 updates
-with 30 % instructions has 120 updates of labels, so a model without them gets as many updates more
+families of tasks: SFT trains every other one, the decay shows all eight. A decay of 300 updates
+with 30 % instructions has 90 updates of labels, so a model without them gets as many updates more
 of SFT: SFT x 1.3. In the last model these are the decay's own labels, mixed into SFT: the same data
 in another place.
 
@@ -53,9 +53,9 @@ class Settings:
     seeds: tuple[int, ...] = (0, 1, 2)          # one trunk per seed
     width: int = 128                            # of four layers; heads of 64 or fewer
     batch_size: int = 8                         # sequences of 256 tokens
-    trunk: int = 1200                           # updates at a constant learning rate
-    decay: int = 400                            # updates
-    sft: int = 400                              # updates of SFT x 1
+    trunk: int = 1000                           # updates at a constant learning rate
+    decay: int = 300                            # updates
+    sft: int = 300                              # updates of SFT x 1
     rates: tuple[float, ...] = (0.001, 0.003, 0.01)     # of SFT, to choose from; the paper's rule,
                                                 # the last rate of the decay, gives 0.001
     questions: int = 560                        # at most, for the results

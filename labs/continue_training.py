@@ -10,8 +10,8 @@ Claim       WSD is "conducive to continuous training and domain adaptation" (abs
             the long run the new text is learned better. Ibrahim et al. (2024) find that warming
             up, decaying again and replaying old text match training anew on everything; because
             the warm-up makes the model forget, they too propose schedules with a constant rate.
-Write down  before you run it: held-out bits per byte after 300 more updates on Python from a stable
-            checkpoint, a decayed one and a cosine's end, all of 1,000 updates. And on speeches?
+Write down  before you run it: held-out bits per byte after 240 more updates on Python from a stable
+            checkpoint, a decayed one and a cosine's end, all of 800 updates. And on speeches?
             Which of them forgets most of its Python?
 Command     python -m labs.continue_training    about MINUTES minutes on two cores; --quick=True: a
                                                 few seconds, to see that it works
@@ -51,8 +51,8 @@ class Settings:
     seeds: tuple[int, ...] = (0, 1, 2)
     width: int = 128                            # of four layers; heads of 64 or fewer
     batch_size: int = 8                         # sequences of 256 tokens
-    before: int = 1000                          # updates on Python
-    more: tuple[int, ...] = (100, 300)          # updates after that
+    before: int = 800                           # updates on Python
+    more: tuple[int, ...] = (80, 240)          # updates after that
     eval_tokens: int = 65536                    # held-out tokens of each domain
     data_dir: str = "data"                      # folder of the corpora, relative to the project
 
