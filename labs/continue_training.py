@@ -52,7 +52,7 @@ class Settings:
     width: int = 128                            # of four layers; heads of 64 or fewer
     batch_size: int = 8                         # sequences of 256 tokens
     before: int = 800                           # updates on Python
-    more: tuple[int, ...] = (80, 240)          # updates after that
+    more: tuple[int, ...] = (80, 240)            # updates after that
     eval_tokens: int = 65536                    # held-out tokens of each domain
     data_dir: str = "data"                      # folder of the corpora, relative to the project
 
@@ -227,7 +227,7 @@ def checks(by_place, settings):
 
 @exits_cleanly
 def main(argv):
-    quick = dict(seeds=(0, 1), width=32, batch_size=2, before=10, more=(10, 20), eval_tokens=1024)
+    quick = dict(seeds=(0, 1), width=32, batch_size=2, before=10, more=(10,), eval_tokens=1024)
     runs.main("continue_training", argv, Settings, quick, __doc__, experiment, draw, checks, slide)
 
 
