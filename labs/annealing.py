@@ -247,6 +247,16 @@ def checks(results, settings):
     return found
 
 
+# %% What it means: TODO
+#
+# Exercises
+# 1. `LABEL_SHARE`: try 0.1 and 0.9. Which share is best for the families of SFT, and which for the
+#    four others? How much does Python lose?
+# 2. `TRAINED, OTHERS`: swap the two. Which checks keep their verdict? What does that say about the
+#    choice of the tasks?
+# 3. `--rates=0.0003`: a tenth of the rates tried here. How much of the four other families is left
+#    after SFT, and what does that cost on the families of SFT?
+
 @exits_cleanly
 def main(argv):
     quick = dict(seeds=(0, 1), width=32, batch_size=2, trunk=4, decay=10, sft=2, rates=(0.001,),

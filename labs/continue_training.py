@@ -225,6 +225,16 @@ def checks(by_place, settings):
     ]
 
 
+# %% What it means: TODO
+#
+# Exercises
+# 1. `REWARM_SHARE`: try 0.02 and 0.4. Gupta et al. find that the length of the warm-up matters
+#    little. Here too?
+# 2. `options`: add learning_rate=0.003 for the starts that warm up. How much less is forgotten, and
+#    how much less is learned of the new domain?
+# 3. `data=data`: replay some Python with the speeches, "speeches:0.8,pytorch:0.2". How much of the
+#    old domain is kept, and what does it cost on the new one?
+
 @exits_cleanly
 def main(argv):
     quick = dict(seeds=(0, 1), width=32, batch_size=2, before=10, more=(10,), eval_tokens=1024)
