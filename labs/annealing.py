@@ -20,6 +20,7 @@ An answer counts if it is exactly the expected one. The rate of SFT is chosen, f
 240 of the held-out questions; all results are of the other 560.
 """
 # %%
+import itertools
 from dataclasses import dataclass
 
 import numpy as np
@@ -106,8 +107,7 @@ def measure(seed, decay_data, sft_data, sft_steps, rate, trunk, decay, width, ba
     model, tokenizer = runs.load_model(folder)
     config = evaluate.EvaluateConfig(questions=questions, eval_tokens=eval_tokens, batch_size=100)
     held_out = open_corpus(data_dir, PLAIN, tokenizer, "val")
-    result = evaluate.bits_per_byte(model, {held_out: 1.0}, tokenizer, config, 256)
-    result = {"bpb": result["bpb"]}
+    result = {"bpb": evaluate.bits_per_byte(model, {held_out: 1.0}, tokenizer, config, 256)["bpb"]}
     for part in ("choose", "test"):
         file = ROOT / data_dir / FOUR / f"{part}.jsonl"
         families = evaluate.exact(model, tokenizer, config, file)["families"]
@@ -118,44 +118,40 @@ def measure(seed, decay_data, sft_data, sft_steps, rate, trunk, decay, width, ba
 def experiment(settings, config):
     """Return ((by_row, tried), stale).
 
-    by_row  {row: [(result of measure after the decay, after SFT) of each seed]}
+    by_row  {row: (results of measure after the decay, after SFT), a list over seeds each}
     tried   {decay_data: {rate of SFT: % of exact answers to the questions for choosing}}
     """
-    extra = round(LABEL_SHARE * settings.decay)         # updates of labels in the decay
-    sft = settings.sft
-    rows = {ONE: (PLAIN, FOUR, sft), MORE: (PLAIN, FOUR, sft + extra),
-            TWICE: (PLAIN, FOUR, 2 * sft), DECAY: (LABELLED, FOUR, sft),
-            MIXED: (PLAIN, f"{FOUR}:{sft},instruct:{extra}", sft + extra)}
+    runs.prepare(config, data=f"{PLAIN}:1,instruct:1", tokenizer="bpe4096",
+                 data_dir=settings.data_dir)
     if not config.draw:
-        runs.prepare(config, data=f"{PLAIN}:1,instruct:1", tokenizer="bpe4096",
-                     data_dir=settings.data_dir)
         write_four(settings.data_dir)
-    names = "trunk decay width batch_size questions eval_tokens data_dir".split()
-    common = {name: getattr(settings, name) for name in names}
-    stale = []
+    common = {name: getattr(settings, name) for name in
+              "trunk decay width batch_size questions eval_tokens data_dir".split()}
+    keys, found, stale = ("decay_data", "sft_data", "sft_steps", "rate"), {}, []
 
-    def collect(stages, seeds):
-        """Return [{seed: result} of each (decay_data, sft_data, sft_steps, rate)]."""
-        keys = ("decay_data", "sft_data", "sft_steps", "rate")
-        jobs = [dict(zip(keys, stage), seed=seed, **common) for stage in stages for seed in seeds]
+    def collect(places, seeds=settings.seeds):
+        """Find the results at these places: tuples of the values of the keys."""
+        jobs = [dict(zip(keys, place), seed=seed, **common) for place in places for seed in seeds]
         results, outdated = runs.collect("annealing", measure, jobs, config)
+        found.update(runs.group(jobs, results, *keys))
         stale.append(outdated)
-        results = iter(results)
-        return [{seed: next(results) for seed in seeds} for _ in stages]
 
     # Stage by stage: parallel jobs would otherwise train the same trunk or decay.
-    collect([("", "", 0, 0)], settings.seeds)
-    decays = (PLAIN, LABELLED)
-    decayed = dict(zip(decays, collect([(data, "", 0, 0) for data in decays], settings.seeds)))
-    trials = [(data, FOUR, sft, rate) for data in decays for rate in settings.rates]
-    tried = {data: {} for data in decays}
-    for (data, _, _, rate), result in zip(trials, collect(trials, settings.seeds[:1])):
-        (found,) = result.values()
-        tried[data][rate] = percent(found["choose"], FAMILIES)
-    best = {data: max(tried[data], key=tried[data].get) for data in decays}
-    tuned = collect([(*row, best[row[0]]) for row in rows.values()], settings.seeds)
-    by_row = {name: [(decayed[data][seed], after[seed]) for seed in settings.seeds]
-              for (name, (data, _, _)), after in zip(rows.items(), tuned)}
+    collect([("", "", 0, 0)])
+    decays, sft = (PLAIN, LABELLED), settings.sft
+    collect([(data, "", 0, 0) for data in decays])
+    collect(itertools.product(decays, [FOUR], [sft], settings.rates), settings.seeds[:1])
+    tried = {data: {rate: percent(found[data, FOUR, sft, rate][0]["choose"], FAMILIES)
+                    for rate in settings.rates} for data in decays}
+    plain, labelled = (max(rates, key=rates.get) for rates in tried.values())       # the best ones
+    extra = round(LABEL_SHARE * settings.decay)         # updates of labels in the decay
+    rows = {ONE: (PLAIN, FOUR, sft, plain),
+            MORE: (PLAIN, FOUR, sft + extra, plain),
+            TWICE: (PLAIN, FOUR, 2 * sft, plain),
+            DECAY: (LABELLED, FOUR, sft, labelled),
+            MIXED: (PLAIN, f"{FOUR}:{sft},instruct:{extra}", sft + extra, plain)}
+    collect(rows.values())
+    by_row = {row: (found[place[0], "", 0, 0], found[place]) for row, place in rows.items()}
     return (by_row, tried), any(stale)
 
 
@@ -166,7 +162,7 @@ def percent(answers, families):
 
 def scores(by_row, row, families):
     """Return (seeds,): % exact answers of a row after SFT."""
-    return np.array([percent(after_sft["test"], families) for _, after_sft in by_row[row]])
+    return np.array([percent(result["test"], families) for result in by_row[row][1]])
 
 
 # %% The figure
@@ -232,8 +228,8 @@ def checks(results, settings):
         return Check(claim, f"{runs.mean_and_range(ours)} against {runs.mean_and_range(other)} % "
                      f"exact (p = {runs.p_value(ours - other):.2g})", paper,
                      all(ours > other + margin))
-    bpb = {row: np.mean([after_decay["bpb"] for after_decay, _ in by_row[row]])
-           for row in (ONE, DECAY)}
+    plain, labelled = (np.mean([result["bpb"] for result in by_row[row][0]])
+                       for row in (ONE, DECAY))
     found = [
         compare("on the four families of SFT, labels in the decay beat as many further updates of "
                 "SFT, for every seed", MORE, TRAINED, "-"),
@@ -243,7 +239,7 @@ def checks(results, settings):
         compare("over all eight families, the same labels do more in the decay than mixed into "
                 "SFT, for every seed", MIXED, FAMILIES, "-"),
     ]
-    found[0].ours += f"; the decay costs {bpb[DECAY] - bpb[ONE]:+.3f} bits per byte of Python"
+    found[0].ours += f"; the decay costs {labelled - plain:+.3f} bits per byte of Python"
     return found
 
 
