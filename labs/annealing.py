@@ -6,7 +6,7 @@ Claim       SFT data belongs in the decay as well: the same SFT afterwards then 
             beats A-1), and twice the SFT does not make up for leaving it out (B-3 beats B-2).
 Write down  before you run it: exact answers (%) of the five models below, on the four kinds of
             tasks that SFT trains, and on four others that only the decay has shown with answers.
-Command     python -m labs.annealing    about MINUTES minutes on two cores; --quick=True: a few
+Command     python -m labs.annealing    about 20 minutes on two cores; --quick=True: a few
                                         seconds, to see that it works
 
 Three trunks (one per seed) of 1.3M parameters read Python source at a constant learning rate. Two
@@ -243,7 +243,11 @@ def checks(results, settings):
     return found
 
 
-# %% What it means: TODO
+# %% How to read it. The paper's B-3 differs from B-2 in two ways: its labels stand in another
+# place, and they are other labels, of more kinds than its SFT has. SFT x 1.3 against labels in the
+# decay shows both together. The last model separates them: it sees the same labels, but in SFT.
+# What it gains over SFT x 1.3 is due to the labels, and what it lacks to labels in the decay is due
+# to the place.
 #
 # Exercises
 # 1. `LABEL_SHARE`: try 0.1 and 0.9. Which share is best for the families of SFT, and which for the
