@@ -18,6 +18,7 @@ LABS = {
     "scaling_law": "wsd_vs_cosine",
     "budget": "lr_transfer, scaling_law",
     "annealing": "wsd_vs_cosine; `data/instruct/prepare.py`",
+    "continue_training": "wsd_vs_cosine; annealing",
     "preferences": "annealing",
     "upcycling": "wsd_vs_cosine; `model.py: MoE`",
     "long_context": "`model.py: rope_tables`",

@@ -491,7 +491,8 @@ def curve(ax, x, seeds, style, **more):
 def bars(ax, x, samples, style, center=np.mean, **more):
     """Plot the center of each list in samples, with a bar from its lowest to its highest value."""
     low, middle, high = (np.array(list(map(of, samples))) for of in (min, center, max))
-    ax.errorbar(x, middle, [middle - low, high - middle], capsize=3, **{**style, **more})
+    ax.errorbar(x, middle, [middle - low, high - middle],
+                **{"capsize": 3, "markersize": 5, **style, **more})
 
 
 def log_x(ax, values):

@@ -5,23 +5,23 @@ import pytest
 
 from configurator import BadInput
 from data.corpus import write_corpus
+from data.instruct.prepare import write_jsonl
 from data.packing import write_rows
 from data.tokenizer import load_tokenizer
-from engine import checkpoint, metrics
+from engine import metrics
 from labs import annealing, runs
 
-TALKS = [("train" if i % 4 else "val", [{"role": "user", "content": f"Repeat: {i}"}, {"role": "assistant", "content": str(i)}]) for i in range(80)]
+TALKS = [{"family": annealing.FAMILIES[i % 8], "messages": [{"role": "user", "content": f"Repeat: {i}"}, {"role": "assistant", "content": str(i)}]} for i in range(320)]
 
 
 @pytest.fixture
 def data_dir(tmp_path):
-    """Write small versions of the lab's three corpora; return their folder."""
+    """Write small versions of the lab's two corpora; return their folder."""
     tokenizer, folder = load_tokenizer("bpe4096"), tmp_path / "data"
-    for name, text in (("pytorch", "def f(x):\n    return x + {}\n"), ("speeches", "My fellow citizens, in the year {} ")):
-        write_corpus(folder / name / "bpe4096", tokenizer, [(split, "".join(text.format(i) for i in range(300))) for split in ("train", "val")])
-    write_rows(folder / "instruct" / "bpe4096", tokenizer, iter(TALKS), 256)
-    checkpoint.write_json(folder / "instruct" / "test.json", [{"messages": messages, "family": "copy"} for _, messages in TALKS[:8]])
-    (folder / "instruct" / "test.json").rename(folder / "instruct" / "test.jsonl")
+    write_corpus(folder / "pytorch" / "bpe4096", tokenizer, [(split, "".join(f"def f(x):\n    return x + {i}\n" for i in range(300))) for split in ("train", "val")])
+    write_rows(folder / "instruct" / "bpe4096", tokenizer, (("val" if i % 5 == 0 else "train", talk["messages"]) for i, talk in enumerate(TALKS)), 256)
+    write_jsonl(folder / "instruct" / "train.jsonl", TALKS)
+    write_jsonl(folder / "instruct" / "test.jsonl", TALKS)
     return folder
 
 
@@ -33,7 +33,7 @@ def test_the_quick_run_goes_from_corpora_to_checks_and_trains_nothing_twice(tmp_
     words = ["--quick=True", "--workers=1", f"--data_dir={data_dir}"]
     annealing.main(words)
     out = capsys.readouterr().out
-    assert out.count("% exact") == 2 and "4 updates" in out and (tmp_path / "annealing.png").exists()
+    assert out.count("% exact (p = ") == 3 and (tmp_path / "annealing.png").exists() and (tmp_path / "annealing_slide.png").exists()
 
     monkeypatch.setattr(runs.train, "main", lambda words: pytest.fail(f"trained again: {words}"))
     monkeypatch.setattr(annealing, "draw", lambda *a: None)
@@ -42,6 +42,15 @@ def test_the_quick_run_goes_from_corpora_to_checks_and_trains_nothing_twice(tmp_
     annealing.main(words)                                                # from the finished runs
     again = capsys.readouterr().out
     assert [line for line in again.splitlines() if " | " in line][-3:] == [line for line in out.splitlines() if " | " in line]
+
+
+def test_sft_has_every_other_family_and_the_questions_for_choosing_are_not_those_of_the_results(data_dir):
+    annealing.write_four(data_dir)
+    folder = data_dir / annealing.FOUR
+    assert {record["family"] for record in metrics.read_jsonl(folder / "train.jsonl")} == {"add", "sort", "backwards", "end"} == set(annealing.TRAINED)
+    parts = [metrics.read_jsonl(folder / f"{name}.jsonl") for name in ("choose", "test")]
+    assert len(parts[0]) == annealing.CHOOSING and parts[0] + parts[1] == TALKS
+    assert (folder / "bpe4096" / "meta.json").exists()
 
 
 def test_a_run_that_was_stopped_is_no_result(tmp_path, monkeypatch):
@@ -57,24 +66,19 @@ def test_a_stage_that_diverges_ends_the_lab_with_a_reason(monkeypatch):
         annealing.stage("config/laptop.py")
 
 
-def answers(exact):
-    return {"exact": exact, "families": {"copy": exact}}
+def answers(trained, others):
+    return {"bpb": 1.0, "test": dict(zip(annealing.TRAINED + annealing.OTHERS, [trained] * 4 + [others] * 4))}
 
 
-SETTINGS = annealing.Settings(seeds=(0, 1), domain=(10,))
-BY_DECAY = {annealing.PLAIN: [{"bpb": 1.0, "decay": answers(0), "1": answers(20 + s), "2": answers(25 + s)} for s in (0, 1)],
-            annealing.LABELLED: [{"bpb": 1.02, "decay": answers(9), "1": answers(30 + s)} for s in (0, 1)]}
-BY_PLACE = {("trunk", 0): [{"pytorch": 1.0, "speeches": 3.0}] * 2, ("trunk", 10): [{"pytorch": 1.5, "speeches": 1.6}, {"pytorch": 1.5, "speeches": 1.7}],
-            ("nothing", 10): [{"pytorch": 4.0, "speeches": 1.9}, {"pytorch": 4.0, "speeches": 2.0}]}
+SETTINGS = annealing.Settings(seeds=(0, 1))
+BY_ROW = {row: ([{"bpb": bpb}] * 2, [answers(trained + s, others) for s in (0, 1)]) for row, bpb, trained, others in (
+    (annealing.ONE, 1.0, 20, 2), (annealing.MORE, 1.0, 25, 2), (annealing.TWICE, 1.0, 35, 3), (annealing.DECAY, 1.02, 30, 30), (annealing.MIXED, 1.0, 20, 30))}
 
 
 def test_checks_hold_if_the_claims_do_and_fail_if_one_seed_contradicts():
-    assert [check.holds for check in annealing.checks((BY_DECAY, BY_PLACE), SETTINGS)] == [True, True, True]
-    assert "+0.020 bits" in annealing.checks((BY_DECAY, BY_PLACE), SETTINGS)[0].ours and \
-        annealing.checks((BY_DECAY, BY_PLACE), SETTINGS)[0].paper == "37.6 against 30.1"
-    for i, change in enumerate((lambda d, p: d[annealing.PLAIN][1].update({"1": answers(32)}),
-                                lambda d, p: d[annealing.PLAIN][0].update({"2": answers(31)}),
-                                lambda d, p: p["nothing", 10][0].update(speeches=1.65))):
-        decay, place = copy.deepcopy((BY_DECAY, BY_PLACE))
-        change(decay, place)
-        assert [check.holds for check in annealing.checks((decay, place), SETTINGS)] == [j != i for j in range(3)]
+    assert [check.holds for check in annealing.checks((BY_ROW, {}), SETTINGS)] == [True, True, True]
+    assert "+0.020 bits" in annealing.checks((BY_ROW, {}), SETTINGS)[0].ours and annealing.checks((BY_ROW, {}), SETTINGS)[1].paper == "37.87 against 35.21"
+    for i, (row, trained, others) in enumerate(((annealing.MORE, 40, 2), (annealing.TWICE, 35, 21), (annealing.MIXED, 20, 50))):
+        rows = copy.deepcopy(BY_ROW)
+        rows[row][1][1] = answers(trained, others)
+        assert [check.holds for check in annealing.checks((rows, {}), SETTINGS)] == [j != i for j in range(3)]
