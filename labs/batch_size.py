@@ -333,15 +333,15 @@ def checks(results, settings):
     return [
         Check("the best batch grows as the loss falls: bs = a / L^b, with an a for each size, has "
               "b above 0 at every seed",
-              f"b {runs.mean_and_range(b, '.2f')} (p = {runs.p_value(b):.2g}); as "
-              f"tokens^{runs.mean_and_range(power, '.2f')}", f"b {PAPER_B}", min(b) > 0),
+              f"b {runs.mean_and_range(b, '.2f')}; as tokens^{runs.mean_and_range(power, '.2f')}",
+              f"b {PAPER_B}", min(b) > 0, runs.p_value(b)),
         Check(f"within the sizes this law describes it: R^2 above {MIN_R2}, seeds averaged",
               f"{r2:.2f}, of a power of the tokens {r2_tokens:.2f} ({len(points)} best batches)",
               "-", r2 > MIN_R2),
         Check("one line for all sizes explains it better by the number of tokens than by the loss: "
               "its residual is smaller at every seed",
-              f"{rest_tokens} over tokens, {rest} over the loss (p = {runs.p_value(gain):.2g})",
-              "by the loss (Zhang et al.: by tokens)", min(gain) > 0),
+              f"{rest_tokens} over tokens, {rest} over the loss",
+              "by the loss (Zhang et al.: by tokens)", min(gain) > 0, runs.p_value(gain)),
         Check("at the same number of tokens the best batches of the largest and the smallest size "
               "differ by less than half (in the logarithm) of what the law of the loss says",
               f"x {runs.mean_and_range(np.exp(measured), '.2f')}; by the law of the loss x "

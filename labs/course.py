@@ -67,22 +67,22 @@ def recorded(name, module):
     return module.checks(results, settings), stale, lines
 
 
-def summary(rows, verdicts):
-    """Return the paragraph above the table of checks."""
+def summary(verdicts, withdrawn, with_p):
+    """Return the paragraph above the table of checks, from the verdicts and two numbers."""
     hold = sum(verdict.endswith("holds") for verdict in verdicts)
     changed = sum(verdict.startswith("changed") for verdict in verdicts)
-    with_p = sum("(p = " in row or "(p at most " in row for row in rows)
     return (f"Of {len(verdicts)} checks {hold} hold and {len(verdicts) - hold} do not; {changed} "
-            f"of them were changed after seeing results, and {len(rows) - len(verdicts)} more were "
+            f"of them were changed after seeing results, and {withdrawn} more were "
             f"withdrawn as badly asked. {with_p} checks compare seeds and say p, the chance of "
-            f"such a difference if there is none (one-sided t test). At p = 0.05, one in twenty "
+            f"such a difference if there is none (one-sided t test; the largest p if a check "
+            f"compares several pairs). At p = 0.05, one in twenty "
             f"passes for nothing: of {with_p}, expect {with_p / 20:.1f}. Why a check does not hold "
             f"is explained at the end of its lab.\n")
 
 
 def page():
     """Return the text of labs/README.md."""
-    labs, rows, verdicts, figures, outdated = [], [], [], [], []
+    labs, rows, verdicts, figures, outdated, with_p = [], [], [], [], [], 0
     for name, module in modules().items():
         title = module.__doc__.splitlines()[0].removeprefix("Lab: ").rstrip(".")
         cost, holding, registered = "not run yet", "-", runs.register(name)
@@ -93,9 +93,11 @@ def page():
             holding = f"{sum(check.holds for check in checks)} of {len(checks)}"
             for check in checks:
                 verdicts.append(runs.verdict(check, registered))
-                rows.append(f"| {name} | {check.claim} | {check.ours} | {check.paper} | "
+                p = "-" if check.p is None else f"{check.p:.2g}"
+                with_p += check.p is not None
+                rows.append(f"| {name} | {check.claim} | {check.ours} | {p} | {check.paper} | "
                             f"{verdicts[-1].replace('does not hold', '**does not hold**')} |")
-            rows += [f"| {name} | {claim} | - | - | {change} |"
+            rows += [f"| {name} | {claim} | - | - | - | {change} |"
                      for claim, (_, change) in registered.items()
                      if change.startswith("badly asked")]
             outdated += [name] if stale else []
@@ -104,8 +106,8 @@ def page():
             figures.append(f"![{name}](figures/{name}.png)\n")
     return "\n".join([
         TOP, "| lab | its question | first | runs, minutes on two cores | checks that hold |",
-        "|---|---|---|---|---|", *labs, "", summary(rows, verdicts),
-        "| lab | check | here | paper | verdict |", "|---|---|---|---|---|", *rows, "",
+        "|---|---|---|---|---|", *labs, "", summary(verdicts, len(rows) - len(verdicts), with_p),
+        "| lab | check | here | p | paper | verdict |", "|---|---|---|---|---|---|", *rows, "",
         *([f"Results of earlier code: {', '.join(outdated)}.\n"] if outdated else []), *figures])
 
 

@@ -27,6 +27,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from scipy.stats import ttest_1samp
 
 import train
 from configurator import ROOT, BadInput, configure
@@ -410,6 +411,7 @@ class Check:
     ours: str                   # what was measured, with its spread over the seeds
     paper: str                  # the paper's number, or "-"
     holds: bool
+    p: float | None = None      # p_value of what it compares over seeds
 
 
 def register(lab):
@@ -433,22 +435,21 @@ def report(lab, checks, stale):
         print("some results are of earlier code; run the lab without --draw=True to renew them")
     registered = register(lab)
     for check in checks:
+        p = f" (p = {check.p:.2g})" if check.p is not None else ""
         paper = f" (paper: {check.paper})" if check.paper != "-" else ""
-        print(f"{verdict(check, registered)} | {check.claim}: {check.ours}{paper}")
+        print(f"{verdict(check, registered)} | {check.claim}: {check.ours}{p}{paper}")
 
 
 def p_value(differences):
-    """Return the one-sided p of Student's t test: how likely a mean so far above 0 is, in units of
-    its standard error, if the true mean is 0. differences: one per seed, normally distributed; NaN
-    if they do not differ from each other, as with one seed."""
-    n, values = len(differences), np.asarray(differences, dtype=float)
-    if n < 2 or not values.std():
+    """Return the p of a one-sided t test: how likely a mean so far above 0 is, if the true mean is
+    0. It is NaN if the seeds do not differ, as with one seed.
+
+    differences   (seeds,), or (seeds, comparisons): then the largest p of these
+    """
+    differences = np.array(differences, dtype=float)
+    if not differences.std(0).all():
         return math.nan
-    t = values.mean() / (values.std(ddof=1) / math.sqrt(n))
-    # With t = sqrt(n - 1) tan(angle), the density of Student's t becomes cos(angle)^(n - 2).
-    angle = np.linspace(-math.pi / 2, math.pi / 2, 100_001)
-    density = np.cos(angle) ** (n - 2)
-    return float(density[angle > math.atan(t / math.sqrt(n - 1))].sum() / density.sum())
+    return float(np.max(ttest_1samp(differences, 0, alternative="greater").pvalue))
 
 
 def mean_and_range(values, form=".1f"):

@@ -209,8 +209,7 @@ def checks(results, settings):
         return [Check("every run ends", diverged, "-", False)]
 
     def by(ahead, level=None):
-        return (f"by {runs.mean_and_range(ahead, '+.3f')} nats per byte "
-                f"(p = {runs.p_value(ahead):.2g})"
+        return (f"by {runs.mean_and_range(ahead, '+.3f')} nats per byte"
                 + (f"; level at {level:.2f} times the trunk's FLOPs" if level else ""))
 
     equal = max(result["equal"] for result in results)
@@ -227,14 +226,16 @@ def checks(results, settings):
         Check("with as many further FLOPs as the trunk took, upcycled experts are ahead of the "
               "dense model trained on, for every seed",
               f"{by(dense, passes)}; a token takes {expert_flops / dense_flops:.2f} times the "
-              "FLOPs", "-", min(dense) > 0),
+              "FLOPs", "-", min(dense) > 0, runs.p_value(dense)),
         Check("with half of the trunk's FLOPs they are ahead of experts from scratch with all of "
-              "them, for every seed", by(half), "so (Komatsuzaki et al.)", min(half) > 0),
+              "them, for every seed", by(half), "so (Komatsuzaki et al.)", min(half) > 0,
+              runs.p_value(half)),
         Check("experts from scratch catch up: with 1.5 times the trunk's FLOPs they are level or "
               "ahead, in the mean over seeds",
-              f"ahead {by(late, caught)}", "-", late.mean() >= 0),
+              f"ahead {by(late, caught)}", "-", late.mean() >= 0, runs.p_value(late)),
         Check("if no dense model exists yet, experts from scratch are ahead on the same FLOPs, the "
-              "trunk's included, for every seed", by(no_trunk), "-", min(no_trunk) > 0),
+              "trunk's included, for every seed", by(no_trunk), "-", min(no_trunk) > 0,
+              runs.p_value(no_trunk)),
         Check("no expert falls below a quarter of an equal share of the load",
               f"{idle:.2f} at the end of the longest run", "-", idle >= LEAST_LOAD),
     ]

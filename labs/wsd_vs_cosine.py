@@ -290,8 +290,8 @@ def checks(found, settings):
 def over(claim, words, values, margins, paper="-"):
     """Return the Check of a claim over seeds. margins (seeds,): how far within the threshold the
     values (seeds,) are; p is for a mean so far within it by chance."""
-    ours = f"{words}{runs.mean_and_range(values, '+.3f')} nats (p = {runs.p_value(margins):.2g})"
-    return Check(claim, ours, paper, margins.mean() > 0)
+    return Check(claim, f"{words}{runs.mean_and_range(values, '+.3f')} nats", paper,
+                 margins.mean() > 0, runs.p_value(margins))
 
 
 # %% What it means: the cosines are as in the paper's figure 4. Each is best where it ends: longer

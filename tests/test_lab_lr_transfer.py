@@ -68,11 +68,6 @@ def test_the_vertex_is_found_between_the_rates_of_the_grid():
     assert not lab.same({32: lab.vertices(falling), 64: np.array([0.01] * 3)})      # no vertex: not the same
 
 
-def test_ranks_of_equal_order_correlate_fully():
-    assert lab.rank_correlation(np.array([3.0, 1.0, 2.0]), np.array([30.0, 10.0, 11.0])) == pytest.approx(1)
-    assert lab.rank_correlation(np.array([1.0, 2.0, 3.0]), np.array([3.0, 2.0, 1.0])) == pytest.approx(-1)
-
-
 def test_the_search_follows_the_lowest_point_and_repeats_it_with_all_seeds():
     truth = curve(0.0012, SETTINGS.control_rates)
     found = lab.rate_curve({}, (0.004, 0.008), SETTINGS.control_rates, SETTINGS.seeds,
