@@ -116,7 +116,7 @@ def measure(seed, decay_data, sft_data, sft_steps, rate, trunk, decay, width, ba
 
 
 def experiment(settings, config):
-    """Return ((by_row, tried), stale).
+    """Return (by_row, tried).
 
     by_row  {row: (results of measure after the decay, after SFT), a list over seeds each}
     tried   {decay_data: {rate of SFT: % of exact answers to the questions for choosing}}
@@ -127,14 +127,12 @@ def experiment(settings, config):
         write_four(settings.data_dir)
     common = {name: getattr(settings, name) for name in
               "trunk decay width batch_size questions eval_tokens data_dir".split()}
-    keys, found, stale = ("decay_data", "sft_data", "sft_steps", "rate"), {}, []
+    keys, found = ("decay_data", "sft_data", "sft_steps", "rate"), {}
 
     def collect(places, seeds=settings.seeds):
         """Find the results at these places: tuples of the values of the keys."""
         jobs = [dict(zip(keys, place), seed=seed, **common) for place in places for seed in seeds]
-        results, outdated = runs.collect("annealing", measure, jobs, config)
-        found.update(runs.group(jobs, results, *keys))
-        stale.append(outdated)
+        found.update(runs.group(jobs, runs.collect("annealing", measure, jobs, config), *keys))
 
     # Stage by stage: parallel jobs would otherwise train the same trunk or decay.
     collect([("", "", 0, 0)])
@@ -152,7 +150,7 @@ def experiment(settings, config):
             MIXED: (PLAIN, f"{FOUR}:{sft},instruct:{extra}", sft + extra, plain)}
     collect(rows.values())
     by_row = {row: (found[place[0], "", 0, 0], found[place]) for row, place in rows.items()}
-    return (by_row, tried), any(stale)
+    return by_row, tried
 
 
 def percent(answers, families):

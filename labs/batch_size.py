@@ -87,39 +87,36 @@ def trunk_and_decays(width, sequences, rate, seed, lengths, eval_tokens):
 
 
 def losses_of(width, rate, seed, settings, config):
-    """Return (params, {length: {batch in tokens: loss}}, stale), without runs that diverged."""
+    """Return (params, {length: {batch in tokens: loss}}), without runs that diverged."""
     jobs = [dict(width=width, sequences=sequences, rate=rate, seed=seed, lengths=settings.lengths,
                  eval_tokens=settings.eval_tokens) for sequences in settings.batches]
-    results, stale = runs.collect("batch_size", trunk_and_decays, jobs, config)
+    results = runs.collect("batch_size", trunk_and_decays, jobs, config)
     curves = {length: {} for length in settings.lengths}
     for sequences, result in zip(settings.batches, results):
         for length, loss in zip(settings.lengths, result["losses"]):
             if loss is not None:
                 curves[length][sequences * BLOCK_SIZE] = loss
-    return results[0]["params"], curves, stale
+    return results[0]["params"], curves
 
 
 def train_models(settings, config):
-    """Return (groups, by_rate, stale).
+    """Return (groups, by_rate).
 
     groups   {(params, seed): {length: {batch: loss}}} at the best learning rate: the one with the
              lowest sum over lengths of the best batch's loss, at the first width and seed
     by_rate  {rate: {length: {batch: loss}}} at the first width and seed
     """
     runs.prepare(config)
-    groups, by_rate, stale = {}, {}, False
+    groups, by_rate = {}, {}
     for rate in settings.rates:
-        _, by_rate[rate], old = losses_of(settings.widths[0], rate, settings.seeds[0], settings,
-                                          config)
-        stale |= old
+        _, by_rate[rate] = losses_of(settings.widths[0], rate, settings.seeds[0], settings, config)
     best = min(by_rate, key=lambda rate: sum(min(curve.values(), default=math.inf)
                                              for curve in by_rate[rate].values()))
     for seed in settings.seeds:
         for width in settings.widths:
-            params, curves, old = losses_of(width, best, seed, settings, config)
+            params, curves = losses_of(width, best, seed, settings, config)
             groups[params, seed] = curves
-            stale |= old
-    return groups, by_rate, stale
+    return groups, by_rate
 
 
 def read_runs(pattern):
@@ -146,15 +143,15 @@ def read_runs(pattern):
 
 
 def experiment(settings, config):
-    """Return ((groups, by_rate, points), stale): see train_models and best_batches."""
+    """Return (groups, by_rate, points): see train_models and best_batches."""
     if settings.runs:
-        groups, by_rate, stale = read_runs(settings.runs), {}, False
+        groups, by_rate = read_runs(settings.runs), {}
     else:
-        groups, by_rate, stale = train_models(settings, config)
+        groups, by_rate = train_models(settings, config)
     points = best_batches(groups)
     if settings.runs and not enough(points):
         raise BadInput(f"--runs={settings.runs}: {TOO_FEW}")
-    return (groups, by_rate, points), stale
+    return groups, by_rate, points
 
 
 # %% The best batch, and what explains it

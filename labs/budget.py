@@ -123,7 +123,7 @@ class Game:
         self.left -= cost
         job = dict(width=width, starts=starts, seed=self.first_seed + seed,
                    eval_tokens=self.eval_tokens, **options)
-        (losses,), self.stale = runs.collect("budget", losses_of, [job], self.config)
+        (losses,) = runs.collect("budget", losses_of, [job], self.config)
         losses = np.array(losses, dtype=float)      # None becomes NaN
         self.points += zip([n] * len(ends), tokens * np.array(ends), losses)
         return losses
@@ -132,13 +132,13 @@ class Game:
 # %% The experiment: the target is run, and every strategy plays
 
 def run_target(settings, config):
-    """Return (the target's losses, one per seed; stale)."""
+    """Return the target's losses, one per seed."""
     losses = []
     for seed in TARGET_SEEDS:
         game = Game(settings, config, largest=1)
         *_, longest = game.size(game.width)
         losses += [*game.run(game.width, [longest], seed=seed)]
-    return np.array(losses), game.stale
+    return np.array(losses)
 
 
 def play(strategy, number, settings, config):
@@ -169,17 +169,17 @@ def leaderboard(strategies, settings, config):
 
 
 def experiment(settings, config):
-    """Return ((target, board), stale): the target's losses, one per seed, and the leaderboard, the
-    best score first."""
+    """Return (target, board): the target's losses, one per seed, and the leaderboard, the best
+    score first."""
     runs.prepare(config)
     torch.set_num_threads(1)                        # the same sums on every machine
     committed = replace(config, draw=config.draw or bool(settings.strategy))
-    target, stale = run_target(settings, committed)
+    target = run_target(settings, committed)
     board = leaderboard(STRATEGIES, settings, committed)
     if settings.strategy:
         board |= leaderboard([settings.strategy], settings, replace(config, quick=True))
     ranked = sorted(board, key=lambda name: scores(board[name], target).mean())
-    return (target, {name: board[name] for name in ranked}), stale
+    return target, {name: board[name] for name in ranked}
 
 
 # %% The score, in % of the loss; lower is better. It is the weighted interval score of forecasters:

@@ -111,7 +111,7 @@ def measure(seed, start, data, more, before, width, batch_size, eval_tokens, dat
 
 
 def experiment(settings, config):
-    """Return ({(start, data, more): [result of measure for each seed]}, stale).
+    """Return {(start, data, more): [result of measure for each seed]}.
 
     more = 0 is the checkpoint before the second training.
     """
@@ -120,15 +120,14 @@ def experiment(settings, config):
     common = {name: getattr(settings, name) for name in names}
     second = [place for place in itertools.product(STARTS, (OLD, NEW), settings.more)
               if place[:2] != (NOTHING, OLD)]
-    by_place, stale = {}, False
+    by_place = {}
     # One after the other: parallel jobs would otherwise train the same trunk at the same time.
     for places in ([(STABLE, OLD, 0)], [(DECAYED, OLD, 0), (COSINE, OLD, 0)], second):
         jobs = [dict(seed=seed, start=start, data=data, more=more, **common)
                 for start, data, more in places for seed in settings.seeds]
-        results, outdated = runs.collect("continue_training", measure, jobs, config)
+        results = runs.collect("continue_training", measure, jobs, config)
         by_place |= runs.group(jobs, results, "start", "data", "more")
-        stale |= outdated
-    return by_place, stale
+    return by_place
 
 
 # %% The figure

@@ -57,14 +57,14 @@ def modules():
 
 
 def recorded(name, module):
-    """Return (checks, stale, lines of the results file), or None if the results are incomplete."""
+    """Return (checks, lines of the results file), or None if the results are incomplete."""
     config, settings = runs.LabConfig(draw=True), module.Settings()
     try:
-        results, stale = module.experiment(settings, config)
+        results = module.experiment(settings, config)
     except BadInput:
         return None
     lines = metrics.read_jsonl(runs.path(name, "results", config))
-    return module.checks(results, settings), stale, lines
+    return module.checks(results, settings), lines
 
 
 def summary(verdicts, withdrawn, with_p):
@@ -87,7 +87,7 @@ def page():
         title = module.__doc__.splitlines()[0].removeprefix("Lab: ").rstrip(".")
         cost, holding, registered = "not run yet", "-", runs.register(name)
         if found := recorded(name, module):
-            checks, stale, lines = found
+            checks, lines = found
             minutes = sum(line["seconds"] for line in lines) / 60 / CORES
             cost = f"{len(lines)}, {minutes:.0f}"
             holding = f"{sum(check.holds for check in checks)} of {len(checks)}"
@@ -100,7 +100,7 @@ def page():
             rows += [f"| {name} | {claim} | - | - | - | {change} |"
                      for claim, (_, change) in registered.items()
                      if change.startswith("badly asked")]
-            outdated += [name] if stale else []
+            outdated += [name] if runs.is_stale(name, module, runs.LabConfig()) else []
         labs.append(f"| [{name}]({name}.py) | {title} | {LABS[name]} | {cost} | {holding} |")
         if (ROOT / "labs" / "figures" / f"{name}.png").exists():
             figures.append(f"![{name}](figures/{name}.png)\n")

@@ -183,14 +183,14 @@ def along(model, params, validate, start, end):
 
 
 def experiment(settings, config):
-    """Return ({batch size: {series or line: array (seeds, ...)}}, stale)."""
+    """Return {batch size: {series or line: array (seeds, ...)}}."""
     runs.prepare(config)
     jobs = [dict(width=settings.width, steps=settings.steps, decay_steps=settings.decay_steps,
                  every=settings.every, probe_tokens=settings.probe_tokens, batch_size=batch_size,
                  seed=seed) for batch_size in settings.batch_sizes for seed in settings.seeds]
-    results, stale = runs.collect("decay_dynamics", dynamics, jobs, config)
+    results = runs.collect("decay_dynamics", dynamics, jobs, config)
     return {batch_size: {name: np.array([result[name] for result in same]) for name in same[0]}
-            for batch_size, same in runs.group(jobs, results, "batch_size").items()}, stale
+            for batch_size, same in runs.group(jobs, results, "batch_size").items()}
 
 
 # %% The figure

@@ -116,21 +116,21 @@ def extend(variant, seed, base_steps, more_steps, data_dir, **measured):
 
 
 def experiment(settings, config):
-    """Return ({(variant, trained length): [measures of each seed]}, stale)."""
+    """Return {(variant, trained length): [measures of each seed]}."""
     fixed = {name: value for name, value in vars(settings).items() if name != "seeds"}
     stays = [dict(seed=seed, **fixed) for seed in settings.seeds]
     extensions = [dict(variant=variant, **job) for variant in VARIANTS for job in stays]
     if not config.draw and runs.missing_jobs("long_context", stay, stays, config):
         prepare(settings.data_dir)      # parallel jobs would otherwise do it at the same time
-    stayed, stale = runs.collect("long_context", stay, stays, config)
+    stayed = runs.collect("long_context", stay, stays, config)
     if not config.draw and runs.missing_jobs("long_context", extend, extensions, config):
         prepare(settings.data_dir)
         for seed in settings.seeds:
             train_base(seed, settings.base_steps, settings.data_dir)
-    extended, also_stale = runs.collect("long_context", extend, extensions, config)
+    extended = runs.collect("long_context", extend, extensions, config)
     by_variant = runs.group(extensions, extended, "variant")
     return {**{(variant, SHORT): [result[variant] for result in stayed] for variant in VARIANTS},
-            **{(variant, LONG): by_variant[variant] for variant in VARIANTS}}, stale or also_stale
+            **{(variant, LONG): by_variant[variant] for variant in VARIANTS}}
 
 
 def found(results, variant, trained, length):

@@ -144,18 +144,16 @@ def search(settings, losses_of):
 
 
 def experiment(settings, config):
-    """Return ((curves, trials, losses of the trials), stale): see rate_curves and search."""
+    """Return (curves, trials, losses of the trials): see rate_curves and search."""
     runs.prepare(config)
-    stale = []
 
     def losses_of(jobs):
         """Return the loss of each job; that of a run that diverged is infinite."""
         jobs = [dict(job, steps=settings.steps, eval_tokens=settings.eval_tokens) for job in jobs]
-        results, old = runs.collect("lr_transfer", final_loss, jobs, config)
-        stale.append(old)
+        results = runs.collect("lr_transfer", final_loss, jobs, config)
         return [math.inf if result["loss"] is None else result["loss"] for result in results]
 
-    return (rate_curves(settings, losses_of), *search(settings, losses_of)), any(stale)
+    return rate_curves(settings, losses_of), *search(settings, losses_of)
 
 
 # %% The best rate between the rates tried

@@ -145,7 +145,7 @@ def measure(model):
 
 
 def experiment(settings, config):
-    """Return ({(kind, rule): {(size, seed): activations}}, stale).
+    """Return {(kind, rule): {(size, seed): activations}}.
 
     kind  "width" or "depth": what the size is
     """
@@ -156,12 +156,12 @@ def experiment(settings, config):
               for rule in DEPTH_RULES for depth in settings.depths for seed in settings.seeds]
     jobs = [dict(rule=rule, width=width, depth=depth, seed=seed, steps=settings.steps)
             for _, rule, width, depth, seed in cells]
-    results, stale = runs.collect("mup_coordinates", activations, jobs, config)
+    results = runs.collect("mup_coordinates", activations, jobs, config)
     found = {}
     for (kind, rule, width, depth, seed), result in zip(cells, results):
         size = width if kind == "width" else depth
         found.setdefault((kind, rule), {})[size, seed] = result
-    return found, stale
+    return found
 
 
 def probes(results):

@@ -206,7 +206,7 @@ def aligned(start, beta, wrong, sft_coef, seed, pairs, batch_size, learning_rate
 
 
 def experiment(settings, config):
-    """Return ((before, after), stale).
+    """Return (before, after).
 
     before    result of tuned
     after     {arm: {beta: [result of aligned for each seed]}}
@@ -217,7 +217,7 @@ def experiment(settings, config):
     else:
         start = {name: getattr(settings, name) for name in ("trunk_steps", "sft_steps", "width")}
     common = dict(start=start, questions=settings.questions)
-    (before,), before_stale = runs.collect("preferences", tuned, [common], config)
+    (before,) = runs.collect("preferences", tuned, [common], config)
     jobs = [dict(beta=beta, wrong=wrong, sft_coef=sft_coef, seed=seed, pairs=settings.pairs,
                  batch_size=settings.batch_size, learning_rate=settings.learning_rate, **common)
             for wrong, sft_coef in settings.arms.values()
@@ -225,11 +225,11 @@ def experiment(settings, config):
     if not config.draw and runs.missing_jobs("preferences", aligned, jobs, config):
         start_folder(start)     # parallel jobs would otherwise make both at the same time
         fresh_pairs(settings.pairs)
-    results, after_stale = runs.collect("preferences", aligned, jobs, config)
+    results = runs.collect("preferences", aligned, jobs, config)
     found = runs.group(jobs, results, "wrong", "sft_coef", "beta")
     after = {arm: {beta: found[*of_arm, beta] for beta in settings.betas}
              for arm, of_arm in settings.arms.items()}
-    return (before, after), before_stale or after_stale
+    return before, after
 
 
 def values(after, arm, name):

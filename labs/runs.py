@@ -84,14 +84,15 @@ def main(lab, argv, Settings, quick, usage, experiment, draw, checks, slide=None
     lab              name of the lab
     Settings, quick  as in settings()
     usage            text that --help prints above the options
-    experiment       experiment(settings, config) -> (results, stale)
+    experiment       experiment(settings, config) -> results
     draw             draw(results, settings) -> a matplotlib figure, None if there is no result
     checks           checks(results, settings) -> list of Check
     slide            slide(ax, results, settings) draws the lab's one message for a projector and
                      returns it in words, the title
     """
     chosen, config = settings(argv, Settings, quick, usage)
-    results, stale = experiment(chosen, config)
+    results = experiment(chosen, config)
+    stale = config.draw and is_stale(lab, sys.modules[experiment.__module__], config)
     name = lab
     if any(getattr(chosen, own, None) for own in ("runs", "strategy", "ckpt")):     # the reader's
         name, config = f"{lab}_own", dataclasses.replace(config, quick=True)
@@ -129,12 +130,11 @@ def path(lab, kind, config):
 # ---- cached results
 
 def collect(lab, work, jobs, config):
-    """Return ([work(**job) for each job], stale), running only the jobs without a valid result.
+    """Return [work(**job) for each job], running only the jobs without a valid result.
 
     work    the experiment: a function at the top level of a lab that returns a JSON value
     jobs    list of dicts: keyword arguments of work, JSON values too
-    stale   whether a result comes from earlier code, which only --draw=True accepts
-    raises  BadInput if --draw=True and a job has no result
+    raises  BadInput if --draw=True and a job has no result; one of earlier code is accepted then
     """
     file, code = path(lab, "results", config), code_key(work)
     if config.rekey:
@@ -153,7 +153,15 @@ def collect(lab, work, jobs, config):
     if None in lines:
         raise BadInput(f"{file}: lacks {lines.count(None)} of {len(jobs)} results; run the lab "
                        f"without --draw=True to compute them")
-    return [line["result"] for line in lines], any(line["code"] != code for line in lines)
+    return [line["result"] for line in lines]
+
+
+def is_stale(lab, module, config):
+    """Return whether a result of a lab comes from earlier code of its experiment functions."""
+    recorded = {(line["work"], line["code"])
+                for line in metrics.read_jsonl(path(lab, "results", config))}
+    return any(not hasattr(module, work) or code != code_key(getattr(module, work))
+               for work, code in recorded)
 
 
 def missing_jobs(lab, work, jobs, config):

@@ -103,7 +103,7 @@ def parameters(width):
 
 
 def train_models(settings, config):
-    """Return (held_out, trunks, stale): points (m, 3) of the larger model, and of each trunk."""
+    """Return (held_out, trunks): points (m, 3) of the larger model, and of each trunk."""
     runs.prepare(config)
     largest = max(settings.ratios) * parameters(max(settings.widths)) ** 2      # N D
     ratio = settings.held_out_compute * largest / parameters(settings.held_out_width) ** 2
@@ -113,7 +113,7 @@ def train_models(settings, config):
     jobs = [dict(width=width, ratios=ratios, seed=seed, eval_tokens=settings.eval_tokens,
                  batch_size=LARGE_BATCH if width >= LARGE_FROM else BATCH)
             for width, ratios, seeds in sizes for seed in range(seeds)]
-    results, stale = runs.collect("scaling_law", trunk_and_decays, jobs, config)
+    results = runs.collect("scaling_law", trunk_and_decays, jobs, config)
     trunks = []
     for result in results:
         points = np.array([(point["n"], point["tokens"], point["loss"]) for point in result], float)
@@ -122,27 +122,27 @@ def train_models(settings, config):
             print(f"N {n:,.0f}: diverged before {tokens:,.0f} bytes; left out")
         trunks.append(points[~diverged])
     n_held_out = settings.held_out_seeds
-    return np.concatenate(trunks[:n_held_out]), trunks[n_held_out:], stale
+    return np.concatenate(trunks[:n_held_out]), trunks[n_held_out:]
 
 
 def experiment(settings, config):
-    """Return ((points, held_out, law, laws), stale): the Law of the points, those of the bootstrap.
+    """Return (points, held_out, law, laws): the Law of the points, and those of the bootstrap.
 
     points and held_out are arrays (m, 3) of N, D in bytes, and loss in nats per byte; with --runs
     in tokens of the runs' tokenizer.
     """
     if settings.runs:
-        points, held_out, stale = read_runs(settings.runs), np.empty((0, 3)), False
+        points, held_out = read_runs(settings.runs), np.empty((0, 3))
         trunks = points[:, None]
     else:
-        held_out, trunks, stale = train_models(settings, config)
+        held_out, trunks = train_models(settings, config)
         points = np.concatenate(trunks)
     if not enough(points):
         sizes, lengths, _ = map(count_distinct, points.T)
         raise BadInput(f"too few points: {len(points)} ends of decays, of {sizes} sizes and "
                        f"{lengths} lengths; a fit needs more than {len(Law._fields)}, of at least "
                        f"3 sizes and 3 lengths")
-    return (points, held_out, fit(points), bootstrap(trunks, settings.resamples)), stale
+    return points, held_out, fit(points), bootstrap(trunks, settings.resamples)
 
 
 # %% The fit, with scipy's curve_fit as in the paper

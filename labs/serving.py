@@ -180,14 +180,14 @@ def series(settings):
 
 
 def experiment(settings, config):
-    """Return ({name of the series: see rates}, stale)."""
+    """Return {name of the series: see rates}."""
     points = series(settings)
     fixed = {name: getattr(settings, name) for name in ("machine", "tokens", "rounds", "probe_mb")}
     jobs = [dict(points=points[name], **fixed) for name in points]
     config = dataclasses.replace(config, workers=1)      # parallel runs would share the bandwidth
-    results, stale = runs.collect("serving", measure, jobs, config)
+    results = runs.collect("serving", measure, jobs, config)
     return {name: rates(points[name], result, settings)
-            for name, result in zip(points, results)}, stale
+            for name, result in zip(points, results)}
 
 
 def rates(points, result, settings):

@@ -125,7 +125,7 @@ def family(seed, width, experts, batch_size, quarter, eval_tokens):
 
 
 def experiment(settings, config):
-    """Return ([result of family for each seed], stale)."""
+    """Return [result of family for each seed]."""
     runs.prepare(config)
     fixed = {name: value for name, value in vars(settings).items() if name != "seeds"}
     jobs = [dict(seed=seed, **fixed) for seed in settings.seeds]

@@ -135,7 +135,7 @@ def over_seeds(curves):
 
 
 def experiment(settings, config):
-    """Return (found, stale). found holds losses, an array (seeds,) each:
+    """Return losses, an array (seeds,) each:
 
     "trunk" and "averaged" {step: losses}, "decays" {share: {end: losses}}, "forms" {form: losses},
     "cosines" {(T, loop): {step: losses}}, and "ends" {T: losses} of those at T = S
@@ -144,7 +144,7 @@ def experiment(settings, config):
     s, ends = settings, settings.ends
     decays = [[branch_point(end, share), end, s.forms[0]] for end in ends for share in s.shares]
     decays += [[branch_point(ends[-1], s.share), ends[-1], form] for form in s.forms[1:]]
-    trunks, stale = runs.collect("wsd_vs_cosine", trunk_and_decays, [
+    trunks = runs.collect("wsd_vs_cosine", trunk_and_decays, [
         dict(common=s.common(seed), ends=ends, decays=decays, every=s.every) for seed in s.seeds],
         config)
     found = {name: over_seeds([trunk[name] for trunk in trunks]) for name in ("trunk", "averaged")}
@@ -157,11 +157,11 @@ def experiment(settings, config):
             for i, T in enumerate(ends) for seed in s.seeds]    # on to the next horizon
     jobs += [dict(common=s.common(seed), T=ends[0], loop=True, ends=ends[:3], every=s.every)
              for seed in s.seeds]
-    results, old = runs.collect("wsd_vs_cosine", cosine, jobs, config)
+    results = runs.collect("wsd_vs_cosine", cosine, jobs, config)
     found["cosines"] = {name: over_seeds(curves)
                         for name, curves in runs.group(jobs, results, "T", "loop").items()}
     found["ends"] = {T: found["cosines"][T, False][T] for T in ends}
-    return found, stale or old
+    return found
 
 
 # %% What the figure and the checks compare

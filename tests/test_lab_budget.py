@@ -29,7 +29,7 @@ def world(monkeypatch):
 
     def collect(name, work, jobs, config):
         asked.extend(jobs)
-        return [law_of_world(**job) for job in jobs], False
+        return [law_of_world(**job) for job in jobs]
     monkeypatch.setattr(runs, "collect", collect)
     return asked
 
@@ -70,7 +70,7 @@ def test_no_play_has_the_seeds_of_another_or_of_the_target(world):
 
 
 def test_a_run_that_diverged_is_not_a_number(monkeypatch):
-    monkeypatch.setattr(runs, "collect", lambda *args: ([[2.5, None]], False))
+    monkeypatch.setattr(runs, "collect", lambda *args: [[2.5, None]])
     played = game()
     assert np.isnan(played.run(32, [10, 20])).tolist() == np.isnan(np.array(played.points)[:, 2]).tolist() == [False, True]
 

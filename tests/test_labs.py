@@ -70,8 +70,8 @@ DRAW = runs.LabConfig(draw=True)
 
 def test_a_run_is_made_once_and_a_new_setting_runs_alone(lab):
     first = lab()
-    assert runs.collect("lab", first.work, [{"x": 4}, {"x": 9}], ONE) == ([{"y": 12, "z": 2}, {"y": 27, "z": 3}], False)
-    assert runs.collect("lab", first.work, [{"x": 9}, {"x": 1}, {"x": 9}], ONE)[0] == [{"y": 27, "z": 3}, {"y": 3, "z": 1}, {"y": 27, "z": 3}]
+    assert runs.collect("lab", first.work, [{"x": 4}, {"x": 9}], ONE) == [{"y": 12, "z": 2}, {"y": 27, "z": 3}]
+    assert runs.collect("lab", first.work, [{"x": 9}, {"x": 1}, {"x": 9}], ONE) == [{"y": 27, "z": 3}, {"y": 3, "z": 1}, {"y": 27, "z": 3}]
     assert made_by(first) == [4, 9, 1] and not runs.missing_jobs("lab", first.work, [{"x": 1}], ONE)
 
 
@@ -81,21 +81,23 @@ def test_a_run_is_made_once_and_a_new_setting_runs_alone(lab):
 def test_a_changed_experiment_runs_again_and_other_code_does_not(lab, changes, runs_again):
     runs.collect("lab", lab().work, [{"x": 4}], ONE)
     changed = lab(*changes)
-    results, stale = runs.collect("lab", changed.work, [{"x": 4}], DRAW)
-    assert stale == runs_again and results == [{"y": 12, "z": 2}] and made_by(changed) == []
+    assert runs.is_stale("lab", changed, DRAW) == runs_again
+    assert runs.collect("lab", changed.work, [{"x": 4}], DRAW) == [{"y": 12, "z": 2}] and made_by(changed) == []
     runs.collect("lab", changed.work, [{"x": 4}], ONE)
-    assert made_by(changed) == ([4] if runs_again else []) and not runs.collect("lab", changed.work, [{"x": 4}], DRAW)[1]
+    assert made_by(changed) == ([4] if runs_again else []) and not runs.is_stale("lab", changed, DRAW)
+    del changed.work
+    assert runs.is_stale("lab", changed, DRAW)                           # results of a function that is gone
 
 
 def test_changed_golden_numbers_make_results_stale_until_they_are_rekeyed(lab, tmp_path, monkeypatch):
     module, jobs = lab(), [{"x": 4}]
-    results = runs.collect("lab", module.work, jobs, ONE)[0]
+    results = runs.collect("lab", module.work, jobs, ONE)
     (tmp_path / "tests").mkdir()
     (tmp_path / "tests" / "golden.json").write_text("{}")
     monkeypatch.setattr(runs, "ROOT", tmp_path)
-    assert runs.collect("lab", module.work, jobs, DRAW) == (results, True)
-    assert runs.collect("lab", module.work, jobs, runs.LabConfig(draw=True, rekey=True)) == (results, False)
-    assert runs.collect("lab", module.work, jobs, DRAW) == (results, False) and made_by(module) == [4]
+    assert runs.collect("lab", module.work, jobs, DRAW) == results and runs.is_stale("lab", module, DRAW)
+    assert runs.collect("lab", module.work, jobs, runs.LabConfig(draw=True, rekey=True)) == results
+    assert not runs.is_stale("lab", module, DRAW) and made_by(module) == [4]
     with pytest.raises(BadInput, match="lacks 1 of 1 results"):
         runs.collect("lab", module.work, [{"x": 5}], runs.LabConfig(draw=True, rekey=True))
 
@@ -147,7 +149,7 @@ def test_an_interrupted_lab_keeps_what_it_has_and_goes_on(lab, tmp_path):
         runs.collect("lab", module.work, [{"x": 4}, {"x": -1}, {"x": 9}], ONE)
     with open(tmp_path / "lab.results", "a") as f:
         f.write('{"work": "work", "job": {"x": 9')                         # killed while writing
-    assert [r["y"] for r in runs.collect("lab", module.work, [{"x": 4}, {"x": 9}], ONE)[0]] == [12, 27]
+    assert [r["y"] for r in runs.collect("lab", module.work, [{"x": 4}, {"x": 9}], ONE)] == [12, 27]
     assert made_by(module) == [4, -1, 9]
     assert [json.loads(line)["job"] for line in (tmp_path / "lab.results").read_text().splitlines()] == [{"x": 4}, {"x": 9}]
     with pytest.raises(BadInput, match=r"lab.results: lacks 1 of 2 results; run the lab without --draw=True"):
@@ -186,7 +188,7 @@ def test_a_changed_result_changes_the_course(tmp_path, monkeypatch):
 
 def test_the_checks_of_the_code_are_those_that_were_set_beforehand():
     for name, module in course.modules().items():
-        checks, _, _ = course.recorded(name, module)
+        checks, _ = course.recorded(name, module)
         registered = runs.register(name)
         withdrawn = {claim for claim, (_, change) in registered.items() if change.startswith("badly asked: ")}
         assert {check.claim for check in checks} == registered.keys() - withdrawn, name
