@@ -174,7 +174,8 @@ def vertices(curve):
     columns = np.column_stack([x ** 2, own * x[:, None], own])
     (curvature, *rest), *_ = np.linalg.lstsq(columns, y, rcond=None)
     slopes = np.array(rest[:own.shape[1]])
-    return np.exp(-slopes / (2 * curvature)) if curvature > 0 else np.full(len(slopes), np.nan)
+    with np.errstate(over="ignore"):                        # of nearly a straight line: infinite
+        return np.exp(-slopes / (2 * curvature)) if curvature > 0 else np.full(len(slopes), np.nan)
 
 
 def best_rates(curves, kind):

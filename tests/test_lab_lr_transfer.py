@@ -32,7 +32,7 @@ def results(rates=(0.01,) * 4, control=(0.008, 0.004, 0.002, 0.001), depths=(0.0
 
 
 def holds(*args, **kwargs):
-    return [check.holds for check in lab.checks(results(*args, **kwargs), SETTINGS)]
+    return [bool(check.holds) for check in lab.checks(results(*args, **kwargs), SETTINGS)]
 
 
 def test_quick_run(tmp_path, monkeypatch, capsys):
