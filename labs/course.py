@@ -42,8 +42,9 @@ python -m labs.mup_coordinates --draw=True     # trains nothing: draws the commi
 New here? [start.ipynb](start.ipynb) is the first hour: train, sample, decay, read the curves.
 VS Code opens a file cell by cell (open the repository's folder), and so does Jupyter with jupytext
 (with `%cd ..` in a first cell). [colab.ipynb](colab.ipynb) runs any lab on a free cloud machine.
-A second run of a lab only draws: results are stored with the settings and the code they come from.
-If you change either, what depends on it runs again. All numbers here come from two CPU cores, at
+A second run of a lab only draws: results are stored with the settings and the lab's code that they
+come from. If you change either, what depends on it runs again; if you change another file, delete
+the lab's results. All numbers here come from two CPU cores, at
 laptop scale: they show the sign and the shape of a claim, not its size at 2.4B. Each check was set
 in [PREREGISTER.md](PREREGISTER.md), which also has its history. [syllabus.md](syllabus.md) makes
 twelve weeks of the labs and of seven [assignments](assignments/README.md). This page is written by

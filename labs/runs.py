@@ -1,9 +1,10 @@
 """What the labs share: the command line, cached results, training runs, figures and checks.
 
 A lab keeps its results in labs/results/NAME.jsonl and computes only what is missing there. A
-result is valid for its arguments, the source code of its experiment function, the version of torch,
-and the numerics of the project as tests/golden.json records them (see code_key). Moving or
-rewording other code invalidates no result; a change of the numbers does.
+result is valid for its arguments, the source code of its experiment function and of what that uses
+in the lab's file, the version of torch, and the numerics of the project as tests/golden.json
+records them (see code_key). A change of other files invalidates no result unless it changes these
+numbers: to measure such a change, delete the lab's results.
 """
 import ast
 import copy
@@ -17,7 +18,6 @@ import multiprocessing
 import os
 import signal
 import sys
-import textwrap
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -194,14 +194,24 @@ def job_key(job):
 def code_key(work):
     """Return a hash of what the results of an experiment function depend on besides its arguments.
 
-    That is its source code without docstring, comments and line breaks, the version of torch, and
-    the golden numbers.
+    That is its source code and that of the functions and constants of its file that it uses, the
+    version of torch, and the golden numbers. Docstrings, comments and line breaks do not count.
     """
-    tree = ast.parse(textwrap.dedent(inspect.getsource(work)))
-    if ast.get_docstring(tree.body[0]) is not None:
-        del tree.body[0].body[0]
-    parts = [ast.unparse(tree), torch.__version__.partition("+")[0], numerics_digest()]
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]
+    parts, names = {}, [work.__name__]
+    while names:
+        name = names.pop()
+        value = work.__globals__.get(name)
+        if name not in parts and inspect.isfunction(value) and value.__module__ == work.__module__:
+            tree = ast.parse(inspect.getsource(value))
+            if ast.get_docstring(tree.body[0]) is not None:
+                del tree.body[0].body[0]
+            parts[name] = ast.unparse(tree)
+            names += [node.id for node in ast.walk(tree) if isinstance(node, ast.Name)]
+        elif isinstance(value, (bool, int, float, str, tuple, list, dict)):
+            parts[name] = repr(value)
+    version = torch.__version__.partition("+")[0]
+    key = json.dumps([parts, version, numerics_digest()], sort_keys=True)
+    return hashlib.sha256(key.encode()).hexdigest()[:12]
 
 
 def numerics_digest():
@@ -500,8 +510,7 @@ def curve(ax, x, seeds, style, **more):
 def bars(ax, x, samples, style, center=np.mean, **more):
     """Plot the center of each list in samples, with a bar from its lowest to its highest value."""
     low, middle, high = (np.array(list(map(of, samples))) for of in (min, center, max))
-    ax.errorbar(x, middle, [middle - low, high - middle],
-                **{"capsize": 3, "markersize": 5, **style, **more})
+    ax.errorbar(x, middle, [middle - low, high - middle], capsize=3, **{**style, **more})
 
 
 def log_x(ax, values):

@@ -77,7 +77,7 @@ def test_a_run_is_made_once_and_a_new_setting_runs_alone(lab):
 
 @pytest.mark.parametrize("changes, runs_again", [
     (('"y": times(x)', '"y": 2 * times(x)'), True), (("x < 0", "x < -1"), True), (("np.sqrt", "np.square"), True),
-    (("FACTOR * x", "x * FACTOR"), False), (("note(x)\n", "note(x)       # why\n"), False), (("return 1", "return 2"), False)])
+    (("FACTOR * x", "x * FACTOR"), True), (("FACTOR = 3", "FACTOR = 4"), True), (("Doc.", "Document."), False), (("note(x)\n", "note(x)       # why\n"), False), (("return 1", "return 2"), False)])
 def test_a_changed_experiment_runs_again_and_other_code_does_not(lab, changes, runs_again):
     runs.collect("lab", lab().work, [{"x": 4}], ONE)
     changed = lab(*changes)
