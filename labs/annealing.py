@@ -38,7 +38,7 @@ PLAIN, LABEL_SHARE = "pytorch", 0.3
 LABELLED = f"pytorch:{1 - LABEL_SHARE:g},instruct:{LABEL_SHARE:g}"      # data of the decay
 FAMILIES = [family.__name__ for family in instruct.FAMILIES]
 TRAINED, OTHERS = FAMILIES[::2], FAMILIES[1::2]     # by SFT; chosen before any result was known
-FOUR = "instruct_four"                              # corpus: the TRAINED families of data/instruct
+FOUR = "_".join(["instruct", *TRAINED])             # corpus: these families of data/instruct
 CHOOSING = 240                  # held-out questions with which the rate of SFT is chosen
 
 # Models of the experiment, and the rows of the paper's table 1 that they stand for.

@@ -382,8 +382,8 @@ def listed(measured):
 # 1. `--wrong=0.4`: where is the lowest loss now? Predict the margin and the share of short answers
 #    at beta 1, then run it.
 # 2. `--sft_coef=0.1` and `--sft_coef=10`: which gives more right answers at the same divergence?
-# 3. `CHOSEN, REJECTED` in family/dpo.py: swap them, so that the long answer is preferred. Which
-#    panels are mirrored, and which are not?
+# 3. `[:round(wrong * number)]`: with [round(wrong * number):] all other pairs are exchanged, so the
+#    long answer is preferred. Which panels are mirrored, and which are not?
 
 @exits_cleanly
 def main(argv):

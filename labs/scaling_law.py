@@ -449,11 +449,12 @@ def print_law(results, settings):
 # than the paper's). The method does: fit, predict a larger model, then train it and see.
 #
 # Exercises
-# 1. `DECAY_SHARE`: 0.2. Which constant of the law moves, and does D / N?
-# 2. `fit_constants`: let every run count by its relative error (divide terms by loss[:, None], and
-#    fit to ones). Is the held-out model predicted better?
-# 3. `--widths=16,32,48,64`: how far ahead does the law predict now? Then `--held_out_ratio=30`,
-#    which takes 23 minutes of one core: predict first.
+# 1. `curve_fit(...)` in fit: add sigma=loss, so that every run counts by its relative error. Is the
+#    held-out run predicted better?
+# 2. `without_largest`: leave out the smallest size instead (min for max). Is it predicted as well,
+#    and does the law of the others predict the held-out run better or worse than that of all?
+# 3. `DECAY_SHARE`: 0.2. Which constant of the law moves, and does D / N? (Four sizes and one seed
+#    will do: --widths=16,32,48,64 --seeds=1 --held_out_compute=1.)
 
 @exits_cleanly
 def main(argv):

@@ -261,8 +261,8 @@ def checks(results, settings):
 # Exercises
 # 1. `max_steps=4 * 5 * dense_fifth`: train the trunk twice as long. How many updates do the experts
 #    now need to pass the dense model? (The x axis then counts in halves of the trunk's FLOPs.)
-# 2. `std` of the router in family/upcycle.py: set it to 0. All experts are then equally likely, and
-#    the same two win each tie. What happens to the load?
+# 2. `--experts=4`, then 16: a token costs the same with both. Which of them is further ahead of the
+#    dense model, and are all experts in use?
 # 3. `common`: add balance_coef=0. How many experts are still in use at the end, and what does it
 #    cost in loss?
 
