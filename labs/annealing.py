@@ -6,7 +6,7 @@ Claim       SFT data belongs in the decay as well: the same SFT afterwards then 
             beats A-1), and twice the SFT does not make up for leaving it out (B-3 beats B-2).
 Write down  before you run it: exact answers (%) of the five models below, on the four kinds of
             tasks that SFT trains, and on four others that only the decay has shown with answers.
-Command     python -m labs.annealing    about 20 minutes on two cores; --quick=True: a few
+Command     python -m labs.annealing    25 minutes on two cores; --quick=True: a few
                                         seconds, to see that it works
 
 Three trunks (one per seed) of 1.3M parameters read Python source at a constant learning rate. Two
@@ -158,9 +158,9 @@ def percent(answers, families):
     return float(np.mean([answers[name] for name in families if name in answers]))
 
 
-def scores(by_row, row, families):
-    """Return (seeds,): % exact answers of a row after SFT."""
-    return np.array([percent(result["test"], families) for result in by_row[row][1]])
+def scores(by_row, row, families, after_sft=True):
+    """Return (seeds,): % exact answers of a row after its SFT, or after the decay before it."""
+    return np.array([percent(result["test"], families) for result in by_row[row][after_sft]])
 
 
 # %% The figure
@@ -168,10 +168,12 @@ def scores(by_row, row, families):
 def draw_rows(ax, by_row, size):
     """Draw % exact answers of each row, for both groups of families; size of the markers."""
     x = np.arange(len(by_row))
-    groups = (("families that SFT trains", TRAINED, "full"), ("the four others", OTHERS, "none"))
-    for shift, style, (label, families, fill) in zip((-0.1, 0.1), runs.STYLES, groups):
-        style = {**style, "linestyle": "", "markersize": size, "fillstyle": fill}
-        samples = [scores(by_row, row, families) for row in by_row]
+    groups = (("families that SFT trains", TRAINED, True), ("the four others", OTHERS, True),
+              ("the four others before SFT", OTHERS, False))
+    for shift, style, (label, families, after_sft) in zip((-0.15, 0.15, 0), runs.STYLES, groups):
+        style = {**style, "linestyle": "", "markersize": size,
+                 "fillstyle": "full" if after_sft else "none"}
+        samples = [scores(by_row, row, families, after_sft) for row in by_row]
         runs.bars(ax, x + shift, samples, style, label=label)
     ax.set_xticks(x, by_row, fontsize=size)
     ax.set(ylabel="exact answers (%)", ylim=(-3, 103))
@@ -211,9 +213,11 @@ def slide(ax, results, settings):
     by_row, _ = results
     draw_rows(ax, by_row, 14)
     ax.legend(loc="upper left")
-    gain = {row: (scores(by_row, DECAY, OTHERS) - scores(by_row, row, OTHERS)).mean()
-            for row in (TWICE, MIXED)}
-    return f"On other tasks labels in the decay gain {gain[TWICE]:+.0f} points over twice the SFT"
+    gain, lost = ((scores(by_row, one, OTHERS) - scores(by_row, other, OTHERS)).mean()
+                  for one, other in ((DECAY, TWICE), (MIXED, DECAY)))
+    if lost > MARGIN:
+        return "SFT erases what only the decay has taught, unless it repeats it"
+    return f"On other tasks labels in the decay gain {gain:+.0f} points over twice the SFT"
 
 
 # %% The checks
@@ -241,11 +245,24 @@ def checks(results, settings):
     return found
 
 
-# %% How to read it. The paper's B-3 differs from B-2 in two ways: its labels stand in another
-# place, and they are other labels, of more kinds than its SFT has. SFT x 1.3 against labels in the
-# decay shows both together. The last model separates them: it sees the same labels, but in SFT.
-# What it gains over SFT x 1.3 is due to the labels, and what it lacks to labels in the decay is due
-# to the place.
+# %% What it means: the paper's B-3 differs from B-2 in two ways: its labels stand in another place,
+# and they are of more kinds than its SFT has. SFT x 1.3 against labels in the decay changes both.
+# The last model separates them: it sees the decay's labels, but in SFT.
+#
+# None of the three checks holds. On the families of SFT, labels in the decay are 4 points ahead of
+# as many further updates of SFT. But the seeds differ by 20 points, and with one of them it is the
+# other way round. Twice the SFT is better than both.
+#
+# The four other families show why the second check has nothing to compare: SFT erases them. After
+# the decay 7 % of their questions are answered, after SFT 0.2 %. It is the same at all three rates
+# of SFT, the lowest included, and Python goes with them, from 1.4 to 5 bits per byte. The same
+# labels mixed into SFT leave 21 %. So here the order decides, and not the decay: what comes last is
+# kept. The paper's SFT is long too, but its data are broad, and a model of 2.4B forgets less of
+# what its SFT does not repeat. This lab cannot tell whether B-3 gains by the decay's labels there.
+#
+# Two things may have hidden a gain. The decay has shown its eight tasks in 90 updates, too few for
+# most of them. And with labels in the decay the best rate of SFT is the highest of the three, so a
+# still higher one may be better.
 #
 # Exercises
 # 1. `LABEL_SHARE`: try 0.1 and 0.9. Which share is best for the families of SFT, and which for the
