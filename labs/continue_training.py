@@ -183,7 +183,7 @@ def slide(ax, by_place, settings):
     same, new = ((bpb(by_place, DECAYED, data, max(settings.more), data)
                   - bpb(by_place, STABLE, data, max(settings.more), data)).mean()
                  for data in (OLD, NEW))
-    return f"A decayed start costs {same:.3f} bits per byte on the same text, {new:.3f} on new text"
+    return f"A decayed start costs {same:.3f} bits per byte on the same text, {new:.3f} on new"
 
 
 # %% The checks
@@ -235,9 +235,9 @@ def checks(by_place, settings):
 #
 # On the new domain the start hardly matters. After 60 updates the three that train at the peak rate
 # are level, so the second check does not hold. After 180 the stable start is ahead for every seed,
-# by 0.004 and 0.009. Keeping the last rate is worse than starting from nothing there. But what it
-# does not learn, it does not forget either: 0.2 bits per byte of Python, the others 1.0 to 1.4.
-# Gupta et al. and Ibrahim et al. find the same two sides of warming up.
+# by 0.004 and 0.009. Keeping the last rate is even worse than starting from nothing then. But it
+# forgets little: 0.2 bits per byte of Python, where the others forget 1.0 to 1.4. Gupta et al. and
+# Ibrahim et al. find the same two sides of warming up.
 #
 # Exercises
 # 1. `REWARM_SHARE`: try 0.02 and 0.4. Gupta et al. find that the length of the warm-up matters
