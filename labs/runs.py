@@ -27,7 +27,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from scipy.stats import ttest_1samp
+from scipy.stats import t as student_t
 
 import train
 from configurator import ROOT, BadInput, configure
@@ -465,9 +465,11 @@ def p_value(differences):
     differences   (seeds,), or (seeds, comparisons): then the largest p of these
     """
     differences = np.array(differences, dtype=float)
-    if not differences.std(0).all():
+    n, spread = len(differences), differences.std(0)
+    if not spread.all():
         return math.nan
-    return float(np.max(ttest_1samp(differences, 0, alternative="greater").pvalue))
+    t = differences.mean(0) / (spread / math.sqrt(n - 1))       # the mean in its standard errors
+    return float(np.max(student_t.sf(t, n - 1)))
 
 
 def mean_and_range(values, form=".1f"):
