@@ -39,7 +39,6 @@ import torch
 import train
 from configurator import BadInput, exits_cleanly
 from engine import metrics
-from engine.run import NonFinite
 from labs import runs
 from labs.runs import Check
 from labs.strategies import STRATEGIES
@@ -68,19 +67,8 @@ class Settings:
 def losses_of(width, starts, seed, eval_tokens, **options):
     """Return the held-out losses (nats per byte) at the ends of decays from one trunk; None if the
     run has diverged. starts: [[first update of a decay, its last], ...]"""
-    steps, losses = max(start for start, _ in starts), [None] * len(starts)
-    config, model, batches, validate = runs.build(
-        "config/lab.py", **runs.shape(width, HEAD), seed=seed, eval_tokens=eval_tokens,
-        max_steps=steps, decay_steps=0, warmup_steps=min(WARMUP, steps), **options)
-    try:
-        for update in train.train(config, batches, train.language_loss, model):
-            for i, (start, end) in enumerate(starts):
-                if start == update.step:
-                    decayed = runs.decayed_model(config, batches, update, end)
-                    losses[i] = validate(decayed.eval())["val_loss"]
-    except NonFinite:
-        pass
-    return losses
+    return runs.decay_losses(*runs.build("config/lab.py", **runs.shape(width, HEAD), seed=seed,
+                                         eval_tokens=eval_tokens, **options), WARMUP, starts)
 
 
 class Game:

@@ -35,7 +35,7 @@ from data.corpus import prepare_missing
 from data.dataset import open_data
 from data.tokenizer import load_tokenizer
 from engine import checkpoint, metrics
-from engine.run import RunState, is_finished
+from engine.run import NonFinite, RunState, is_finished
 from model import MiniCPM, MiniCPMConfig, init_weights
 
 NON_FINITE = 3                  # exit status of train.py after a NaN or infinite loss or gradient
@@ -329,6 +329,28 @@ def decayed_model(config, batches, update, end):
                          [(name, tensor.clone()) for name, tensor in tensors]):
         pass
     return model
+
+
+def decay_losses(config, model, batches, validate, warmup_steps, branches):
+    """Train a trunk at the peak learning rate, from which decays branch.
+
+    config ... validate   as build() returns them
+    branches              [(first update of a decay, its last), ...]
+    returns               [held-out loss after each decay], None for those that the trunk did not
+                          reach because it diverged
+    """
+    steps, losses = max(start for start, _ in branches), [None] * len(branches)
+    config = dataclasses.replace(config, max_steps=steps, decay_steps=0,
+                                 warmup_steps=min(warmup_steps, steps))
+    try:
+        for update in train.train(config, batches, train.language_loss, model):
+            for i, (start, end) in enumerate(branches):
+                if start == update.step:
+                    decayed = decayed_model(config, batches, update, end)
+                    losses[i] = validate(decayed.eval())["val_loss"]
+    except NonFinite:
+        pass
+    return losses
 
 
 def folder(lab, job):
