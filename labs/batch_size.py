@@ -320,18 +320,18 @@ def checks(results, settings):
         Check("the best batch grows as the loss falls: bs = a / L^b, with an a for each size, has "
               "b above 0 at every seed",
               f"b {runs.mean_and_range(b, '.2f')}; as tokens^{runs.mean_and_range(power, '.2f')}",
-              f"b {PAPER_B}", min(b) > 0, runs.p_value(b)),
+              min(b) > 0, runs.p_value(b), paper=f"b {PAPER_B}"),
         Check(f"within the sizes this law describes it: R^2 above {MIN_R2}, seeds averaged",
               f"{r2:.2f}, of a power of the tokens {r2_tokens:.2f} ({len(points)} best batches)",
-              "-", r2 > MIN_R2),
+              r2 > MIN_R2),
         Check("one line for all sizes explains it better by the number of tokens than by the loss: "
               "its residual is smaller at every seed",
               f"{rest_tokens} over tokens, {rest} over the loss",
-              "by the loss (Zhang et al.: by tokens)", min(gain) > 0, runs.p_value(gain)),
+              min(gain) > 0, runs.p_value(gain), paper="by the loss (Zhang et al.: by tokens)"),
         Check("at the same number of tokens the best batches of the largest and the smallest size "
               "differ by less than half (in the logarithm) of what the law of the loss says",
               f"x {runs.mean_and_range(np.exp(measured), '.2f')}; by the law of the loss x "
-              f"{runs.mean_and_range(np.exp(expected), '.2f')}", "-",
+              f"{runs.mean_and_range(np.exp(expected), '.2f')}",
               abs(measured.mean()) < 0.5 * expected.mean()),
     ]
 

@@ -233,16 +233,16 @@ def checks(results, settings):
     _, low, high, _ = board["full_law"].T[..., None]
     inside = (low <= target) & (target <= high)
     out = [Check(f"full_law predicts the target's loss within {CLOSE} % in every play",
-                 f"{runs.mean_and_range(error, '+.1f')} %", "-", abs(error).max() < CLOSE)]
+                 f"{runs.mean_and_range(error, '+.1f')} %", abs(error).max() < CLOSE)]
     for name in ("one_size", "two_sizes", "rate_first"):
         ours = ", ".join(f"{each} {runs.mean_and_range(score[each], '.2f')} %"
                          for each in ("full_law", name))
         out.append(Check(f"full_law has a better score than {name}, on average over the plays",
-                         ours, "-", law.mean() < score[name].mean(),
+                         ours, law.mean() < score[name].mean(),
                          runs.p_value(score[name] - law)))
     return [*out, Check("the interval of full_law holds the loss in at least two thirds of the "
                         "pairs of a play and a target run",
-                        f"{inside.sum()} of {inside.size}, stated {COVERAGE:.0%}", "-",
+                        f"{inside.sum()} of {inside.size}, stated {COVERAGE:.0%}",
                         inside.mean() >= 2 / 3)]
 
 

@@ -449,9 +449,9 @@ class Check:
     """A statement about a lab's results, and whether they bear it out."""
     claim: str                  # with its threshold, as in labs/PREREGISTER.md
     ours: str                   # what was measured, with its spread over the seeds
-    paper: str                  # the paper's number, or "-"
     holds: bool
     p: float | None = None      # p_value of what it compares over seeds
+    paper: str = "-"            # the paper's number, if it has one
 
 
 def register(lab):

@@ -397,22 +397,22 @@ def checks(results, settings):
         Check("the paper's constants give its tokens per parameter at 1e21 FLOPs, all six fits as "
               "far as their rounding allows",
               f"{best_ratio(PAPER_LAW, PAPER_FLOPS, PAPER_UNIT):.0f} (rounding: {low:.0f} to "
-              f"{high:.0f})", f"{PAPER_RATIO:.0f}", all(fits)),
+              f"{high:.0f})", all(fits), paper=f"{PAPER_RATIO:.0f}"),
         Check(f"one law holds for all sizes and lengths: R^2 above {R2}",
-              f"{r2:.4f}, {len(points)} runs", "-", r2 > R2),
+              f"{r2:.4f}, {len(points)} runs", r2 > R2),
         Check(f"fitted without its largest size, it predicts that size within {ERROR} % at every "
               f"length (means of the seeds)",
-              f"{', '.join(f'{x:+.1f}' for x in missed)} %", "-", max(map(abs, missed)) < ERROR),
+              f"{', '.join(f'{x:+.1f}' for x in missed)} %", max(map(abs, missed)) < ERROR),
         Check(f"it predicts a run of a larger size and {settings.held_out_compute:g} times the "
               f"compute of any run that it was fitted to within {ERROR} %",
               f"measured {runs.mean_and_range(held_out[:, 2], '.3f')}, above the law by "
               f"{runs.mean_and_range(ahead, '+.1f')} %, resampled {band[0]:+.1f} to {band[1]:+.1f}"
-              if len(held_out) else "it diverged", "-",
+              if len(held_out) else "it diverged",
               len(held_out) > 0 and abs(ahead.mean()) < ERROR),
         Check("the more compute, the larger the share of data (beta < alpha, so eta < 0, in 95 % "
               "of the resampled fits)",
               f"alpha {law.alpha:.2f}, beta {law.beta:.2f}, eta in [{eta_low:.2f}, {eta_high:.2f}]",
-              f"{PAPER_LAW.alpha}, {PAPER_LAW.beta}, -0.10", eta_high < 0),
+              eta_high < 0, paper=f"{PAPER_LAW.alpha}, {PAPER_LAW.beta}, -0.10"),
     ]
 
 
