@@ -228,8 +228,8 @@ def checks(results, settings):
     def compare(claim, row, families, paper, margin=0):
         ours, other = (scores(by_row, name, families) for name in (DECAY, row))
         return Check(claim, f"{runs.mean_and_range(ours)} against {runs.mean_and_range(other)} % "
-                     "exact", paper, all(ours > other + margin),
-                     runs.p_value(ours - other - margin))
+                     "exact", all(ours > other + margin),
+                     runs.p_value(ours - other - margin), paper=paper)
     plain, labelled = (np.mean([result["bpb"] for result in by_row[row][0]])
                        for row in (ONE, DECAY))
     found = [

@@ -21,16 +21,13 @@ tokens a parabola through the lowest loss and its neighbors, over the logarithm 
 the best batch. As in the paper, one learning rate serves all: the best one at the smallest size.
 """
 # %%
-import dataclasses
 import math
 from collections import namedtuple
 from dataclasses import dataclass
 
 import numpy as np
 
-import train
 from configurator import BadInput, exits_cleanly
-from engine.run import NonFinite
 from labs import runs
 from labs.runs import Check
 
@@ -72,18 +69,10 @@ def trunk_and_decays(width, sequences, rate, seed, lengths, eval_tokens):
         "config/lab.py", **runs.shape(width), n_layer=2, seed=seed, batch_size=sequences,
         learning_rate=rate, eval_tokens=eval_tokens)
     ends = [length // (sequences * BLOCK_SIZE) for length in lengths]
-    starts = {end - max(1, round(DECAY_SHARE * end)): end for end in ends}
-    losses = dict.fromkeys(ends)
-    config = dataclasses.replace(config, max_steps=max(starts), decay_steps=0,
-                                 warmup_steps=round(WARMUP_SHARE * ends[0]))
-    try:
-        for update in train.train(config, batches, train.language_loss, model):
-            if end := starts.get(update.step):
-                decayed = runs.decayed_model(config, batches, update, end)
-                losses[end] = validate(decayed.eval())["val_loss"]
-    except NonFinite:
-        pass
-    return {"params": model.config.n_params_non_embedding, "losses": list(losses.values())}
+    losses = runs.decay_losses(
+        config, model, batches, validate, round(WARMUP_SHARE * ends[0]),
+        [(end - max(1, round(DECAY_SHARE * end)), end) for end in ends])
+    return {"params": model.config.n_params_non_embedding, "losses": losses}
 
 
 def losses_of(width, rate, seed, settings, config):
@@ -331,18 +320,18 @@ def checks(results, settings):
         Check("the best batch grows as the loss falls: bs = a / L^b, with an a for each size, has "
               "b above 0 at every seed",
               f"b {runs.mean_and_range(b, '.2f')}; as tokens^{runs.mean_and_range(power, '.2f')}",
-              f"b {PAPER_B}", min(b) > 0, runs.p_value(b)),
+              min(b) > 0, runs.p_value(b), paper=f"b {PAPER_B}"),
         Check(f"within the sizes this law describes it: R^2 above {MIN_R2}, seeds averaged",
               f"{r2:.2f}, of a power of the tokens {r2_tokens:.2f} ({len(points)} best batches)",
-              "-", r2 > MIN_R2),
+              r2 > MIN_R2),
         Check("one line for all sizes explains it better by the number of tokens than by the loss: "
               "its residual is smaller at every seed",
               f"{rest_tokens} over tokens, {rest} over the loss",
-              "by the loss (Zhang et al.: by tokens)", min(gain) > 0, runs.p_value(gain)),
+              min(gain) > 0, runs.p_value(gain), paper="by the loss (Zhang et al.: by tokens)"),
         Check("at the same number of tokens the best batches of the largest and the smallest size "
               "differ by less than half (in the logarithm) of what the law of the loss says",
               f"x {runs.mean_and_range(np.exp(measured), '.2f')}; by the law of the loss x "
-              f"{runs.mean_and_range(np.exp(expected), '.2f')}", "-",
+              f"{runs.mean_and_range(np.exp(expected), '.2f')}",
               abs(measured.mean()) < 0.5 * expected.mean()),
     ]
 
@@ -374,8 +363,7 @@ def checks(results, settings):
 # Exercises
 # 1. --rates=0.01 --batches=2,4,8,16 trains with the paper's rate (25 minutes on one core). Does the
 #    size still matter? What does that say about a line over sizes that have one rate in common?
-# 2. `runs.decayed_model(config, batches, update, end)`: use `update.model`, the trunk without a
-#    decay. Which batches lose most, and why?
+# 2. `DECAY_SHARE`: 0, which leaves one update of decay. Which batches lose most, and why?
 # 3. `best_batches`: average the losses of the seeds before the parabola. How far does R^2 rise?
 
 @exits_cleanly

@@ -39,7 +39,6 @@ import torch
 import train
 from configurator import BadInput, exits_cleanly
 from engine import metrics
-from engine.run import NonFinite
 from labs import runs
 from labs.runs import Check
 from labs.strategies import STRATEGIES
@@ -68,19 +67,8 @@ class Settings:
 def losses_of(width, starts, seed, eval_tokens, **options):
     """Return the held-out losses (nats per byte) at the ends of decays from one trunk; None if the
     run has diverged. starts: [[first update of a decay, its last], ...]"""
-    steps, losses = max(start for start, _ in starts), [None] * len(starts)
-    config, model, batches, validate = runs.build(
-        "config/lab.py", **runs.shape(width, HEAD), seed=seed, eval_tokens=eval_tokens,
-        max_steps=steps, decay_steps=0, warmup_steps=min(WARMUP, steps), **options)
-    try:
-        for update in train.train(config, batches, train.language_loss, model):
-            for i, (start, end) in enumerate(starts):
-                if start == update.step:
-                    decayed = runs.decayed_model(config, batches, update, end)
-                    losses[i] = validate(decayed.eval())["val_loss"]
-    except NonFinite:
-        pass
-    return losses
+    return runs.decay_losses(*runs.build("config/lab.py", **runs.shape(width, HEAD), seed=seed,
+                                         eval_tokens=eval_tokens, **options), WARMUP, starts)
 
 
 class Game:
@@ -245,16 +233,16 @@ def checks(results, settings):
     _, low, high, _ = board["full_law"].T[..., None]
     inside = (low <= target) & (target <= high)
     out = [Check(f"full_law predicts the target's loss within {CLOSE} % in every play",
-                 f"{runs.mean_and_range(error, '+.1f')} %", "-", abs(error).max() < CLOSE)]
+                 f"{runs.mean_and_range(error, '+.1f')} %", abs(error).max() < CLOSE)]
     for name in ("one_size", "two_sizes", "rate_first"):
         ours = ", ".join(f"{each} {runs.mean_and_range(score[each], '.2f')} %"
                          for each in ("full_law", name))
         out.append(Check(f"full_law has a better score than {name}, on average over the plays",
-                         ours, "-", law.mean() < score[name].mean(),
+                         ours, law.mean() < score[name].mean(),
                          runs.p_value(score[name] - law)))
     return [*out, Check("the interval of full_law holds the loss in at least two thirds of the "
                         "pairs of a play and a target run",
-                        f"{inside.sum()} of {inside.size}, stated {COVERAGE:.0%}", "-",
+                        f"{inside.sum()} of {inside.size}, stated {COVERAGE:.0%}",
                         inside.mean() >= 2 / 3)]
 
 

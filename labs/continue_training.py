@@ -200,7 +200,7 @@ def compare(claim, by_place, start, others, data, corpus, margin=0):
             rest.append(f"{runs.mean_and_range(theirs, '.3f')} ({other.split(',')[0]})")
         said.append(f"after {more} updates {runs.mean_and_range(ours, '.3f')} against "
                     + " and ".join(rest))
-    return Check(claim, "; ".join(said) + " bits per byte", "-", bool(np.all(np.array(leads) > 0)),
+    return Check(claim, "; ".join(said) + " bits per byte", bool(np.all(np.array(leads) > 0)),
                  runs.p_value(np.transpose(leads)))
 
 

@@ -264,28 +264,29 @@ def checks(found, settings):
         changes("the gradient norm falls in the decay", both, "gradient norm", -np.inf, 1, "falls"),
         Check(f"on fresh batches of {large} sequences successive gradients point in the same "
               f"direction more than before",
-              f"{cosines[large]}; of {small}: {cosines[small]}", "mostly above 0",
-              cosine_end.mean() > max(0, cosine.mean()), runs.p_value(cosine_end - cosine)),
+              f"{cosines[large]}; of {small}: {cosines[small]}",
+              cosine_end.mean() > max(0, cosine.mean()), runs.p_value(cosine_end - cosine),
+              paper="mostly above 0"),
         changes("the slope along the update, D1, shrinks to less than half", both, "D1",
                 -np.inf, 0.5, "shrinks with the rate"),
         changes("the curvature along the update grows", both, "curvature", 1, np.inf, "about x 10"),
         Check(f"before the decay the preconditioned sharpness is higher with batches of {large} "
               f"sequences than with {small}",
-              f"by {runs.mean_and_range(sharper, '.0f')}", "-", sharper.mean() > 0,
+              f"by {runs.mean_and_range(sharper, '.0f')}", sharper.mean() > 0,
               runs.p_value(sharper)),
         Check(f"and with {large} it is within a factor of 2 of the threshold, 38 / rate",
-              f"x {runs.mean_and_range(part, '.2f')}", "-", 0.5 < part.mean() < 2),
+              f"x {runs.mean_and_range(part, '.2f')}", 0.5 < part.mean() < 2),
         changes(f"in the decay it grows to at least {GROWTH} times what it was", both, "sharpness",
                 GROWTH, np.inf),
         changes("but by less than the threshold does", both, "sharpness", -np.inf,
                 rates[4] / rates[9]),
         Check(f"from the stable weights to the decayed ones the loss rises nowhere by more than "
-              f"{FLAT} nats", f"falls by {runs.mean_and_range(-rise.sum(1), '.3f')} nats", "-",
+              f"{FLAT} nats", f"falls by {runs.mean_and_range(-rise.sum(1), '.3f')} nats",
               rise.max() < FLAT),
         Check(f"and it is convex on this line, up to {FLAT} nats",
-              f"smallest second difference {bend.min():+.4f} nats", "-", bend.min() > -FLAT),
+              f"smallest second difference {bend.min():+.4f} nats", bend.min() > -FLAT),
         Check("between two stable checkpoints the loss is lower",
-              f"halfway {runs.mean_and_range(dips, '.3f')} nats below the lower end", "-",
+              f"halfway {runs.mean_and_range(dips, '.3f')} nats below the lower end",
               dips.min() > 0),
     ]
 
@@ -300,7 +301,7 @@ def changes(claim, both, name, low, high, paper="-"):
                     f"x {runs.mean_and_range(ratios[-1], '.2g')}")
     holds = all(low < ratio.mean() < high for ratio in ratios)
     p = runs.p_value(np.minimum(np.subtract(ratios, low), np.subtract(high, ratios)).T)
-    return Check(claim, f"batches {'; '.join(ours)}", paper, holds, p)
+    return Check(claim, f"batches {'; '.join(ours)}", holds, p, paper=paper)
 
 
 # %% What it means: most of section 4.4 is visible in a model four thousand times smaller. The

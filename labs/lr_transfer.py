@@ -275,22 +275,23 @@ def checks(results, settings):
     paper = ", ".join(f"{name} {value:g}" for name, value in PAPER.items())
     return [
         Check("muP: the vertex of the parabola (log loss over log rate) stays within a factor of "
-              f"{SAME} over widths", text["muP"], "0.01 at every size", same(best["muP"])),
-        Check("muP: and over depths", text["depth"], "0.01 at every size", same(best["depth"])),
+              f"{SAME} over widths", text["muP"], same(best["muP"]), paper="0.01 at every size"),
+        Check("muP: and over depths", text["depth"], same(best["depth"]),
+              paper="0.01 at every size"),
         Check(f"without muP it falls as the width grows, by a factor of {FALLS} or more",
-              text["control"], "-", bool(np.exp(fall.mean()) >= FALLS), runs.p_value(fall)),
+              text["control"], bool(np.exp(fall.mean()) >= FALLS), runs.p_value(fall)),
         Check(f"the best rate of width {small} used at width {large} costs nothing with muP "
               "(within the seeds' spread), and something without",
               f"{cost:.3f} (spread {noise:.3f}) and {control_cost:.3f} (spread "
-              f"{control_noise:.3f}) nats per byte", "-",
+              f"{control_noise:.3f}) nats per byte",
               cost <= noise and control_cost > control_noise),
         Check(f"random constants rank alike at widths {search_small} and {search_large}: rank "
               f"correlation of at least {RANKS}",
-              f"{ranks:.2f} over {len(trials)} sets", "-", ranks >= RANKS),
+              f"{ranks:.2f} over {len(trials)} sets", ranks >= RANKS),
         Check(f"the best of them at width {search_small} costs at width {search_large} at most the "
               "seeds' spread against the best there",
               f"{constants}: {regret:.3f} (spread {search_noise:.3f}) nats per byte",
-              f"found: {paper}", bool(regret <= search_noise)),
+              bool(regret <= search_noise), paper=f"found: {paper}"),
     ]
 
 

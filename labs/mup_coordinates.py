@@ -279,38 +279,38 @@ def checks(found, settings):
     lower_rate, complete = later["rate / sqrt(layers)"], later["CompleteP"]
     return [
         Check("muP: no hidden activation grows or shrinks with the width",
-              f"steepest power {text(worst)}: {probe}, {after(step)}", "0", flat(worst)),
+              f"steepest power {text(worst)}: {probe}, {after(step)}", flat(worst), paper="0"),
         Check("standard: they grow from the start",
-              f"qkv, gate and up, mlp: {text(*standard)}", "-", all(map(grows, standard))),
+              f"qkv, gate and up, mlp: {text(*standard)}", all(map(grows, standard))),
         Check("without the init rule they grow from the start",
-              f"mlp {text(init)} at the start", "-", grows(init)),
+              f"mlp {text(init)} at the start", grows(init)),
         Check("without the learning-rate rule they grow with the updates",
-              f"mlp {text(rate)} after {last}", "-", grows(rate)),
+              f"mlp {text(rate)} after {last}", grows(rate)),
         Check("without the logits rule the logits grow, with it they do not",
-              f"{text(logits, mup_logits)} after {last}", "-",
+              f"{text(logits, mup_logits)} after {last}",
               grows(logits) and abs(mup_logits.mean()) < GROWS),
         Check("muP with experts: no hidden activation grows or shrinks with the width, the "
               "router's logits included",
-              f"steepest power {text(worst_expert)}: {of_expert}, {after(step_expert)}", "0",
-              flat(worst_expert)),
+              f"steepest power {text(worst_expert)}: {of_expert}, {after(step_expert)}",
+              flat(worst_expert), paper="0"),
         Check("without the router's rules its logits grow, with them they do not",
-              f"{text(router, mup_router)} after {last}", "-",
+              f"{text(router, mup_router)} after {last}",
               grows(router) and abs(mup_router.mean()) < GROWS),
         Check("a tied embedding scaled like a matrix shrinks",
-              f"{text(embedding)} after {last}", "-", grows(-embedding)),
+              f"{text(embedding)} after {last}", grows(-embedding)),
         Check("the residual stream starts equally large at every depth, but not without "
               "scale_depth / sqrt(layers)",
-              f"powers {text(start['muP'], start['no depth rule'])}", "-",
+              f"powers {text(start['muP'], start['no depth rule'])}",
               flat(start["muP"]) and start["no depth rule"].mean() > FLAT),
         Check("and it stays so after updates",
-              f"powers {text(later['muP'], later['no depth rule'])} after {last}", "-",
+              f"powers {text(later['muP'], later['no depth rule'])} after {last}",
               flat(later["muP"]) and later["no depth rule"].mean() > FLAT),
         Check("with the learning rate of matrices divided by sqrt(layers) too, it stays equally "
               f"large after updates (power within {FLAT})",
-              f"{text(lower_rate)} after {last}", "-", flat(lower_rate)),
+              f"{text(lower_rate)} after {last}", flat(lower_rate)),
         Check("with branches divided by the layers and the learning rate unchanged (CompleteP), it "
               f"stays equally large after updates (power within {FLAT})",
-              f"{text(complete)} after {last}", "-", flat(complete)),
+              f"{text(complete)} after {last}", flat(complete)),
     ]
 
 

@@ -35,7 +35,7 @@ from data.corpus import prepare_missing
 from data.dataset import open_data
 from data.tokenizer import load_tokenizer
 from engine import checkpoint, metrics
-from engine.run import RunState, is_finished
+from engine.run import NonFinite, RunState, is_finished
 from model import MiniCPM, MiniCPMConfig, init_weights
 
 NON_FINITE = 3                  # exit status of train.py after a NaN or infinite loss or gradient
@@ -331,6 +331,28 @@ def decayed_model(config, batches, update, end):
     return model
 
 
+def decay_losses(config, model, batches, validate, warmup_steps, branches):
+    """Train a trunk at the peak learning rate, from which decays branch.
+
+    config ... validate   as build() returns them
+    branches              [(first update of a decay, its last), ...]
+    returns               [held-out loss after each decay], None for those that the trunk did not
+                          reach because it diverged
+    """
+    steps, losses = max(start for start, _ in branches), [None] * len(branches)
+    config = dataclasses.replace(config, max_steps=steps, decay_steps=0,
+                                 warmup_steps=min(warmup_steps, steps))
+    try:
+        for update in train.train(config, batches, train.language_loss, model):
+            for i, (start, end) in enumerate(branches):
+                if start == update.step:
+                    decayed = decayed_model(config, batches, update, end)
+                    losses[i] = validate(decayed.eval())["val_loss"]
+    except NonFinite:
+        pass
+    return losses
+
+
 def folder(lab, job):
     """Return the folder for the checkpoints of a job, as str.
 
@@ -427,9 +449,9 @@ class Check:
     """A statement about a lab's results, and whether they bear it out."""
     claim: str                  # with its threshold, as in labs/PREREGISTER.md
     ours: str                   # what was measured, with its spread over the seeds
-    paper: str                  # the paper's number, or "-"
     holds: bool
     p: float | None = None      # p_value of what it compares over seeds
+    paper: str = "-"            # the paper's number, if it has one
 
 
 def register(lab):

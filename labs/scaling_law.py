@@ -366,25 +366,25 @@ def checks(results, settings):
         Check("the paper's constants give its tokens per parameter at 1e21 FLOPs, all six fits as "
               "far as their rounding allows",
               f"{best_ratio(PAPER_LAW, PAPER_FLOPS, PAPER_UNIT):.0f} (rounding: {low:.0f} to "
-              f"{high:.0f})", f"{PAPER_RATIO:.0f}", all(fits)),
+              f"{high:.0f})", all(fits), paper=f"{PAPER_RATIO:.0f}"),
         Check("one law holds for all sizes and lengths: R^2 above 0.98",
-              f"{r2:.4f}, {len(points)} runs", "-", r2 > 0.98),
+              f"{r2:.4f}, {len(points)} runs", r2 > 0.98),
         prediction_check(*results),
         Check("the more compute, the larger the share of data (beta < alpha, so eta < 0, in 95 % "
               "of the resampled fits)",
               f"alpha {law.alpha:.2f}, beta {law.beta:.2f}, eta in [{eta_low:.2f}, {eta_high:.2f}]",
-              f"{PAPER_LAW.alpha}, {PAPER_LAW.beta}, -0.10", eta_high < 0),
+              eta_high < 0, paper=f"{PAPER_LAW.alpha}, {PAPER_LAW.beta}, -0.10"),
         Check("more tokens per parameter are best than by Hoffmann et al.'s law, at every budget "
               "and in 95 % of the resampled fits",
               f"{', '.join(ours)} FLOPs, {BYTES_PER_TOKEN} bytes per token",
-              f"{PAPER_RATIO:.0f}, not {CHINCHILLA_RATIO}, at 1e21", all(ahead)),
+              all(ahead), paper=f"{PAPER_RATIO:.0f}, not {CHINCHILLA_RATIO}, at 1e21"),
     ]
 
 
 def prediction_check(points, held_out, law, laws):
     if not len(held_out):
         return Check("it predicts the loss of a larger model within 2 %",
-                     "the larger model diverged", "-", False)
+                     "the larger model diverged", False)
     (n, d), measured = held_out[0, :2], held_out[:, 2]
     predicted = loss_of(law, n, d)
     low, high = interval([loss_of(each, n, d) for each in laws])
@@ -392,7 +392,7 @@ def prediction_check(points, held_out, law, laws):
     return Check(f"it predicts the loss of a model {n / points[:, 0].max():.1f} times larger than "
                  "any it was fitted to, within 2 %",
                  f"predicted {predicted:.3f} [{low:.3f}, {high:.3f}], measured "
-                 f"{runs.mean_and_range(measured, '.3f')}: {100 * error:+.1f} %", "-",
+                 f"{runs.mean_and_range(measured, '.3f')}: {100 * error:+.1f} %",
                  abs(error) < 0.02)
 
 

@@ -206,7 +206,7 @@ def slide(ax, results, settings):
 def checks(results, settings):
     if None in results:
         diverged = f"{results.count(None)} of {len(results)} seeds diverged"
-        return [Check("every run ends", diverged, "-", False)]
+        return [Check("every run ends", diverged, False)]
 
     def by(ahead, level=None):
         return (f"by {runs.mean_and_range(ahead, '+.3f')} nats per byte"
@@ -221,23 +221,23 @@ def checks(results, settings):
     dense_flops, expert_flops = results[0]["flops"]
     return [
         Check("upcycled experts compute what the dense model computes",
-              f"losses of a byte differ by at most {equal:.1e} nats (limit {SAME_LOSS:.0e})", "0",
-              equal < SAME_LOSS),
+              f"losses of a byte differ by at most {equal:.1e} nats (limit {SAME_LOSS:.0e})",
+              equal < SAME_LOSS, paper="0"),
         Check("with as many further FLOPs as the trunk took, upcycled experts are ahead of the "
               "dense model trained on, for every seed",
               f"{by(dense, passes)}; a token takes {expert_flops / dense_flops:.2f} times the "
-              "FLOPs", "-", min(dense) > 0, runs.p_value(dense)),
+              "FLOPs", min(dense) > 0, runs.p_value(dense)),
         Check("with half of the trunk's FLOPs they are ahead of experts from scratch with all of "
-              "them, for every seed", by(half), "so (Komatsuzaki et al.)", min(half) > 0,
-              runs.p_value(half)),
+              "them, for every seed", by(half), min(half) > 0, runs.p_value(half),
+              paper="so (Komatsuzaki et al.)"),
         Check("experts from scratch catch up: with 1.5 times the trunk's FLOPs they are level or "
               "ahead, in the mean over seeds",
-              f"ahead {by(late, caught)}", "-", late.mean() >= 0, runs.p_value(late)),
+              f"ahead {by(late, caught)}", late.mean() >= 0, runs.p_value(late)),
         Check("if no dense model exists yet, experts from scratch are ahead on the same FLOPs, the "
-              "trunk's included, for every seed", by(no_trunk), "-", min(no_trunk) > 0,
+              "trunk's included, for every seed", by(no_trunk), min(no_trunk) > 0,
               runs.p_value(no_trunk)),
         Check("no expert falls below a quarter of an equal share of the load",
-              f"{idle:.2f} at the end of the longest run", "-", idle >= LEAST_LOAD),
+              f"{idle:.2f} at the end of the longest run", idle >= LEAST_LOAD),
     ]
 
 

@@ -281,17 +281,17 @@ def checks(found, settings):
         over("a cosine that rises again is worse than the cosine with T = S", "closest ", loop,
              loop, "worse"),
         Check(f"the forms of the decay differ by less than half of what a decay of {share:.0%} "
-              f"drops", f"by {differ:.3f} of {dropped:.3f} nats", "-", differ < dropped / 2),
+              f"drops", f"by {differ:.3f} of {dropped:.3f} nats", differ < dropped / 2),
         Check("averaging the trunk's weights gives a part of what decaying gives",
-              f"{averaged:.3f} of {decayed:.3f} nats", "-", 0 < averaged < decayed),
+              f"{averaged:.3f} of {decayed:.3f} nats", 0 < averaged < decayed),
     ]
 
 
 def over(claim, words, values, margins, paper="-"):
     """Return the Check of a claim over seeds. margins (seeds,): how far within the threshold the
     values (seeds,) are; p is for a mean so far within it by chance."""
-    return Check(claim, f"{words}{runs.mean_and_range(values, '+.3f')} nats", paper,
-                 margins.mean() > 0, runs.p_value(margins))
+    return Check(claim, f"{words}{runs.mean_and_range(values, '+.3f')} nats",
+                 margins.mean() > 0, runs.p_value(margins), paper=paper)
 
 
 # %% What it means: the cosines are as in the paper's figure 4. Each is best where it ends: longer

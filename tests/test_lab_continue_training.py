@@ -23,6 +23,7 @@ def quick(tmp_path, monkeypatch):
     return ["--quick=True", "--workers=1", f"--data_dir={data_dir}"]
 
 
+@pytest.mark.slow
 def test_the_quick_run_goes_from_corpora_to_checks_and_trains_nothing_twice(tmp_path, quick, monkeypatch, capsys):
     lab.main(quick)
     out = capsys.readouterr().out

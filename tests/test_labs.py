@@ -203,7 +203,7 @@ def test_a_check_that_was_changed_or_withdrawn_says_so(tmp_path, monkeypatch):
         "| b | 2026-11-30 | changed after seeing: was c, 5 |\n\n## other\n\n| check | set | since then |\n|---|---|---|\n| d | 2026-11-30 | - |\n")
     monkeypatch.setattr(runs, "ROOT", tmp_path)
     assert runs.register("one") == {"a": ("2026-11-30", "-"), "b": ("2026-11-30", "changed after seeing: was c, 5")}
-    said = [runs.verdict(runs.Check(claim, "", "-", holds), runs.register("one")) for claim, holds in (("a", True), ("a", False), ("b", True))]
+    said = [runs.verdict(runs.Check(claim, "", holds), runs.register("one")) for claim, holds in (("a", True), ("a", False), ("b", True))]
     assert said == ["holds", "does not hold", "changed after seeing, holds"]
 
 
