@@ -172,7 +172,14 @@ def test_the_coordinate_check_runs_quickly_and_tells_a_rule_that_is_off(tmp_path
 
 # ---- the course
 
-def test_the_course_is_what_the_results_say():
+@pytest.fixture(scope="module")
+def recorded():
+    """The checks and results of every lab; they take ten seconds."""
+    return {name: course.recorded(name, module) for name, module in course.modules().items()}
+
+
+def test_the_course_is_what_the_results_say(recorded, monkeypatch):
+    monkeypatch.setattr(course, "recorded", lambda name, module: recorded[name])
     assert (ROOT / "labs" / "README.md").read_text(encoding="utf-8") == course.page(), "run python -m labs.course"
 
 
@@ -186,9 +193,8 @@ def test_a_changed_result_changes_the_course(tmp_path, monkeypatch):
     assert "steepest power 0.9" in course.page() and "| **does not hold** |" in course.page().split("steepest power")[1].split("\n")[0]
 
 
-def test_the_checks_of_the_code_are_those_that_were_set_beforehand():
-    for name, module in course.modules().items():
-        checks, _ = course.recorded(name, module)
+def test_the_checks_of_the_code_are_those_that_were_set_beforehand(recorded):
+    for name, (checks, _) in recorded.items():
         registered = runs.register(name)
         withdrawn = {claim for claim, (_, change) in registered.items() if change.startswith("badly asked: ")}
         assert {check.claim for check in checks} == registered.keys() - withdrawn, name
