@@ -226,7 +226,7 @@ def checks(by_place, settings):
 # %% What it means: warming up undoes the decay. On the same domain the loss of the decayed model
 # rises to that of the stable checkpoint within 50 updates, and ends 0.015 bits per byte above it.
 # That is what a kept stable checkpoint is worth here. The cosine's end rises further and stays 0.07
-# above it. Why was not tested; half of its updates were below half of the peak rate.
+# above it. Why was not tested; nearly half of its updates were below half of the peak rate.
 #
 # The control says what the first check does not. The decayed model that keeps its last rate ends
 # lowest of all on the same domain: 0.03 below the stable start after 180 updates, 0.07 after 60.

@@ -76,9 +76,9 @@ def summary(verdicts, withdrawn, with_p):
             f"of them were changed after seeing results, and {withdrawn} more were "
             f"withdrawn as badly asked. {with_p} checks compare seeds and say p, the chance of "
             f"such a difference if there is none (one-sided t test; the largest p if a check "
-            f"compares several pairs). At p = 0.05, one in twenty "
-            f"passes for nothing: of {with_p}, expect {with_p / 20:.1f}. Why a check does not hold "
-            f"is explained at the end of its lab.\n")
+            f"compares several pairs). At p = 0.05, one in twenty passes for nothing: of {with_p}, "
+            f"expect {with_p / 20:.1f}. Why a check does not hold is explained at the end of its "
+            f"lab.\n")
 
 
 def page():

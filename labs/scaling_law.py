@@ -18,16 +18,13 @@ Tokens are bytes here, so D is in bytes and the loss in nats per byte. To compar
 others, bytes are counted as tokens of MiniCPM's tokenizer.
 """
 # %%
-import dataclasses
 import itertools
 from collections import namedtuple
 from dataclasses import dataclass
 
 import numpy as np
 
-import train
 from configurator import BadInput, exits_cleanly
-from engine.run import NonFinite
 from labs import runs
 from labs.runs import Check
 
@@ -73,23 +70,15 @@ def trunk_and_decays(width, ratios, seed, eval_tokens):
         "config/lab.py", **runs.shape(width, HEAD), seed=seed, batch_size=BATCH,
         eval_tokens=eval_tokens)
     n, update_tokens = model.config.n_params_non_embedding, BATCH * config.block_size
-    losses = {round(ratio * n / update_tokens): None for ratio in ratios}       # {end: loss}
-    if min(losses) < 2:
+    ends = sorted({round(ratio * n / update_tokens) for ratio in ratios})       # in updates
+    if ends[0] < 2:
         raise BadInput(f"--ratios: {min(ratios):g} tokens per parameter are less than two updates "
                        f"of {update_tokens} tokens at width {width}")
-    starts = {end: end - max(1, round(DECAY_SHARE * end)) for end in losses}
-    steps = max(starts.values())
-    config = dataclasses.replace(config, max_steps=steps, decay_steps=0, warmup_steps=min(
-        steps, round(WARMUP_RATIO * n / update_tokens)))
-    try:
-        for update in train.train(config, batches, train.language_loss, model):
-            for end, start in starts.items():
-                if start == update.step:
-                    decayed = runs.decayed_model(config, batches, update, end)
-                    losses[end] = validate(decayed.eval())["val_loss"]
-    except NonFinite:
-        pass
-    return [{"n": n, "tokens": end * update_tokens, "loss": loss} for end, loss in losses.items()]
+    losses = runs.decay_losses(
+        config, model, batches, validate, round(WARMUP_RATIO * n / update_tokens),
+        [(end - max(1, round(DECAY_SHARE * end)), end) for end in ends])
+    return [{"n": n, "tokens": end * update_tokens, "loss": loss}
+            for end, loss in zip(ends, losses)]
 
 
 def train_models(settings, config):
