@@ -3,6 +3,8 @@ import configparser
 import importlib
 import inspect
 import re
+import shutil
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -19,9 +21,9 @@ from model import MiniCPMConfig
 
 ASSIGNMENTS = {
     "mup_table": ["mup_table"],
+    "parabola": ["best_rate", "over_seeds"],
     "lr_at": ["lr_at"],
     "fit_law": ["fit", "best_split"],
-    "parabola": ["best_rate", "over_seeds"],
     "dpo_loss": ["answer_logp", "dpo_loss"],
     "routing": ["top2", "balance_loss"],
     "ntk_base": ["frequencies", "ntk_base", "dynamic_base"],
@@ -35,7 +37,7 @@ def failures(name, answers):
         if test.startswith("test_"):
             try:
                 function(answers)
-            except AssertionError as error:
+            except (AssertionError, ValueError) as error:
                 found[test] = str(error)
     return found
 
@@ -56,6 +58,8 @@ def fit_once(n, d, loss, known={}):
 def run_pytest(capsys, *options):
     """Run the students' command in this process. Returns (exit code, what it printed)."""
     capsys.readouterr()
+    for name in ASSIGNMENTS:                # which file it is depends on the folder of the adapters
+        sys.modules.pop(name, None)
     code = pytest.main([str(ROOT / "labs" / "assignments"), f"--rootdir={ROOT}", "-n0", "-p", "no:cacheprovider", *options])
     return code, capsys.readouterr().out
 
@@ -78,13 +82,22 @@ def test_bare_stubs_fail_every_test_and_say_what_is_to_be_written(capsys):
 def test_code_may_lie_anywhere_and_a_wrong_answer_costs_its_own_points(tmp_path, capsys):
     """An adapter file in a student's folder, which imports from there."""
     (tmp_path / "my_muP_code.py").write_text("def table(width, layers, *rest):\n    return {'embedding': (0.1, 0.01, 11)}\n")
-    text = (ROOT / "labs" / "assignments" / "adapters.py").read_text(encoding="utf-8").replace("labs.assignments", "labs.solutions")
+    text = (ROOT / "labs" / "assignments" / "adapters.py").read_text(encoding="utf-8").replace("    from ", "    from labs.solutions.")
     (tmp_path / "adapters.py").write_text(text.replace("from labs.solutions.mup_table import mup_table", "from my_muP_code import table as mup_table"))
     code, said = run_pytest(capsys, f"--adapters={tmp_path / 'adapters.py'}", "--tb=no", "-rN")
     assert re.search(r"^mup_table +0 of 5$", said, re.M) and len(re.findall(" 5 of 5$", said, re.M)) == 6, said
     assert code == 1 and "total        30 of 35" in said and "FAILED" not in said
     code, said = run_pytest(capsys, "--adapters=nowhere.py")
     assert code == pytest.ExitCode.USAGE_ERROR
+
+
+def test_solved_stubs_beside_an_unchanged_adapters_file_get_all_points(tmp_path, capsys):
+    """What a student hands in who has written into the stubs; the teacher's own are empty."""
+    shutil.copy(ROOT / "labs" / "assignments" / "adapters.py", tmp_path)
+    for name in ASSIGNMENTS:
+        shutil.copy(ROOT / "labs" / "solutions" / f"{name}.py", tmp_path)
+    code, said = run_pytest(capsys, f"--adapters={tmp_path / 'adapters.py'}", "--tb=no", "-rN")
+    assert code == 0 and "total        35 of 35" in said, said
 
 
 def test_the_default_suite_does_not_collect_the_students_tests():
@@ -201,10 +214,19 @@ def spread(mean=lambda v: np.exp(np.log(v).mean()), deviation=lambda v: np.exp(n
     return dict(over_seeds=over_seeds)
 
 
+def seeds_averaged(rates, losses):
+    return solutions.best_rate(rates, np.mean(losses, 0))[0], solutions.over_seeds(rates, losses)[1]
+
+
+def refused_by_the_lowest_point(rates, losses):
+    lowest_point(rates, losses)
+    return solutions.best_rate(rates, losses)
+
+
 def lowest_point(rates, losses):
     loss, rate = min(zip(losses, rates))
     if rate in (min(rates), max(rates)):
-        raise ValueError("at the end")
+        raise ValueError("lowest rate: expected inside of the rates")
     return float(rate), float(loss)
 
 
@@ -228,8 +250,14 @@ def logp(shift=1, reduce=torch.sum, masked=True):
     return dict(answer_logp=answer_logp)
 
 
-def route(renormalize=True, ascending=False):
+def naive_logp(logits, tokens, is_answer):
+    log_p = logits[:, :-1].softmax(-1).log().gather(-1, tokens[:, 1:, None])[..., 0]
+    return torch.stack([row[mask].sum() for row, mask in zip(log_p, is_answer[:, 1:])])
+
+
+def route(renormalize=True, ascending=False, detach=False):
     def top2(logits):
+        logits = logits.detach() if detach else logits
         weights, experts = logits.softmax(-1).topk(2)
         if renormalize:
             weights = weights / weights.sum(-1, keepdim=True)
@@ -244,6 +272,11 @@ def balance(choices=2, per=2, factor=True, p=lambda logits: logits.softmax(-1), 
         loss = (E if factor else 1) * (f * p(logits).mean(0)).sum()
         return loss.detach() if detach else loss
     return dict(balance_loss=balance_loss)
+
+
+def shrinking_base(theta, head_dim, factor, length, max_position):
+    scale = factor * length / max_position - (factor - 1)
+    return theta if scale <= 0 else solutions.ntk_base(theta, head_dim, scale)
 
 
 def chosen_only(logits):
@@ -296,6 +329,8 @@ MISTAKES = {
         "the three lowest points": vertex(points=3),
         "a minimum outside of the rates": vertex(refuse=False),
         "a maximum": vertex(downwards=True),
+        "the vertex of the averaged losses": dict(over_seeds=seeds_averaged),
+        "refused by the lowest point": dict(best_rate=refused_by_the_lowest_point),
         "the mean of the rates": spread(mean=np.mean),
         "a spread that is no factor": spread(deviation=lambda v: v.std(ddof=1)),
         "divided by S": spread(deviation=lambda v: np.exp(np.log(v).std()))},
@@ -305,12 +340,15 @@ MISTAKES = {
         "beta on the chosen answer alone": preference(lambda p, r, beta: beta * (p - r)[:, 0] - (p - r)[:, 1]),
         "log of the sigmoid": preference(right_margin, lambda x: x.sigmoid().log()),
         "the mean over pairs": preference(right_margin, mean=True),
+        "log of the softmax": dict(answer_logp=naive_logp),
+        "no gradient": dict(answer_logp=lambda *given: solutions.answer_logp(*given).detach()),
         "the mean over tokens": logp(reduce=torch.mean),
         "a token predicted by its own logits": logp(shift=0),
         "the prompt counted": logp(masked=False)},
     "routing": {
         "weights not divided by their sum": route(renormalize=False),
         "the less probable first": route(ascending=True),
+        "weights without a gradient": route(detach=True),
         "only the first choice counted": balance(choices=1, per=1),
         "counts divided by T": balance(per=1),
         "no factor E": balance(factor=False),
@@ -324,6 +362,7 @@ MISTAKES = {
         "s = length / max_position": dynamic(lambda factor, ratio: ratio),
         "s = factor length / max_position": dynamic(lambda factor, ratio: factor * ratio),
         "smaller than theta for short inputs": dynamic(lambda factor, ratio: max(1e-3, factor * ratio - factor + 1), below=False),
+        "smaller than theta just below max_position": dict(dynamic_base=shrinking_base),
         "exponents i / D": dict(frequencies=lambda theta, dim: [theta ** (-i / dim) for i in range(dim // 2)]),
         "the slowest first": dict(frequencies=lambda theta, dim: solutions.frequencies(theta, dim)[::-1])},
 }
@@ -377,3 +416,18 @@ def test_every_lab_has_three_questions_before_and_three_after():
         before, after = form.split("| after | |")
         for half in (before, after):
             assert re.findall(r"^\| (\d) \| .*[?.)] \|$", half, re.M) == ["1", "2", "3"], form[:30]
+
+
+def test_the_teacher_has_notes_for_every_question_and_every_class():
+    first_hour, *forms = test_scripts.text_of("labs/solutions/forms.md").split("\n## ")[1:]
+    assert first_hour.count("(a)") == first_hour.count("(b)") == 5
+    assert sorted(form.split("\n")[0] for form in forms) == sorted(FORMS)
+    for form in forms:
+        before, after = form.split("\n**After**\n")
+        assert all(re.findall(r"^(\d)\. ", half, re.M) == ["1", "2", "3"] for half in (before, after)), form[:30]
+    assert not any("TODO" in form for form in forms)
+    weeks = re.findall(r"^## (Week \d+: .*)$", test_scripts.text_of(PAGE), re.M)
+    classes = test_scripts.text_of("labs/solutions/classes.md").split("\n## ")[1:]
+    assert [notes.split("\n")[0] for notes in classes] == weeks and len(weeks) == 12
+    for notes in classes:
+        assert re.findall(r"^(\d)\. \*\*", notes, re.M) == ["1", "2", "3", "4"], notes[:30]

@@ -12,7 +12,8 @@ Shapes,     policy, reference (P, 2): for each of P pairs the log-probabilities 
 units       rejected), in nats, whole answers. logits (B, T, V): logits[:, t] predict the token at
             t + 1. tokens (B, T) int64: the text itself. is_answer (B, T) bool: which of the tokens
             belong to the answer; never the first, which nothing predicts.
-Given       torch. Margins may be large (some thousands), and the loss must stay finite.
+Given       torch. Margins may be large (some thousands), and so may logits: loss and
+            log-probability must stay finite. Both need a gradient.
 Passes      when the loss of pairs worked out by hand is right to 1e-5, its gradient is that of the
             closed form, large margins are finite, the log-probabilities of answers are those of a
             loop over the tokens, and family/dpo.py agrees.

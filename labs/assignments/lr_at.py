@@ -1,4 +1,4 @@
-"""Assignment 2: the learning rate of WSD (paper section 4.2, equation 1, and section 6.2).
+"""Assignment 3: the learning rate of WSD (paper section 4.2, equation 1, and section 6.2).
 
 Question    What is the learning rate of the next update after `step` updates?
 Formula     Equation 1: with the peak eta, the warm-up W, the end T of the stable stage,
@@ -18,9 +18,11 @@ Given       nothing but this page. No state: the rate depends on the arguments a
             can be continued, and a decay can branch from any stable step.
 Passes      when a short schedule has the rates worked out by hand, the ends are right (no warm-up,
             last warm-up update, first and last of the decay), MiniCPM-2.4B's rates come out, no
-            rate is above the peak or below the floor, and wsd.py agrees at every step.
-Think       1. Evaluate the printed formula at s = T, with S = 279,500 and T = 5,000 as in section
-               6.2 (the decay starts at 261,000). How large is the learning rate?
+            rate is above the peak or, after the warm-up, below the floor, and wsd.py agrees at
+            every step. (In the warm-up a rate may be below the floor.)
+Think       1. In the formula that section 6.2 prints, T is 5,000, the half-life, and not the end of
+               the stable stage. Evaluate it where the decay starts, s = 261,000, with S = 279,500,
+               the last step of the released checkpoints. How large is the learning rate?
             2. MiniCPM-2.4B decays from step 261,000 to 279,500. Which share of the peak is left,
                and after which step is it 10 %? At which rate should fine-tuning begin?
             3. Runs of 1, 2, 3 and 4 units of tokens from scratch, each with a cosine, cost 10
@@ -31,4 +33,4 @@ Think       1. Evaluate the printed formula at s = T, with S = 279,500 and T = 5
 
 def lr_at(step, peak, floor, warmup, decay_start, half_life):
     """Return the learning rate, a float, of the update after `step` updates."""
-    raise NotImplementedError("assignment 2: write lr_at")
+    raise NotImplementedError("assignment 3: write lr_at")

@@ -11,7 +11,7 @@ Formula     p = softmax(logits) over all experts. The two with the largest p are
             experts add up to 1. P_e is the mean of p_e over the tokens, chosen or not.
 Shapes,     logits (T, E) of T tokens and E experts, E >= 2. experts (T, 2) int64, the more probable
 units       one first. weights (T, 2), without unit. The balance loss is a number without unit.
-Given       torch. Do not loop over tokens.
+Given       torch. Do not loop over tokens. The weights need a gradient.
 Passes      when a token worked out by hand is right, weights and experts are those of all tokens
             (and two equal experts give what one gives), the loss is 1 if balanced and E / 2 if two
             experts get everything, its gradient reaches the router, and model.py agrees.

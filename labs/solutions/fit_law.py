@@ -1,4 +1,4 @@
-"""Solution 3: a scaling law and the best split of a budget.
+"""Solution 4: a scaling law and the best split of a budget.
 
 Think       1. L(N) = E + A N^-alpha + B (6 N / C)^beta. Its derivative is 0 where
                alpha A N^-alpha = beta B D^-beta: the terms are as beta to alpha, so they are equal
@@ -7,9 +7,10 @@ Think       1. L(N) = E + A N^-alpha + B (6 N / C)^beta. Its derivative is 0 whe
             2. D / N varies by 6 only, while N varies by 65: along most of the data D grows with
                N, and a term N^-alpha can stand in for a part of D^-beta. A wide range of D / N
                at each size would separate them, but costs more.
-            3. Hoffmann's printed constants give 93 tokens per parameter (32B and 3.0T), Besiroglu's
-               18 (72B and 1.3T): only the refit agrees with the advice of 20, and with Chinchilla
-               itself, 70B parameters and 1.4T tokens.
+            3. Hoffmann's printed constants give 93 tokens per parameter (32B and 3.0T; 44 to 196
+               within the rounding of the exponents), Besiroglu's 18 (72B and 1.3T): only the refit
+               agrees with the advice of 20, and with Chinchilla itself, 70B parameters and 1.4T
+               tokens.
 """
 import numpy as np
 

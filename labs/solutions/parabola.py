@@ -1,4 +1,4 @@
-"""Solution 4: the best learning rate from a few runs.
+"""Solution 2: the best learning rate from a few runs.
 
 Think       1. Half a step, a factor of sqrt(2) = 1.41, if the curve is a parabola. From 0.005 to
                0.02, a factor of 4, a grid in steps of 1.1 has 15 or 16 runs in place of 3.

@@ -43,19 +43,23 @@ def test_large_margins_are_finite(student):
 
 def test_the_log_probability_of_an_answer(student):
     """A loop over the tokens, each predicted by the logits one place before it."""
-    logits, tokens = 3 * random(2, 6, 5, seed=3), torch.tensor([[1, 4, 2, 0, 3, 3],
-                                                                [2, 2, 1, 4, 0, 1]])
+    logits = (100 * random(2, 6, 5, seed=3)).requires_grad_()
+    tokens = torch.tensor([[1, 4, 2, 0, 3, 3], [2, 2, 1, 4, 0, 1]])
     is_answer = torch.tensor([[0, 0, 0, 1, 1, 0], [0, 1, 1, 1, 1, 1]]).bool()
     expected = []
     for b in range(2):
         total = 0.0
         for t in range(1, 6):
             if is_answer[b, t]:
-                weights = [math.exp(x) for x in logits[b, t - 1].tolist()]
-                total += math.log(weights[tokens[b, t]] / sum(weights))
+                row = logits[b, t - 1].tolist()
+                log_sum = max(row) + math.log(sum(math.exp(x - max(row)) for x in row))
+                total += row[tokens[b, t]] - log_sum
         expected.append(total)
-    near(student.answer_logp(logits, tokens, is_answer), expected, "log-probability of two answers "
-         "of 2 and 5 tokens", 1e-5, "a sum over the tokens; logits[:, t] predict token t + 1")
+    found = student.answer_logp(logits, tokens, is_answer)
+    near(found, expected, "log-probability of two answers of 2 and 5 tokens", 1e-5,
+         "a sum over the tokens; logits[:, t] predict token t + 1")
+    assert isinstance(found, torch.Tensor) and found.requires_grad, (
+        "log-probability of two answers: expected a tensor with a gradient to the logits")
 
 
 def test_family_dpo_has_the_same_loss(student):

@@ -1,9 +1,9 @@
-"""Assignment 3. Losses of known laws, a split by hand, every split of a budget, the paper's."""
+"""Assignment 4. Losses of known laws, a split by hand, every split of a budget, the paper's."""
 import numpy as np
 
 from labs.assignments.tests.expect import near_ratio
 
-# The paper's average law (figure 17), which counts N and D in 1e9, here in ones.
+# The paper's average law (figure 10), which counts N and D in 1e9, here in ones.
 PAPER = (0.31, 7.15e-2 * 1e9 ** 0.29, 0.29, 3.00e-1 * 1e9 ** 0.23, 0.23)
 SIZES = np.array([0.031e9, 0.11e9, 0.25e9, 0.49e9, 0.85e9, 2.0e9])
 

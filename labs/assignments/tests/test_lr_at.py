@@ -1,4 +1,4 @@
-"""Assignment 2. Rates worked out by hand, the paper's largest run, and wsd.py."""
+"""Assignment 3. Rates worked out by hand, the paper's largest run, and wsd.py."""
 import math
 
 import wsd

@@ -1,4 +1,4 @@
-"""Assignment 4. Vertices by hand, least squares, units, minima that were not measured, seeds."""
+"""Assignment 2. Vertices by hand, least squares, units, minima that were not measured, seeds."""
 import numpy as np
 
 from labs.assignments.tests.expect import near_ratio, raises_value_error
@@ -45,13 +45,18 @@ def test_a_minimum_that_was_not_measured_is_refused(student):
                         ([2.0, 2.1, 2.0], "losses 2.0, 2.1, 2.0: the parabola has a maximum"),
                         ([2.2, 2.1, 2.0], "losses 2.2, 2.1, 2.0: a line has no minimum")):
         raises_value_error(lambda: student.best_rate(rates, losses), why)
+    # x = -1, 0, 1: a = 0.08, b = 0.1, c = 2.02 give x = -0.625
+    near_ratio(student.best_rate(rates, [2.0, 2.02, 2.2]), (0.01 * 2 ** -0.625, 1.98875),
+               "(rate, loss), losses 2.0, 2.02, 2.2 at 0.005, 0.01, 0.02", 1e-6,
+               "the vertex lies between the rates, although the lowest loss is at their end")
 
 
 def test_the_spread_over_seeds_is_a_factor(student):
-    """Parabolas with vertices at 0.005, 0.01, 0.04: logarithms (base 2) -1, 0, 2 around 0.01."""
+    """Parabolas with vertices at 0.005, 0.01, 0.04: logarithms (base 2) -1, 0, 2 around 0.01. Their
+    curvatures differ, so the vertex of the averaged losses is another one."""
     rates = np.array([0.0025, 0.005, 0.01, 0.02, 0.08])
     x = np.log2(rates / 0.01)
-    losses = np.stack([2 + 0.1 * (x - v) ** 2 for v in (-1, 0, 2)])
+    losses = np.stack([2 + a * (x - v) ** 2 for a, v in ((0.1, -1), (0.2, 0), (0.4, 2))])
     near_ratio(student.over_seeds(rates, losses), (0.01 * 2 ** (1 / 3), 2 ** (7 / 3) ** 0.5),
                "(rate, factor) of three seeds with vertices at 0.005, 0.01, 0.04", 1e-5,
                "mean of the logarithms 1/3; their variance (16 + 1 + 25) / 9 / 2 = 7/3")

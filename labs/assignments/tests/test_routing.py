@@ -56,6 +56,10 @@ def test_balanced_is_1_and_two_experts_for_everything_is_half_of_all(student):
 def test_the_gradient_reaches_the_router(student):
     """d loss / d logits = E p_e (f_e - sum f p) / T: it lowers the logits of crowded experts."""
     logits = random(12, 5, seed=3).requires_grad_()
+    weights, _ = student.top2(logits)
+    assert isinstance(weights, torch.Tensor) and weights.requires_grad, (
+        "weights: expected a tensor with a gradient to the logits, through which the model's loss "
+        "trains the router")
     experts = logits.detach().topk(2).indices
     loss = student.balance_loss(logits, experts)
     assert isinstance(loss, torch.Tensor) and loss.requires_grad, (
