@@ -42,7 +42,8 @@ FOUR = "_".join(["instruct", *TRAINED])             # corpus: these families of 
 CHOOSING = 240                  # held-out questions with which the rate of SFT is chosen
 
 # Models of the experiment, and the rows of the paper's table 1 that they stand for.
-ONE, MORE, TWICE = "SFT x 1\n(A-1, B-1)", "SFT x 1.3", "SFT x 2\n(B-2)"
+ONE, TWICE = "SFT x 1\n(A-1, B-1)", "SFT x 2\n(B-2)"
+MORE = f"SFT x {1 + LABEL_SHARE:g}"         # as many updates of labels as with labels in the decay
 DECAY, MIXED = "labels in decay,\nSFT x 1 (A-2, B-3)", "decay's labels\nmixed into SFT"
 # Means of the paper's seven benchmarks for A (2.4B) and B (1.2B).
 PAPER = {ONE: (30.14, 35.26), TWICE: (np.nan, 35.21), DECAY: (37.57, 37.87)}
@@ -213,11 +214,8 @@ def slide(ax, results, settings):
     by_row, _ = results
     draw_rows(ax, by_row, 14)
     ax.legend(loc="upper left")
-    gain, lost = ((scores(by_row, one, OTHERS) - scores(by_row, other, OTHERS)).mean()
-                  for one, other in ((DECAY, TWICE), (MIXED, DECAY)))
-    if lost > MARGIN:
-        return "SFT erases what only the decay has taught, unless it repeats it"
-    return f"On other tasks labels in the decay gain {gain:+.0f} points over twice the SFT"
+    before, after = (scores(by_row, DECAY, OTHERS, after_sft).mean() for after_sft in (False, True))
+    return f"What only the decay has taught: {before:.0f} % right before SFT, {after:.1f} % after"
 
 
 # %% The checks
@@ -245,32 +243,38 @@ def checks(results, settings):
     return found
 
 
-# %% What it means: the paper's B-3 differs from B-2 in two ways: its labels stand in another place,
-# and they are of more kinds than its SFT has. SFT x 1.3 against labels in the decay changes both.
-# The last model separates them: it sees the decay's labels, but in SFT.
+# %% What it means: the paper's B-3 differs from B-2 in the place of its labels, in half of the SFT,
+# and in the high-quality text of its decay. Its SFT has the same kinds of data as its decay. Here
+# the decay has four kinds more, to see what it teaches by itself, so SFT x 1.3 against labels in
+# the decay changes place and kinds. The last model separates them: it sees the decay's labels in
+# SFT.
 #
 # None of the three checks holds. On the families of SFT, labels in the decay are 4 points ahead of
 # as many further updates of SFT. But the seeds differ by 20 points, and with one of them it is the
 # other way round. Twice the SFT is better than both.
 #
 # The four other families show why the second check has nothing to compare: SFT erases them. After
-# the decay 7 % of their questions are answered, after SFT 0.2 %. It is the same at all three rates
-# of SFT, the lowest included, and Python goes with them, from 1.4 to 5 bits per byte. The same
-# labels mixed into SFT leave 20 %. So here the order decides, and not the decay: what comes last is
-# kept. The paper's SFT has broad data, which repeat more of what its decay has taught. So the
-# lab does not say that the paper is wrong, but what its result may depend on.
+# the decay 7 % of their questions are answered, after SFT 0.2 %, and 1 % with the one seed that
+# tried the lowest rate. Python goes too, from 1.4 bits per byte to 1.8 at the lowest rate (one
+# seed) and to 3.3 to 7.9 at the highest. The same labels mixed into SFT leave 11 to 37 %, so of
+# these families only what comes last is kept. One seed decides the third check, the two others are
+# level. And on the families of SFT, labels in the decay beat the mixture with every seed, by 9
+# points (1 to 13). So the lab does not say that the paper is wrong, but what its result may depend
+# on.
 #
-# Two things may have hidden a gain. The decay has shown its eight tasks in 90 updates, too few for
-# most of them. And with labels in the decay the best rate of SFT is the highest of the three, so a
-# still higher one may be better.
+# Four things may have hidden a gain. The decay has shown its eight tasks in 90 updates, too few for
+# most of them. These are 30 % of its sequences, but of a labelled sequence only the answer has a
+# loss: 12 % of its targets. With labels in the decay the best rate of SFT is the highest of the
+# three, so a still higher one may be better. And this rate, 0.01, is not that of the other models,
+# 0.003, which ties with 0.01 there: the checks compare place and rate at once.
 #
 # Exercises
 # 1. `LABEL_SHARE`: try 0.1 and 0.9. Which share is best for the families of SFT, and which for the
 #    four others? How much does Python lose?
 # 2. `TRAINED, OTHERS`: swap the two. Which checks keep their verdict? What does that say about the
 #    choice of the tasks?
-# 3. `--rates=0.0003`: a tenth of the rates tried here. How much of the four other families is left
-#    after SFT, and what does that cost on the families of SFT?
+# 3. `--rates=0.0003`: a third of the lowest rate tried here. How much of the four other families
+#    is left after SFT, and what does that cost on the families of SFT?
 
 @exits_cleanly
 def main(argv):

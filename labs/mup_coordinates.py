@@ -2,9 +2,10 @@
 
 Question    A network gets wider. Which of its activations grow with the width, and which rules
             keep them at the same size?
-Claim       Under the rules of table 7 every activation has the same size at every width, at the
-            start and after updates. Therefore a learning rate found at a small width can be used
-            at a large one (labs/lr_transfer.py).
+Claim       Under the rules of table 7 every hidden activation has the same size at every width, at
+            the start and after updates. (The logits start smaller the wider the model, and catch up
+            in a few updates.) Therefore a learning rate found at a small width can be used at a
+            large one (labs/lr_transfer.py).
 Write down  before you run it: the entries of a matrix are drawn with the same standard deviation
             at every width n. With which power of n does its output grow? An update by Adam changes
             every entry by about the learning rate: with which power does that change grow?
@@ -237,12 +238,13 @@ def slide(ax, found, settings):
     last = settings.steps[-1]
     for style, rule in zip(runs.STYLES, ("muP", "standard", "no init rule",
                                          "no learning-rate rule")):
-        plot(ax, found["width", rule], "mlp", last, style, rule)
+        plot(ax, found["width", rule], "mlp", last, style,
+             "standard (a tenth of the rate)" if rule == "standard" else rule)
     ax.set(xlabel="width", ylabel=f"output of an MLP after {last} updates\n(1: at width "
                                   f"{settings.widths[0]})")
     flat = abs(powers(found["width", "muP"], "mlp", last).mean()) < FLAT
-    return ("With all rules of muP activations keep their size at any width" if flat else
-            "Even with all rules of muP activations change with the width")
+    return ("With all rules of muP the output of an MLP keeps its size" if flat else
+            "Even with all rules of muP the output of an MLP changes with the width")
 
 
 # %% The checks

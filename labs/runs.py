@@ -94,7 +94,7 @@ def main(lab, argv, Settings, quick, usage, experiment, draw, checks, slide=None
     results = experiment(chosen, config)
     stale = config.draw and is_stale(lab, sys.modules[experiment.__module__], config)
     name = lab
-    if any(getattr(chosen, own, None) for own in ("runs", "strategy", "ckpt")):     # the reader's
+    if chosen != Settings() and not config.quick:       # the committed figures show the defaults
         name, config = f"{lab}_own", dataclasses.replace(config, quick=True)
     drawing = draw(results, chosen)
     if drawing:
@@ -456,7 +456,8 @@ class Check:
 
 def register(lab):
     """Return {claim: (date it was set, what changed since)} of labs/PREREGISTER.md for a lab."""
-    text = (ROOT / "labs" / "PREREGISTER.md").read_text(encoding="utf-8")
+    file = ROOT / "labs" / "PREREGISTER.md"             # students may have a copy without it
+    text = file.read_text(encoding="utf-8") if file.exists() else ""
     section = text.partition(f"\n## {lab}\n")[2].partition("\n## ")[0]
     rows = [line.strip("| ").split(" | ") for line in section.splitlines() if line[:2] == "| "]
     return {claim: (date, change) for claim, date, change in rows[1:]}      # the first: the head

@@ -10,12 +10,12 @@ Claim       A model of N parameters (without the embedding) has after D tokens t
 Write down  before you run it: six runs of 10N, 20N, ... 60N tokens from scratch cost 210N. What do
             one trunk and six decays of a tenth cost? Which of the two terms is larger for the
             smallest model here, and which for the largest?
-Command     python -m labs.scaling_law          60 minutes on two cores; --quick=True: seconds
+Command     python -m labs.scaling_law          165 minutes on two cores; --quick=True: seconds
             python -m labs.scaling_law --runs='out/scale-*'     fits your own runs: folders of
             train.py. A run counts with the loss at the end of its decay
 
-Tokens are bytes here, so D is in bytes and the loss in nats per byte. To compare with the laws of
-others, bytes are counted as tokens of MiniCPM's tokenizer.
+The corpus is read as bytes, so D is in bytes and the loss in nats per byte. To compare with the
+laws of others, bytes are counted as tokens of MiniCPM's tokenizer.
 """
 # %%
 import itertools
@@ -23,13 +23,16 @@ from collections import namedtuple
 from dataclasses import dataclass
 
 import numpy as np
+from scipy.optimize import curve_fit
 
+import train
 from configurator import BadInput, exits_cleanly
 from labs import runs
 from labs.runs import Check
 
 HEAD = 16                               # size of a head: widths are multiples of it
-BATCH = 8                               # sequences per update
+BATCH, LARGE_BATCH = 8, 32              # sequences per update; a lower loss wants a larger batch
+LARGE_FROM = 64                         # width
 BYTES_PER_TOKEN = 2.81                  # of code, with MiniCPM-2.4B's tokenizer (paper, table 9)
 WARMUP_RATIO = 1                        # tokens of warm-up per parameter
 DECAY_SHARE = 0.1                       # of a run's tokens, the paper's
@@ -39,19 +42,21 @@ DECAY_SHARE = 0.1                       # of a run's tokens, the paper's
 class Settings:
     widths: tuple[int, ...] = (16, 32, 48, 64, 96)      # for the fit: 12 to 425 thousand parameters
     ratios: tuple[float, ...] = (10.0, 20.0, 30.0, 40.0, 50.0, 60.0)    # tokens per parameter
-    held_out_width: int = 128           # a larger model, predicted and then measured
-    held_out_ratio: float = 10.0        # its tokens per parameter
-    seeds: tuple[int, ...] = (0, 1, 2)  # each trains a trunk of each size
+    seeds: tuple[int, ...] = (12, 10, 8, 4, 2)  # trunks of each width; the last for further ones
+    held_out_width: int = 160           # a larger model, predicted and then measured
+    held_out_compute: float = 5.0       # its FLOPs, in those of the largest run of the fit
+    held_out_seeds: int = 2
     eval_tokens: int = 262144           # held-out bytes per evaluation
     resamples: int = 200                # of the bootstrap
-    budgets: tuple[float, ...] = (1e12, 1e13, 1e14)     # FLOPs to find the best model for
     runs: str | None = None             # fit these run folders instead; * and ** are allowed
 
     def problems(self):
         out = [f"--widths or --held_out_width: {width} is not a multiple of {HEAD}"
                for width in (*self.widths, self.held_out_width) if width % HEAD or width < 1]
-        out += [f"--{name}: must be above 0" for name in ("ratios", "budgets")
+        out += [f"--{name}: must be above 0" for name in ("ratios", "seeds")
                 if min(getattr(self, name)) <= 0]
+        out += [f"--{name}={getattr(self, name)}: must be above 0"
+                for name in ("held_out_compute", "held_out_seeds") if getattr(self, name) <= 0]
         out += [f"--{name}: a fit needs three of them or more" for name in ("widths", "ratios")
                 if len(set(getattr(self, name))) < 3]
         if self.held_out_width <= max(self.widths):
@@ -64,12 +69,12 @@ class Settings:
 
 # %% The experiment: a trunk at the peak learning rate, and from it a decay for each length
 
-def trunk_and_decays(width, ratios, seed, eval_tokens):
+def trunk_and_decays(width, ratios, batch_size, seed, eval_tokens):
     """Return [{"n", "tokens", "loss"}, ...], one per ratio; loss is None if the run diverged."""
     config, model, batches, validate = runs.build(
-        "config/lab.py", **runs.shape(width, HEAD), seed=seed, batch_size=BATCH,
+        "config/lab.py", **runs.shape(width, HEAD), seed=seed, batch_size=batch_size,
         eval_tokens=eval_tokens)
-    n, update_tokens = model.config.n_params_non_embedding, BATCH * config.block_size
+    n, update_tokens = model.config.n_params_non_embedding, batch_size * config.block_size
     ends = sorted({round(ratio * n / update_tokens) for ratio in ratios})       # in updates
     if ends[0] < 2:
         raise BadInput(f"--ratios: {min(ratios):g} tokens per parameter are less than two updates "
@@ -81,29 +86,40 @@ def trunk_and_decays(width, ratios, seed, eval_tokens):
             for end, loss in zip(ends, losses)]
 
 
+def parameters(width):
+    """Return N of a width, as trunk_and_decays trains it."""
+    arguments = ["config/lab.py", *runs.options(**runs.shape(width, HEAD))]
+    return train.read_config(arguments)[1].n_params_non_embedding
+
+
 def train_models(settings, config):
     """Return (held_out, trunks): points (m, 3) of the larger model, and of each trunk."""
     runs.prepare(config)
-    sizes = [(settings.held_out_width, (settings.held_out_ratio,))]     # the longest first
-    sizes += [(width, settings.ratios) for width in settings.widths[::-1]]
-    jobs = [dict(width=width, ratios=ratios, seed=seed, eval_tokens=settings.eval_tokens)
-            for width, ratios in sizes for seed in settings.seeds]
+    largest = max(settings.ratios) * parameters(max(settings.widths)) ** 2      # N D
+    ratio = settings.held_out_compute * largest / parameters(settings.held_out_width) ** 2
+    sizes = [(settings.held_out_width, (round(ratio, 3),), settings.held_out_seeds)]    # long first
+    n_seeds = [*settings.seeds, *[settings.seeds[-1]] * len(settings.widths)]
+    sizes += [*zip(settings.widths, itertools.repeat(settings.ratios), n_seeds)][::-1]
+    jobs = [dict(width=width, ratios=ratios, seed=seed, eval_tokens=settings.eval_tokens,
+                 batch_size=LARGE_BATCH if width >= LARGE_FROM else BATCH)
+            for width, ratios, seeds in sizes for seed in range(seeds)]
     results = runs.collect("scaling_law", trunk_and_decays, jobs, config)
     trunks = []
     for result in results:
         points = np.array([(point["n"], point["tokens"], point["loss"]) for point in result], float)
         diverged = np.isnan(points[:, 2])
         for n, tokens, _ in points[diverged]:
-            print(f"N {n:,.0f}: diverged before {tokens:,.0f} tokens; left out")
+            print(f"N {n:,.0f}: diverged before {tokens:,.0f} bytes; left out")
         trunks.append(points[~diverged])
-    n_seeds = len(settings.seeds)
-    return np.concatenate(trunks[:n_seeds]), trunks[n_seeds:]
+    n_held_out = settings.held_out_seeds
+    return np.concatenate(trunks[:n_held_out]), trunks[n_held_out:]
 
 
 def experiment(settings, config):
     """Return (points, held_out, law, laws): the Law of the points, and those of the bootstrap.
 
-    points and held_out are arrays (m, 3) of N, D in tokens, and loss in nats per token.
+    points and held_out are arrays (m, 3) of N, D in bytes, and loss in nats per byte; with --runs
+    in tokens of the runs' tokenizer.
     """
     if settings.runs:
         points, held_out = read_runs(settings.runs), np.empty((0, 3))
@@ -119,46 +135,25 @@ def experiment(settings, config):
     return points, held_out, fit(points), bootstrap(trunks, settings.resamples)
 
 
-# %% The fit. For given exponents the law is linear in its other three constants, which least
-# squares gives by a formula. So only two numbers have to be searched for, with a grid that zooms
-# in: no start value, no step size, no local minimum.
+# %% The fit, with scipy's curve_fit as in the paper
 
 Law = namedtuple("Law", "c_n alpha c_d beta l_0")
-TERMS = ([0, 1, 2], [0, 1], [0, 2], [1, 2])     # to fit: all, or without one that came out negative
+LEAST, MOST = Law(0, 0.02, 0, 0.02, 0), Law(np.inf, 2, np.inf, 2, np.inf)
 
 
 def fit(points):
     """Return the least-squares Law of points (m, 3). No constant is negative: each is a loss."""
     n, d, loss = points.T
     n_mid, d_mid = np.exp(np.log([n, d]).mean(1))   # in these units the constants are like a loss
-    low, high = least, most = np.array([[0.02, 0.02], [2.0, 2.0]])      # of the exponents
-    for _ in range(12):
-        grid = np.stack(np.meshgrid(*np.geomspace(low, high, 15).T), -1).reshape(-1, 2)
-        alpha, beta = grid.T[..., None]             # (225, 1) each
-        parts = np.broadcast_arrays((n / n_mid) ** -alpha, (d / d_mid) ** -beta, 1.0)
-        fits = [fit_constants(np.stack(parts, -1), loss, used) for used in TERMS]
-        errors = np.array([error for error, _ in fits])
-        best, cell = np.unravel_index(errors.argmin(), errors.shape)
-        reach = (high / low) ** (4 / 14)            # four cells to each side
-        low, high = np.maximum(grid[cell] / reach, least), np.minimum(grid[cell] * reach, most)
-    (alpha, beta), (c_n, c_d, l_0) = grid[cell], fits[best][1][cell]
-    return Law(*map(float, (c_n * n_mid ** alpha, alpha, c_d * d_mid ** beta, beta, l_0)))
-
-
-def fit_constants(terms, loss, used):
-    """Fit loss (m,) as a sum of constants times terms (cells, m, 3), of which some are used.
-
-    returns  (squared errors (cells,), infinite if a constant is negative; constants (cells, 3))
-    """
-    x, constants = terms[..., used], np.zeros((len(terms), 3))
-    inverse = np.linalg.pinv(x.swapaxes(1, 2) @ x, hermitian=True)
-    constants[:, used] = (inverse @ (x.swapaxes(1, 2) @ loss)[..., None])[..., 0]
-    error = (((terms @ constants[..., None])[..., 0] - loss) ** 2).sum(1)
-    return np.where((constants >= 0).all(1), error, np.inf), constants
+    start = Law(loss.mean() / 3, 0.3, loss.mean() / 3, 0.3, loss.mean() / 3)
+    found, _ = curve_fit(lambda x, *law: loss_of(Law(*law), *x), (n / n_mid, d / d_mid), loss,
+                         start, bounds=(LEAST, MOST), max_nfev=10_000)
+    c_n, alpha, c_d, beta, l_0 = map(float, found)
+    return Law(c_n * n_mid ** alpha, alpha, c_d * d_mid ** beta, beta, l_0)
 
 
 def loss_of(law, n, d):
-    """Return the loss by a law, in nats per token."""
+    """Return the loss of N parameters after D by a law (paper section 4.5), in its units."""
     return law.c_n * n ** -law.alpha + law.c_d * d ** -law.beta + law.l_0
 
 
@@ -167,15 +162,36 @@ def r_squared(law, points):
     return 1 - ((loss_of(law, n, d) - loss) ** 2).sum() / ((loss - loss.mean()) ** 2).sum()
 
 
-def bootstrap(trunks, resamples):
-    """Return the Laws of trunks [(m, 3), ...] resampled with replacement.
+def misses(law, points):
+    """Return by how much the points' losses are above a law, in % (m,)."""
+    n, d, loss = points.T
+    return 100 * (loss / loss_of(law, n, d) - 1)
 
-    Whole trunks are drawn, because the decays of one trunk share its noise.
+
+def without_largest(points):
+    """Return (points of the largest size, the Law of the others), the honest error of a fit.
+
+    The Law is None if the others do not determine one.
     """
-    rng = np.random.default_rng(0)
-    laws = []
+    largest = points[:, 0] == points[:, 0].max()
+    return points[largest], fit(points[~largest]) if enough(points[~largest]) else None
+
+
+def bootstrap(trunks, resamples):
+    """Return the Laws of trunks [(m, 3), ...] resampled with replacement, each size by itself.
+
+    Whole trunks are drawn, because the decays of one trunk share its noise. Of k trunks of a size
+    the resampled spread is only sqrt((k - 1) / k) of the true one, 0.71 for two, so the intervals
+    are somewhat too narrow.
+    """
+    sizes = {}
+    for trunk in trunks:
+        if len(trunk):
+            sizes.setdefault(trunk[0, 0], []).append(trunk)
+    rng, laws = np.random.default_rng(0), []
     while len(laws) < resamples:
-        drawn = np.concatenate([trunks[i] for i in rng.integers(0, len(trunks), len(trunks))])
+        drawn = np.concatenate([own[i] for own in sizes.values()
+                                for i in rng.integers(0, len(own), len(own))])
         if enough(drawn):
             laws.append(fit(drawn))
     return laws
@@ -196,20 +212,23 @@ def interval(values):
     return np.percentile(values, (2.5, 97.5), axis=0, method="nearest")     # some may be infinite
 
 
+def eta(law):
+    """Return the power of compute with which N / D grows (section 4.5)."""
+    return (law.beta - law.alpha) / (law.alpha + law.beta)
+
+
 def best_ratio(law, flops, unit=1.0):
     """Return the tokens per parameter that are the best use of C = 6 N D FLOPs (section 4.5).
 
     unit  the law counts parameters and tokens in this unit. With C = 6 N D the loss is least where
           alpha C_N N^-alpha = beta C_D D^-beta, which gives N / D = K^2 (C / 6)^eta
     """
-    eta = (law.beta - law.alpha) / (law.alpha + law.beta)
     with np.errstate(divide="ignore"):          # if a term is 0, the ratio is 0 or infinite
         k = np.divide(law.alpha * law.c_n, law.beta * law.c_d) ** (1 / (law.alpha + law.beta))
-        return np.divide(1, k ** 2 * (flops / 6 / unit ** 2) ** eta)
+        return np.divide(1, k ** 2 * (flops / 6 / unit ** 2) ** eta(law))
 
 
-# The paper's fits (figure 17, N and D in 1e9) with their best tokens per parameter at 1e21 FLOPs,
-# and the fit of Hoffmann et al. (2022).
+# The paper's fits (figure 10, N and D in 1e9) with their best tokens per parameter at 1e21 FLOPs.
 PAPER_FLOPS, PAPER_UNIT = 1e21, 1e9
 PAPER = {
     "Code": (Law(3.32e-2, .37, 2.17e-1, .34, .17), 194.93),
@@ -220,7 +239,9 @@ PAPER = {
     "Average": (Law(7.15e-2, .29, 3.00e-1, .23, .31), 191.87),
 }
 PAPER_LAW, PAPER_RATIO = PAPER["Average"]
-CHINCHILLA, CHINCHILLA_RATIO = Law(406.4, .34, 410.7, .28, 1.69), 20
+# The fit of Hoffmann et al. (2203.15556), and of Besiroglu et al. (2404.10102) to the same runs.
+OTHERS = {"Hoffmann et al.": Law(406.4, .34, 410.7, .28, 1.69),
+          "Besiroglu et al., same runs": Law(482.01, .3478, 2085.43, .3658, 1.8172)}
 
 
 def rounding_range(law):
@@ -231,9 +252,9 @@ def rounding_range(law):
     return min(ratios), max(ratios)
 
 
-def bytes_per_token(settings):
-    """Return how many of our tokens count as one beside the laws of others."""
-    return 1 if settings.runs else BYTES_PER_TOKEN
+def units(settings):
+    """Return (what D counts, how many of them count as one token beside the laws of others)."""
+    return ("tokens", 1) if settings.runs else ("bytes", BYTES_PER_TOKEN)
 
 
 # %% Your own runs
@@ -264,41 +285,62 @@ STAR = dict(marker="*", color="black", markerfacecolor="white", markersize=13, l
 
 
 def draw(results, settings):
-    points, held_out, law, laws = results
-    figure, axes = runs.figure(2, 2, "loss over size and tokens, and the best use of compute",
+    figure, axes = runs.figure(2, 2, "loss over size and data, and the best use of compute",
                                width=5.4, height=4)
-    draw_fit(axes[0, 0], axes[1, 0], *results)
-    draw_plane(axes[0, 1], points, held_out, law)
-    draw_ratio(axes[1, 1], points, law, laws, bytes_per_token(settings))
+    d_unit, per_token = units(settings)
+    draw_fit(axes[0, 0], *results, d_unit)
+    draw_plane(axes[0, 1], *results[:3], d_unit)
+    draw_misses(axes[1, 0], *results, d_unit)
+    draw_ratio(axes[1, 1], *results, per_token)
+    axes[0, 0].set(title="measured (marks) and law (lines)")
     for ax in axes.flat:
         ax.set(xscale="log")
     return figure
 
 
-def draw_fit(ax, errors, points, held_out, law, laws):
-    """Draw loss over tokens with the law, and what the law misses."""
-    n, d, loss = points.T
-    for style, size in zip(itertools.cycle(runs.STYLES), np.unique(n)):
-        own = n == size
-        x, marks = np.unique(d[own]), {**style, "linestyle": ""}
-        ax.plot(d[own], loss[own], **marks, label=f"N = {size:,.0f}")
+def slide(ax, results, settings):
+    _, held_out, law, _ = results
+    draw_fit(ax, *results, units(settings)[0])
+    ax.set(xscale="log")
+    if not len(held_out):
+        return "One law fits every size and length"
+    return (f"Small runs predict one of {settings.held_out_compute:g} times the compute within "
+            f"{abs(misses(law, held_out).mean()):.1f} %")
+
+
+def draw_fit(ax, points, held_out, law, laws, d_unit):
+    """Draw the loss over D, measured and by the law."""
+    for style, size in zip(itertools.cycle(runs.STYLES), np.unique(points[:, 0])):
+        _, d, loss = points[points[:, 0] == size].T
+        x = np.unique(d)
+        ax.plot(d, loss, label=f"N = {size:,.0f}", **{**style, "linestyle": ""})
         ax.plot(x, loss_of(law, size, x), **{**style, "marker": ""})
-        errors.plot(d[own], 100 * (loss[own] / loss_of(law, size, d[own]) - 1), **marks)
-    for size, tokens in np.unique(held_out[:, :2], axis=0):
-        predicted = loss_of(law, size, tokens)
-        spread = interval([loss_of(each, size, tokens) for each in laws])
-        ax.plot(tokens, held_out[:, 2].mean(), **STAR, label=f"N = {size:,.0f}, held out")
-        ax.plot(tokens, predicted, "k_", markersize=16, label="predicted")
-        errors.plot(held_out[:, 1], 100 * (held_out[:, 2] / predicted - 1), **STAR)
-        errors.vlines(tokens, *(100 * (spread / predicted - 1)), color="black")
-    ax.set(xlabel="D (tokens)", ylabel="held-out loss (nats per token)",
-           title="measured (marks) and law (lines)")
-    errors.axhline(0, color="0.5", linewidth=0.8)
-    errors.set(xlabel="D (tokens)", ylabel="measured - law (% of the loss)",
-               title="what the law misses; bar: 95 % of its prediction")
+    if len(held_out):
+        size, d, _ = held_out[0]
+        ax.plot(d, held_out[:, 2].mean(), label=f"N = {size:,.0f}, held out", **STAR)
+        ax.plot(d, loss_of(law, size, d), "k_", markersize=26, label="predicted")
+    ax.set(xlabel=f"training data D ({d_unit})", ylabel=f"held-out loss (nats per {d_unit[:-1]})")
 
 
-def draw_plane(ax, points, held_out, law):
+def draw_misses(ax, points, held_out, law, laws, d_unit):
+    """Draw by how much the law misses the runs that it is fitted to, and those that it is not."""
+    for style, size in zip(itertools.cycle(runs.STYLES), np.unique(points[:, 0])):
+        own = points[points[:, 0] == size]
+        ax.plot(own[:, 1], misses(law, own), **{**style, "linestyle": ""})
+    largest, fitted = without_largest(points)
+    if fitted:
+        ax.plot(largest[:, 1], misses(fitted, largest), "x", color="0.4",
+                label="largest size, by a fit without it")
+    if len(held_out):
+        spread = interval([misses(each, held_out).mean() for each in laws])
+        ax.plot(held_out[:, 1], misses(law, held_out), label="held out", **STAR)
+        ax.vlines(held_out[0, 1], *spread, color="black", label="95 % of the resampled fits")
+    ax.axhline(0, color="0.5", linewidth=0.8)
+    ax.set(xlabel=f"D ({d_unit})", ylabel="measured - law (% of the loss)",
+           title="what the law misses")
+
+
+def draw_plane(ax, points, held_out, law, d_unit):
     """Draw lines of equal loss over N and D, the runs, and the best N and D for each budget."""
     n, d, _ = np.concatenate([points, held_out]).T
     x = np.geomspace(n.min() / 1.5, n.max() * 1.5, 80)
@@ -306,34 +348,39 @@ def draw_plane(ax, points, held_out, law):
     lines = ax.contour(x, y, loss_of(law, x, y[:, None]), levels=14, colors="0.45", linewidths=0.9)
     ax.clabel(lines, fontsize=7)
     ax.plot(*points[:, :2].T, "ko", markersize=4, label="runs of the fit")
-    ax.plot(*held_out[:, :2].T, **STAR, label="held out")
+    if len(held_out):
+        ax.plot(*held_out[:, :2].T, label="held out", **STAR)
     budgets = 6 * x * y
     best = best_ratio(law, budgets)
     ax.plot(np.sqrt(budgets / 6 / best), np.sqrt(budgets / 6 * best), "--", color="tab:red",
             linewidth=2, label="best use of compute")
-    ax.set(yscale="log", xlabel="N (parameters without the embedding)", ylabel="D (tokens)",
+    ax.set(yscale="log", xlabel="N (parameters without the embedding)", ylabel=f"D ({d_unit})",
            title="the law: lines of equal loss", xlim=x[[0, -1]], ylim=y[[0, -1]])
 
 
-def draw_ratio(ax, points, law, laws, unit):
+def draw_ratio(ax, points, held_out, law, laws, per_token):
     """Draw the best tokens per parameter over compute, ours and those of others."""
     flops = 6 * points[:, 0] * points[:, 1]
     ours = np.geomspace(flops.min() / 10, flops.max() * 100, 60)
     others = np.geomspace(ours[0], 1e24, 60)
-    band = interval([best_ratio(each, ours) / unit for each in laws]).clip(1e-6, 1e9)
+    band = interval([best_ratio(each, ours) / per_token for each in laws]).clip(1e-6, 1e9)
     ax.fill_between(ours, *band, color="tab:red", alpha=0.2, label="95 % of the resampled fits")
-    ax.plot(ours, best_ratio(law, ours) / unit, "--", color="tab:red", linewidth=2, label="ours")
-    ax.plot(others, best_ratio(PAPER_LAW, others, PAPER_UNIT), color="black", label="paper's law")
-    ax.plot(others, best_ratio(CHINCHILLA, others), "-.", color="tab:blue",
-            label="Hoffmann et al.'s law")
-    ax.axhline(CHINCHILLA_RATIO, color="0.5", linestyle=":", label="Chinchilla: 20")
+    ax.plot(ours, best_ratio(law, ours) / per_token, "--", color="tab:red", linewidth=2,
+            label="ours")
+    ax.plot(others, best_ratio(PAPER_LAW, others, PAPER_UNIT), color="black", label="paper")
+    for (name, other), line in zip(OTHERS.items(), ("-.", ":")):
+        ax.plot(others, best_ratio(other, others), line, color="tab:blue", label=name)
     ax.plot(PAPER_FLOPS, PAPER_RATIO, "kD", markersize=8, label="paper: 192 at 1e21 FLOPs")
+    counted = f", {per_token:g} bytes counted as one token" if per_token > 1 else ""
     ax.set(yscale="log", xlabel="compute 6 N D (FLOPs)", ylabel="D / N (tokens per parameter)",
-           title=f"best use of compute, {unit:g} of our tokens counted as one",
+           title=f"best use of compute{counted}",
            ylim=(max(1, band.min() / 2), np.clip(band.max(), 2e3, 1e5)))
 
 
-# %% The checks, and a table of what was found
+# %% The checks, and the constants
+
+R2, ERROR = 0.98, 2                     # least R^2; largest error of a prediction in %
+
 
 def checks(results, settings):
     points, held_out, law, laws = results
@@ -343,79 +390,62 @@ def checks(results, settings):
     fits = [rounded[name][0] <= ratio <= rounded[name][1] for name, (_, ratio) in PAPER.items()]
     low, high = rounded["Average"]
     r2 = r_squared(law, points)
-    eta_low, eta_high = interval([(each.beta - each.alpha) / (each.beta + each.alpha)
-                                  for each in laws])
-    ours, ahead = [], []
-    for flops in settings.budgets:
-        best, lowest, _ = ratio_and_interval(law, laws, flops, BYTES_PER_TOKEN)
-        theirs = best_ratio(CHINCHILLA, flops)
-        ours.append(f"{best:.0f} (from {lowest:.0f}), theirs {theirs:.0f}, at {flops:.0e}")
-        ahead.append(lowest > theirs)
+    largest, fitted = without_largest(points)
+    missed = [misses(fitted, largest[largest[:, 1] == d]).mean() if fitted else np.inf
+              for d in np.unique(largest[:, 1])]
+    ahead = misses(law, held_out)
+    band = interval([misses(each, held_out).mean() for each in laws]) if len(held_out) else None
+    eta_low, eta_high = interval([eta(each) for each in laws])
     return [
         Check("the paper's constants give its tokens per parameter at 1e21 FLOPs, all six fits as "
               "far as their rounding allows",
               f"{best_ratio(PAPER_LAW, PAPER_FLOPS, PAPER_UNIT):.0f} (rounding: {low:.0f} to "
               f"{high:.0f})", all(fits), paper=f"{PAPER_RATIO:.0f}"),
-        Check("one law holds for all sizes and lengths: R^2 above 0.98",
-              f"{r2:.4f}, {len(points)} runs", r2 > 0.98),
-        prediction_check(*results),
+        Check(f"one law holds for all sizes and lengths: R^2 above {R2}",
+              f"{r2:.4f}, {len(points)} runs", r2 > R2),
+        Check(f"fitted without its largest size, it predicts that size within {ERROR} % at every "
+              f"length (means of the seeds)",
+              f"{', '.join(f'{x:+.1f}' for x in missed)} %", max(map(abs, missed)) < ERROR),
+        Check(f"it predicts a run of a larger size and {settings.held_out_compute:g} times the "
+              f"compute of any run that it was fitted to within {ERROR} %",
+              f"measured {runs.mean_and_range(held_out[:, 2], '.3f')}, off the law by "
+              f"{runs.mean_and_range(ahead, '+.1f')} %, resampled {band[0]:+.1f} to {band[1]:+.1f}"
+              if len(held_out) else "it diverged",
+              len(held_out) > 0 and abs(ahead.mean()) < ERROR),
         Check("the more compute, the larger the share of data (beta < alpha, so eta < 0, in 95 % "
               "of the resampled fits)",
               f"alpha {law.alpha:.2f}, beta {law.beta:.2f}, eta in [{eta_low:.2f}, {eta_high:.2f}]",
               eta_high < 0, paper=f"{PAPER_LAW.alpha}, {PAPER_LAW.beta}, -0.10"),
-        Check("more tokens per parameter are best than by Hoffmann et al.'s law, at every budget "
-              "and in 95 % of the resampled fits",
-              f"{', '.join(ours)} FLOPs, {BYTES_PER_TOKEN} bytes per token",
-              all(ahead), paper=f"{PAPER_RATIO:.0f}, not {CHINCHILLA_RATIO}, at 1e21"),
     ]
 
 
-def prediction_check(points, held_out, law, laws):
-    if not len(held_out):
-        return Check("it predicts the loss of a larger model within 2 %",
-                     "the larger model diverged", False)
-    (n, d), measured = held_out[0, :2], held_out[:, 2]
-    predicted = loss_of(law, n, d)
-    low, high = interval([loss_of(each, n, d) for each in laws])
-    error = predicted / measured.mean() - 1
-    return Check(f"it predicts the loss of a model {n / points[:, 0].max():.1f} times larger than "
-                 "any it was fitted to, within 2 %",
-                 f"predicted {predicted:.3f} [{low:.3f}, {high:.3f}], measured "
-                 f"{runs.mean_and_range(measured, '.3f')}: {100 * error:+.1f} %",
-                 abs(error) < 0.02)
-
-
-def ratio_and_interval(law, laws, flops, unit):
-    """Return the best tokens per parameter (by a law, and the 95 % bounds by the bootstrap's)."""
-    return (best_ratio(law, flops) / unit,
-            *interval([best_ratio(each, flops) / unit for each in laws]))
-
-
 def print_law(results, settings):
-    """Print the fit with its 95 % intervals, and the best use of each budget."""
+    """Print the constants of the fit with their 95 % intervals."""
     points, _, law, laws = results
-    unit, fitted = bytes_per_token(settings), (6 * points[:, 0] * points[:, 1]).max()
     print(f"L(N, D) = C_N N^-alpha + C_D D^-beta + L_0 of {len(points)} runs, R^2 "
           f"{r_squared(law, points):.4f}; in brackets 95 % of {len(laws)} resampled fits")
     for name, value, low, high in zip(Law._fields, law, *interval(laws)):
         print(f"  {name:>5} {value:10.4g}  [{low:.4g}, {high:.4g}]")
-    print(f"best tokens per parameter, {unit:g} of our tokens counted as one: ours, by the paper's "
-          f"law, by Hoffmann et al.'s")
-    for flops in (*settings.budgets, PAPER_FLOPS):
-        best, low, high = ratio_and_interval(law, laws, flops, unit)
-        paper, chinchilla = best_ratio(PAPER_LAW, flops, PAPER_UNIT), best_ratio(CHINCHILLA, flops)
-        note = "   far outside of what was fitted" if flops > 100 * fitted else ""
-        print(f"  {flops:8.0e} FLOPs   {best:8.4g} [{low:.4g}, {high:.4g}]   {paper:8.4g}"
-              f"   {chinchilla:8.4g}{note}")
 
 
 # %% What it means: one trunk and six decays of a tenth cost 75N tokens, six runs from scratch 210N.
-# The law predicts the loss of a larger model far better than it determines its constants: alpha and
-# beta can be traded against each other (and against L_0) at little cost in the fit, and the best D
-# / N depends on their difference. So our best estimate lies between Hoffmann et al.'s law and the
-# paper's, and ninety runs leave its interval too wide to exclude either of them, or to say that the
-# share of data grows with compute. That is why two checks do not hold. Whoever fits five constants
-# to one small range should look at the intervals before the estimates.
+# By the law the data's term is the larger one for every size here: 1.2 to 0.8 nats per byte against
+# 0.7 for the smallest model, 0.5 to 0.3 against 0.2 for the largest.
+#
+# The law predicts well. Fitted without the largest size it misses that size by at most 1.0 %, and
+# fitted to all it is 1.7 % too high for a run of five times the compute. That is no noise: the two
+# seeds of this run agree to 0.01 %, and nearly all resampled fits are too high. The third panel has
+# a hint: at N = 106,416 the misses rise from -1 to +1 % with the tokens. So the form of the law is
+# not quite that of the runs.
+#
+# Its constants are less certain than its predictions. alpha and beta can be traded against each
+# other and against L_0 at little cost in the fit, and the best D / N depends on their difference.
+# At 1e12 to 1e14 FLOPs it is 14 to 30 tokens per parameter, twice to three times that of Hoffmann
+# et al. and close to the paper's. At the paper's 1e21 the interval is 52 to 1,800. And resampling
+# does not see one choice, that of the sizes: without the smallest size alpha is 0.25 and beta 0.38,
+# and eta changes its sign (exercise 2). So the last check holds for these five sizes, and says
+# little about any others. Whoever fits five constants to one small range should look at the
+# intervals before the estimates, and at other choices of the data before the intervals.
 #
 # At full scale the paper's law gives MiniCPM-2.4B some 230 tokens per parameter, 0.56T. It had
 # 1.1T: the law weighs the cost of training alone, and a smaller model is cheaper to serve. Our
@@ -423,17 +453,19 @@ def print_law(results, settings):
 # than the paper's). The method does: fit, predict a larger model, then train it and see.
 #
 # Exercises
-# 1. `DECAY_SHARE`: 0.2. Which constant of the law moves, and does D / N?
-# 2. `fit_constants`: let every run count by its relative error (divide terms by loss[:, None], and
-#    fit to ones). Is the held-out model predicted better?
-# 3. `--widths=16,32,48,64`: how far ahead does the law predict now? Then `--held_out_ratio=30`,
-#    which takes 23 minutes of one core: predict first.
+# 1. `curve_fit(...)` in fit: add sigma=loss, so that every run counts by its relative error. Is the
+#    held-out run predicted better?
+# 2. `without_largest`: leave out the smallest size instead (min for max). Print the law that it
+#    returns: what are eta and the best D / N, and is the held-out run predicted better or worse?
+# 3. `DECAY_SHARE`: 0.2. Which constant of the law moves, and does D / N? (Four sizes and one seed
+#    will do: --widths=16,32,48,64 --seeds=1 --held_out_compute=1.)
 
 @exits_cleanly
 def main(argv):
-    quick = dict(widths=(16, 32, 48), ratios=(0.2, 0.3, 0.4), held_out_width=64, held_out_ratio=0.1,
-                 eval_tokens=4096, resamples=10, seeds=(0,), budgets=(1e10,))
-    print_law(*runs.main("scaling_law", argv, Settings, quick, __doc__, experiment, draw, checks))
+    quick = dict(widths=(16, 32, 48), ratios=(0.2, 0.3, 0.4), seeds=(1,), held_out_width=64,
+                 held_out_compute=0.8, held_out_seeds=1, eval_tokens=4096, resamples=10)
+    print_law(*runs.main("scaling_law", argv, Settings, quick, __doc__, experiment, draw, checks,
+                         slide))
 
 
 if __name__ == "__main__":

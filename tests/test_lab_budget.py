@@ -1,5 +1,6 @@
 """labs/budget.py: what a run costs, what the strategies see, the score, and the recorded leaderboard."""
 import json
+import re
 
 import numpy as np
 import pytest
@@ -32,6 +33,12 @@ def world(monkeypatch):
         return [law_of_world(**job) for job in jobs]
     monkeypatch.setattr(runs, "collect", collect)
     return asked
+
+
+def raising(error):
+    def function(*_):
+        raise error
+    return function
 
 
 def game(**more):
@@ -146,6 +153,20 @@ def test_your_own_strategy_is_scored_beside_the_committed_ones(tmp_path, monkeyp
     assert (tmp_path / "budget_ownTrue.png").stat().st_size > 10_000 and "     mine.py: score " in capsys.readouterr().out
     mine.write_text("def strategie(game):\n    pass\n")
     assert "has no function strategy(game)" in error_of(lab, [f"--strategy={mine}"], capsys)
+
+
+def test_without_the_target_a_strategy_predicts_and_gets_no_score(world, tmp_path, monkeypatch, capsys):
+    """So that a class hands in its predictions first."""
+    monkeypatch.setattr(runs, "path", lambda name, kind, config: tmp_path / f"{name}.{'png' if kind == 'figures' else 'jsonl'}")
+    monkeypatch.setattr(runs, "prepare", lambda config: None)
+    monkeypatch.setattr(lab, "run_target", raising(BadInput("lacks 3 of 3 results")))
+    mine = tmp_path / "mine.py"
+    mine.write_text("def strategy(game):\n    return game.run(64, [344])[0], (0.5, 1.5)\n")
+    lab.main([f"--strategy={mine}", "--plays=2"])
+    said = capsys.readouterr().out
+    assert len(re.findall(r"^ +mine.py: \d\.\d{3}, interval 0.500 to 1.500, for 20% of the budget$", said, re.M)) == 2
+    assert "score" not in said and not list(tmp_path.glob("*.png"))
+    assert "lacks 3 of 3 results" in error_of(lab, ["--plays=2"], capsys)
 
 
 def test_the_committed_leaderboard_is_what_the_strategies_say_of_the_recorded_runs():

@@ -170,6 +170,31 @@ def test_the_coordinate_check_runs_quickly_and_tells_a_rule_that_is_off(tmp_path
     assert "--widht: unknown option" in error_of(mup_coordinates, ["--widht=64"], capsys)
 
 
+@pytest.mark.parametrize("lab, option, said", [
+    ("wsd_vs_cosine", "every=0", "--every=0: must be at least 1"),
+    ("continue_training", "more=5", "--more=(5,): must be at least 10"),
+    ("lr_transfer", "widths=32", "--search_widths=(32, 128): give two of --widths=(32,)"),
+    ("lr_transfer", "search_widths=32,96", "--search_widths=(32, 96): give two of --widths=(32, 64, 128, 256)"),
+    ("preferences", "sft_coef=0", "--sft_coef=0.0: must be above 0"),
+])
+def test_settings_with_which_a_lab_cannot_end_are_refused_before_it_runs(lab, option, said, monkeypatch, capsys):
+    monkeypatch.setattr(runs, "collect", lambda *a: pytest.fail("runs"))
+    assert said in error_of(importlib.import_module(f"labs.{lab}"), [f"--{option}"], capsys)
+
+
+def test_only_the_default_settings_draw_over_the_committed_figures(tmp_path, monkeypatch):
+    real = runs.path
+    monkeypatch.setattr(runs, "path", lambda lab, kind, config: real(lab, kind, config) if kind == "results" else tmp_path / f"{lab} {config.quick}.png")
+    monkeypatch.setattr(mup_coordinates, "draw", lambda *a: runs.figure(1, 1, "")[0])
+    monkeypatch.setattr(mup_coordinates, "slide", lambda *a: "")
+    for options, names in ((["--seeds=0"], {"mup_coordinates_own True.png", "mup_coordinates_own_slide True.png"}),
+                           ([], {"mup_coordinates False.png", "mup_coordinates_slide False.png"})):
+        mup_coordinates.main(["--draw=True", *options])
+        assert {file.name for file in tmp_path.iterdir()} == names
+        for file in tmp_path.iterdir():
+            file.unlink()
+
+
 # ---- the course
 
 @pytest.fixture(scope="module")
