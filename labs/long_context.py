@@ -132,12 +132,12 @@ def experiment(settings, config):
     fixed = {name: value for name, value in vars(settings).items() if name != "seeds"}
     stays = [dict(seed=seed, **fixed) for seed in settings.seeds]
     extensions = [dict(variant=variant, **job) for variant in VARIANTS for job in stays]
-    if not config.draw and runs.missing_jobs("long_context", stay, stays, config):
+    if not config.draw and any(runs.missing_jobs("long_context", work, jobs, config)
+                               for work, jobs in ((stay, stays), (extend, extensions))):
         prepare(settings.data_dir)      # parallel jobs would otherwise do it at the same time
     stayed = runs.collect("long_context", stay, stays, config)
     if not config.draw and runs.missing_jobs("long_context", extend, extensions, config):
-        prepare(settings.data_dir)
-        for seed in settings.seeds:
+        for seed in settings.seeds:     # stay has done it, unless its results were there already
             train_base(seed, settings.code_steps, settings.short_steps, settings.data_dir)
     extended = runs.collect("long_context", extend, extensions, config)
     by_variant = runs.group(extensions, extended, "variant")

@@ -228,11 +228,12 @@ def test_the_checks_of_the_code_are_those_that_were_set_beforehand(recorded):
 
 
 def test_a_check_that_was_changed_or_withdrawn_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(runs, "ROOT", tmp_path)
+    assert runs.register("one") == {}                                    # a student's copy without the page
     (tmp_path / "labs").mkdir()
     (tmp_path / "labs" / "PREREGISTER.md").write_text(
         "# Title\n\n## one\n\n| check | set | since then |\n|---|---|---|\n| a | 2026-11-30 | - |\n"
         "| b | 2026-11-30 | changed after seeing: was c, 5 |\n\n## other\n\n| check | set | since then |\n|---|---|---|\n| d | 2026-11-30 | - |\n")
-    monkeypatch.setattr(runs, "ROOT", tmp_path)
     assert runs.register("one") == {"a": ("2026-11-30", "-"), "b": ("2026-11-30", "changed after seeing: was c, 5")}
     said = [runs.verdict(runs.Check(claim, "", holds), runs.register("one")) for claim, holds in (("a", True), ("a", False), ("b", True))]
     assert said == ["holds", "does not hold", "changed after seeing, holds"]
