@@ -86,3 +86,16 @@ quiet = False
         return tmp_path / out
     run.config, run.tmp_path = config, tmp_path
     return run
+
+
+@pytest.fixture
+def in_process(monkeypatch):
+    """tools.bench measures without new processes; the list of the argv that it was given."""
+    from tools import bench
+    calls = []
+
+    def measure_in_process(argv):
+        calls.append(argv)
+        return bench.measure(*bench.read_options([*argv, "--json=True"]))
+    monkeypatch.setattr(bench, "measure_in_process", measure_in_process)
+    return calls

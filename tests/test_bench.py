@@ -56,18 +56,6 @@ def json_of(capsys, *argv):
     return json.loads(capsys.readouterr().out.splitlines()[-1])
 
 
-@pytest.fixture
-def in_process(monkeypatch, capsys):
-    """measure_in_process without a new process; the list of the argv that it was given."""
-    calls = []
-
-    def measure_in_process(argv):
-        calls.append(argv)
-        return bench.measure(*bench.read_options([*argv, "--json=True"]))
-    monkeypatch.setattr(bench, "measure_in_process", measure_in_process)
-    return calls
-
-
 def test_numbers_of_a_step_agree_with_each_other(capsys):
     found = json_of(capsys, "--peak_flops=1e9", "--micro_batch_size=2", "--updates=5")
     shape = MiniCPMConfig(vocab_size=64, n_layer=1, n_head=1, n_embd=16, n_ff=32)

@@ -49,7 +49,7 @@ def test_a_given_checkpoint_is_identified_by_its_weights(place):
 
 
 def test_fresh_pairs_are_new_and_a_share_of_their_labels_is_wrong(place):
-    runs.prepare(runs.LabConfig(), data="pytorch", decay_data="instruct", tokenizer="bpe4096")
+    runs.prepare(runs.LabConfig(), data="instruct", tokenizer="bytes")
     fresh = metrics.read_jsonl(preferences.fresh_pairs(200))
     prompts = {pair["prompt"] for pair in fresh}
     known = [line["messages"][0]["content"] for name in ("train", "test") for line in metrics.read_jsonl(preferences.TRAIN.with_name(f"{name}.jsonl"))]

@@ -101,14 +101,20 @@ VARIANTS = {"tied": [], "untied": ["--tie_word_embeddings=False"],
             "experts": ["--num_experts=4", "--router_z_coef=0.001", "--micro_batch_size=2"]}
 
 
-def test_two_processes_are_one(place):
+PAIRS = {f"2-{name}": (name, more) for name, more in VARIANTS.items()} | {
+    "2-replicate": ("tied", ["--replicate=2"]), "2-accumulate": ("tied", ["--micro_batch_size=1", "--recompute=2"]), "2-async": ("tied", ["--async_save=True"]),
+    "2-knobs": ("tied", ["--micro_batch_size=1", "--recompute=1", "--sync_micro_steps=True", "--reshard_after_forward=False"])}
+
+
+@pytest.fixture(scope="module")
+def pairs(place):
+    """The runs of two processes, all in one group: a group takes seconds to start."""
+    together(place, 2, options(place, "2-bfloat16", "--dtype=bfloat16"), *[options(place, name, *more) for name, (_, more) in PAIRS.items()])
+
+
+def test_two_processes_are_one(place, pairs):
     expected = {name: alone(place, f"1-{name}", *more) for name, more in VARIANTS.items()}
-    runs = {f"2-{name}": (name, more) for name, more in VARIANTS.items()}
-    runs |= {"2-replicate": ("tied", ["--replicate=2"]), "2-accumulate": ("tied", ["--micro_batch_size=1", "--recompute=2"]),
-             "2-sync": ("tied", ["--micro_batch_size=1", "--sync_micro_steps=True", "--reshard_after_forward=False"]),
-             "2-async": ("tied", ["--async_save=True"])}
-    together(place, 2, options(place, "2-bfloat16", "--dtype=bfloat16"), *[options(place, name, *more) for name, (_, more) in runs.items()])
-    for name, (variant, _) in runs.items():
+    for name, (variant, _) in PAIRS.items():
         assert close(losses(place, name), expected[variant]), name
     # What is no loss of tokens is averaged over ranks and micro-steps; a rank's micro-batch of 2 is half of the one process's share.
     for name in ("balance_loss", "z_loss", "router_entropy", "expert_load"):
@@ -180,13 +186,11 @@ train.main(sys.argv[1:])
     assert close(losses(place, "unequal"), alone(place, "1-unequal"))
 
 
-def test_a_run_goes_on_with_fewer_processes_and_other_knobs(place):
+def test_a_run_goes_on_with_fewer_processes_and_other_knobs(place, pairs):
     """The micro-batch is chosen again if what decides it has changed, and else kept."""
     straight = alone(place, "1-knobs", "--micro_batch_size=8")
-    together(place, 2, options(place, "2-knobs", "--micro_batch_size=1", "--recompute=1", "--sync_micro_steps=True",
-                               "--reshard_after_forward=False"), options(place, "2-chosen"))
-    assert micro(place, "2-knobs") == 1 and micro(place, "2-chosen") == 4
-    for name in ("2-knobs", "2-chosen"):
+    assert micro(place, "2-knobs") == 1 and micro(place, "2-tied") == 4
+    for name in ("2-knobs", "2-tied"):
         cut_short(place, name, f"{name}-1")
         assert close(alone(place, f"{name}-1"), straight)
         assert micro(place, f"{name}-1") == 8
@@ -514,8 +518,10 @@ BROKEN = {   # how rank 1 fails, and what it says then
 }
 
 
-@pytest.mark.parametrize("where, more", [
-    pytest.param("forward", (), marks=pytest.mark.slow), ("backward", ()), ("saving", ()), pytest.param("saving", ("--async_save=True",), marks=pytest.mark.slow)])
+RARE = [("forward", ()), ("backward", ()), ("saving", ("--async_save=True",))]
+
+
+@pytest.mark.parametrize("where, more", [("saving", ()), *(pytest.param(*case, marks=pytest.mark.slow) for case in RARE)])
 def test_an_error_on_one_rank_ends_all_and_names_it(place, where, more):
     """A rank that raises must not wait for its peers, nor they for it: they may be inside a collective, or wait for its files."""
     statement, message = BROKEN[where]

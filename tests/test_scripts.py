@@ -158,7 +158,7 @@ def already_run():
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if any(map(is_run, commands(page, "python")))])
-def test_the_commands_of_a_page_run(page, laptop, own_files, already_run, monkeypatch, capsys):
+def test_the_commands_of_a_page_run(page, laptop, own_files, already_run, in_process, monkeypatch, capsys):
     """In the order in which they stand there, each a few steps long, in this process."""
     root = laptop[0]
     monkeypatch.chdir(root)
