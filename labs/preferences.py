@@ -48,6 +48,8 @@ QUESTIONS, HELD_OUT_PAIRS, TRAIN = (
 LONG_ANSWER = "The answer"      # how the form that is not preferred begins
 COMMON = dict(compile=False, eval_interval=0, save_interval=0)
 PAPER_TAX = 52.33 - 51.60       # points; mean of the benchmarks in tables 3 and 4
+ALONE = "SFT term alone"        # the control: with this beta the preferences have no weight left
+BETA_ALONE = 1e-6
 
 
 @dataclass
@@ -211,7 +213,7 @@ def experiment(settings, config):
     """Return (before, after).
 
     before    result of tuned
-    after     {arm: {beta: [result of aligned for each seed]}}
+    after     {arm: {beta: [result of aligned for each seed]}}; the last arm is ALONE
     """
     runs.prepare(config, data="pytorch", decay_data="instruct", tokenizer="bpe4096")
     if settings.ckpt:
@@ -220,17 +222,18 @@ def experiment(settings, config):
         start = {name: getattr(settings, name) for name in ("trunk_steps", "sft_steps", "width")}
     common = dict(start=start, questions=settings.questions)
     (before,) = runs.collect("preferences", tuned, [common], config)
+    places = {arm: [(wrong, sft_coef, beta) for beta in settings.betas]
+              for arm, (wrong, sft_coef) in settings.arms.items()}
+    places[ALONE] = [(settings.wrong, settings.sft_coef, BETA_ALONE)]
     jobs = [dict(beta=beta, wrong=wrong, sft_coef=sft_coef, seed=seed, pairs=settings.pairs,
                  batch_size=settings.batch_size, learning_rate=settings.learning_rate, **common)
-            for wrong, sft_coef in settings.arms.values()
-            for beta in settings.betas for seed in settings.seeds]
+            for wrong, sft_coef, beta in sum(places.values(), []) for seed in settings.seeds]
     if not config.draw and runs.missing_jobs("preferences", aligned, jobs, config):
         start_folder(start)     # parallel jobs would otherwise make both at the same time
         fresh_pairs(settings.pairs)
     results = runs.collect("preferences", aligned, jobs, config)
     found = runs.group(jobs, results, "wrong", "sft_coef", "beta")
-    after = {arm: {beta: found[*of_arm, beta] for beta in settings.betas}
-             for arm, of_arm in settings.arms.items()}
+    after = {arm: {place[-1]: found[place] for place in of_arm} for arm, of_arm in places.items()}
     return before, after
 
 
@@ -294,6 +297,10 @@ def draw(results, settings):
         for name, fill in (("chosen", "full"), ("rejected", "none")):
             nats = values(after, arm, f"{name}_reward") / settings.betas
             runs.curve(gains, settings.betas, nats, style, label=f"{name}, {arm}", fillstyle=fill)
+    kl, exact, share = (values(after, ALONE, name).mean() for name in ("kl", "exact", "short"))
+    control = {**runs.STYLES[3], "linestyle": "none", "label": ALONE}
+    taxes.plot(kl, 100 * exact, **control)
+    short.plot(settings.betas[0], share, **control)
     taxes.axhline(100 * before["exact"], color="0.4", label="before")
     taxes.axhline(100 * before["exact"] - PAPER_TAX, color="0.4", linestyle=":",
                   label="paper's tax")
@@ -319,8 +326,8 @@ SURE, CLOSE, POINTS, TAX = 80, 20, 10, 3        # thresholds: %, %, points, poin
 
 def checks(results, settings):
     before, after = results
-    noisy, with_sft, clean = after
-    accuracy = 100 * np.array([values(after, arm, "accuracy").mean(0) for arm in after])
+    noisy, with_sft, clean = settings.arms
+    accuracy = 100 * np.array([values(after, arm, "accuracy").mean(0) for arm in settings.arms])
     margins, kl, exact, short = (values(after, noisy, name)             # (seeds, betas) each
                                  for name in ("margin", "kl", "exact", "short"))
     grown, sft_exact = values(after, clean, "margin"), values(after, with_sft, "exact")
@@ -328,6 +335,8 @@ def checks(results, settings):
     misses = 100 * np.abs(short.mean(0) - best["short"])
     lost, saved = 100 * (exact[:, -1] - exact[:, 0]), 100 * (sft_exact[:, 0] - exact[:, 0])
     tax = 100 * (before["exact"] - sft_exact.mean(0))
+    beside = 100 * (values(after, ALONE, "exact")[:, 0] - sft_exact[:, 0])
+    copied, labels = 100 * values(after, ALONE, "short")[:, 0], 100 * (1 - settings.wrong)
     return [
         Check(f"on {SURE} % of the held-out pairs or more the preferred answer gains more than the "
               "other, for every beta", f"in at least {accuracy.min():.1f} %",
@@ -354,6 +363,14 @@ def checks(results, settings):
         Check(f"with SFT term x {settings.sft_coef:g} the alignment tax is {TAX} points at most",
               f"{tax.min():+.1f} to {tax.max():+.1f} points of {100 * before['exact']:.1f} %",
               tax.max() <= TAX, paper=f"{PAPER_TAX:+.1f} points of 52.3 %"),
+        Check("beside the SFT term, preferences at the smallest beta cost right answers: fewer "
+              "than with the SFT term alone, for every seed",
+              f"{runs.mean_and_range(beside)} points fewer", (beside > 0).all(),
+              runs.p_value(beside)),
+        Check(f"the SFT term alone brings the share of short answers within {POINTS} points of the "
+              "share of right labels",
+              f"{runs.mean_and_range(copied, '.0f')} %, {labels:.0f} % of the labels are right",
+              abs(copied.mean() - labels) <= POINTS),
     ]
 
 

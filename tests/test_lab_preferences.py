@@ -30,9 +30,9 @@ def test_the_quick_run_draws_and_reuses_its_results(place, monkeypatch, capsys):
     preferences.main(["--quick=True", "--workers=1"])
     results, said = (place / "preferences.jsonl").read_text(), capsys.readouterr().out
     lines = metrics.read_jsonl(place / "preferences.jsonl")
-    assert len(lines) == 1 + 3 * 2 and (place / "preferences.png").stat().st_size > 10_000 and (place / "preferences_slide.png").exists()
+    assert len(lines) == 1 + 3 * 2 + 1 and (place / "preferences.png").stat().st_size > 10_000 and (place / "preferences_slide.png").exists()
     assert all(line["result"]["kl"] > 0 and "short" in line["result"] for line in lines[1:])
-    assert said.count(" | ") == 8 and str(place) not in results
+    assert said.count(" | ") == 10 and str(place) not in results
     preferences.main(["--quick=True", "--workers=1"])                   # nothing is run again
     assert (place / "preferences.jsonl").read_text() == results
 
@@ -74,9 +74,14 @@ def test_the_optimum_of_flipped_labels():
 
 
 BEFORE = {"exact": 0.62, "short": 0.5}
-GOOD = {"accuracy": 1.0, "kl": lambda arm, beta: 1 / beta, "short": lambda arm, beta: float(preferences.optimum(SETTINGS, BEFORE)["short"][SETTINGS.betas.index(beta)]),
-        "margin": lambda arm, beta: 3 if arm == "all labels right" else 1.3,
-        "exact": lambda arm, beta: 0.6 if "SFT" in arm or beta == 1 else 0.5}
+
+
+def best_share(arm, beta):
+    return 0.8 if arm == preferences.ALONE else float(preferences.optimum(SETTINGS, BEFORE)["short"][SETTINGS.betas.index(beta)])
+
+
+GOOD = {"accuracy": 1.0, "kl": lambda arm, beta: 1 / beta, "short": best_share, "margin": lambda arm, beta: 3 if arm == "all labels right" else 1.3,
+        "exact": lambda arm, beta: 0.65 if arm == preferences.ALONE else 0.6 if "SFT" in arm or beta == 1 else 0.5}
 
 
 def made_up(**changes):
@@ -84,7 +89,8 @@ def made_up(**changes):
     values = {**GOOD, **changes}
     def run(arm, beta, scale):
         return {name: scale * (value(arm, beta) if callable(value) else value) for name, value in values.items()}
-    return {arm: {beta: [run(arm, beta, 1), run(arm, beta, 0.999)] for beta in SETTINGS.betas} for arm in SETTINGS.arms}
+    arms = {**dict.fromkeys(SETTINGS.arms, SETTINGS.betas), preferences.ALONE: [preferences.BETA_ALONE]}
+    return {arm: {beta: [run(arm, beta, 1), run(arm, beta, 0.999)] for beta in betas} for arm, betas in arms.items()}
 
 
 @pytest.mark.parametrize("changes, fails", [
@@ -92,10 +98,10 @@ def made_up(**changes):
     ({"accuracy": lambda arm, beta: 0.79 if beta == 1 else 1}, [0]),
     ({"margin": lambda arm, beta: 3 if arm == "all labels right" else 1.3 * beta}, [1]),
     ({"margin": 1.3}, [2]),
-    ({"short": lambda arm, beta: 1.0}, [3]),
+    ({"short": lambda arm, beta: 1.0}, [3, 9]),
     ({"kl": lambda arm, beta: beta}, [4]),
-    ({"exact": lambda arm, beta: 0.6 if "SFT" in arm or beta < 1 else 0.5}, [5, 6]),
-    ({"exact": 0.5}, [5, 6, 7]),
+    ({"exact": lambda arm, beta: 0.6 if "SFT" in arm or beta < 1 else 0.5}, [5, 6, 8]),
+    ({"exact": 0.5}, [5, 6, 7, 8]),
 ])
 def test_checks_fail_when_they_should(changes, fails):
     checks = preferences.checks((BEFORE, made_up(**changes)), SETTINGS)
@@ -104,6 +110,6 @@ def test_checks_fail_when_they_should(changes, fails):
 
 def test_a_diverged_run_fails_its_checks():
     after = made_up()
-    for arm in after:
-        after[arm][0.1] = [None, after[arm][0.1][0]]
+    for found in after.values():
+        found[min(found)] = [None, found[min(found)][0]]
     assert not any(check.holds for check in preferences.checks((BEFORE, after), SETTINGS))
