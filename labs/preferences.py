@@ -10,8 +10,9 @@ Write down  before you run it: both answers of each pair are correct, and the sh
             ("7", not "The answer is 7."), but a fifth of the pairs is labelled the wrong way round.
             The loss is then lowest at one margin, the same for every beta: which one? How many of
             the model's answers are short after training with beta 0.1, and with 3? Which beta costs
-            more right answers? What does an SFT term on the preferred answers change?
-Command     python -m labs.preferences      about 20 minutes on two cores; --quick=True: a few
+            more right answers? What does an SFT term on the preferred answers change, and how many
+            answers are short after training with that term alone?
+Command     python -m labs.preferences      about 22 minutes on two cores; --quick=True: a few
                                             seconds, to see that it works
             python -m labs.preferences --ckpt=PATH      the same from your own SFT run; results are
                                             stored under the hash of its weights
@@ -400,20 +401,25 @@ def listed(measured):
 # small beta it takes a large one. The share of short answers follows this rule at every beta. But a
 # change of the form alone would cost less than 0.8 nats of KL divergence. What is measured on top
 # is drift that no label asks for: 2.8 nats at beta 0.1, 0.7 at 0.3, 0.2 at 1 and 0.1 at 3. At beta
-# 0.1 almost a quarter of the right answers is lost as well. With the SFT term neither happens, but
-# the term does two more things. It trains on right answers to 3,200 new questions, so it is further
-# SFT: the model ends 0 to 1.5 points above its start. And it weakens the preference: at beta 0.1
-# the margin ends at 0.52 nats instead of 1.24. A run with the SFT term alone would tell these
-# apart; there is none here. If no label is wrong, only the end of training stops the margin, and at
-# beta 0.1 most right answers are lost. At the paper's scale DPO runs for one epoch at a learning
-# rate of 1e-5.
+# 0.1 almost a quarter of the right answers is lost as well. If no label is wrong, only the end of
+# training stops the margin, and at beta 0.1 most right answers are lost. At the paper's scale DPO
+# runs for one epoch at a learning rate of 1e-5.
+#
+# With the SFT term there is hardly any drift and no right answer is lost. The control shows why:
+# the term alone, without preferences, trains on right answers to 3,200 new questions and ends 1.9
+# points above its start. Preferences beside it take 0.5 points of that, less than the seeds differ.
+# The term alone also makes 92 % of the answers short, although only 80 % of the answers it sees
+# are: it is a mean over the tokens of an answer, so the first token, which decides the form, counts
+# more in a short answer (copied_share). So at beta 0.1 the SFT term outweighs the pairs. Most of
+# the change of form is what the term alone gives, and the margin ends at 0.52 nats instead of 1.24.
+# What looks like protection is more SFT and a weaker preference.
 #
 # The learning rate was chosen in a pilot with another seed by the margin, which a check asks about
 # too: at 1e-4 beta 0.1 did not reach ln 4 (0.92 nats). At 3e-4 beta 3 went past it (2.06 nats), but
 # so it does at 2e-4 (2.04).
 #
-# Two checks do not hold. For beta 1 and 3 the margin ends above ln 4. One reason is that the margin
-# differs from pair to pair: the more it does, the higher the mean margin must be for a mean
+# Two other checks do not hold. For beta 1 and 3 the margin ends above ln 4. One reason is that the
+# margin differs from pair to pair: the more it does, the higher the mean margin must be for a mean
 # probability of 0.8. The accuracy at beta 3 suggests a spread of 1.3 nats, which explains about
 # half of the excess. And with one of three seeds the model moved less far at beta 0.1 than at 0.3.
 # At both, nearly all answers are short, so the difference is drift. It depends on the order of the
