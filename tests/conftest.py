@@ -68,7 +68,8 @@ def data_dir(tmp_path_factory):
 
 @pytest.fixture
 def train_tiny(data_dir, tmp_path):
-    """train_tiny(out, *options) trains a tiny model in this process and returns the run's folder."""
+    """train_tiny(out, *options) trains a tiny model in this process and returns the run's folder.
+    """
     from test_golden import TINY
 
     from train import main
@@ -99,3 +100,19 @@ def in_process(monkeypatch):
         return bench.measure(*bench.read_options([*argv, "--json=True"]))
     monkeypatch.setattr(bench, "measure_in_process", measure_in_process)
     return calls
+
+
+@pytest.fixture
+def lab_files(tmp_path, monkeypatch):
+    """tmp_path, to which everything goes that a lab writes."""
+    from labs import runs
+    plain = runs.folder
+
+    def path(lab, kind, config):
+        return tmp_path / f"{lab}.{'png' if kind == 'figures' else 'jsonl'}"
+
+    def folder(lab, job):
+        return str(tmp_path / Path(plain(lab, job)).name)
+    monkeypatch.setattr(runs, "path", path)
+    monkeypatch.setattr(runs, "folder", folder)
+    return tmp_path

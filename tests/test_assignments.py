@@ -1,4 +1,5 @@
-"""The assignments: their tests accept the solutions, reject the stubs and typical mistakes; the syllabus names what exists."""
+"""The assignments: their tests accept the solutions, reject the stubs and typical mistakes; the
+syllabus names what exists."""
 import configparser
 import importlib
 import inspect
@@ -44,7 +45,8 @@ def failures(name, answers):
 
 def with_mistake(**functions):
     """The solutions, with some functions replaced."""
-    return SimpleNamespace(**{name: getattr(solutions, name) for name in solutions.__all__} | dict(fit=fit_once) | functions)
+    return SimpleNamespace(**{name: getattr(solutions, name) for name in solutions.__all__}
+                           | dict(fit=fit_once) | functions)
 
 
 def fit_once(n, d, loss, known={}):
@@ -60,7 +62,8 @@ def run_pytest(capsys, *options):
     capsys.readouterr()
     for name in ASSIGNMENTS:                # which file it is depends on the folder of the adapters
         sys.modules.pop(name, None)
-    code = pytest.main([str(ROOT / "labs" / "assignments"), f"--rootdir={ROOT}", "-n0", "-p", "no:cacheprovider", *options])
+    code = pytest.main([str(ROOT / "labs" / "assignments"), f"--rootdir={ROOT}", "-n0", "-p",
+                        "no:cacheprovider", *options])
     return code, capsys.readouterr().out
 
 
@@ -73,7 +76,8 @@ def test_the_solution_passes(name):
 
 def test_bare_stubs_fail_every_test_and_say_what_is_to_be_written(capsys):
     code, said = run_pytest(capsys)
-    assert code == 1 and re.findall(r"^(\w+) +0 of 5$", said, re.M) == sorted(ASSIGNMENTS) and "total         0 of 35" in said
+    assert code == 1 and re.findall(r"^(\w+) +0 of 5$", said, re.M) == sorted(ASSIGNMENTS)
+    assert "total         0 of 35" in said
     for i, (name, functions) in enumerate(ASSIGNMENTS.items(), 1):
         for function in functions:
             assert f"E   NotImplementedError: assignment {i}: write {function}" in said, function
@@ -81,11 +85,16 @@ def test_bare_stubs_fail_every_test_and_say_what_is_to_be_written(capsys):
 
 def test_code_may_lie_anywhere_and_a_wrong_answer_costs_its_own_points(tmp_path, capsys):
     """An adapter file in a student's folder, which imports from there."""
-    (tmp_path / "my_muP_code.py").write_text("def table(width, layers, *rest):\n    return {'embedding': (0.1, 0.01, 11)}\n")
-    text = (ROOT / "labs" / "assignments" / "adapters.py").read_text(encoding="utf-8").replace("    from ", "    from labs.solutions.")
-    (tmp_path / "adapters.py").write_text(text.replace("from labs.solutions.mup_table import mup_table", "from my_muP_code import table as mup_table"))
+    (tmp_path / "my_muP_code.py").write_text("def table(width, layers, *rest):\n    "
+                                             "return {'embedding': (0.1, 0.01, 11)}\n")
+    text = (ROOT / "labs" / "assignments" / "adapters.py").read_text(
+        encoding="utf-8").replace("    from ", "    from labs.solutions.")
+    text = text.replace("from labs.solutions.mup_table import mup_table",
+                        "from my_muP_code import table as mup_table")
+    (tmp_path / "adapters.py").write_text(text)
     code, said = run_pytest(capsys, f"--adapters={tmp_path / 'adapters.py'}", "--tb=no", "-rN")
-    assert re.search(r"^mup_table +0 of 5$", said, re.M) and len(re.findall(" 5 of 5$", said, re.M)) == 6, said
+    assert re.search(r"^mup_table +0 of 5$", said,
+                     re.M) and len(re.findall(" 5 of 5$", said, re.M)) == 6, said
     assert code == 1 and "total        30 of 35" in said and "FAILED" not in said
     code, said = run_pytest(capsys, "--adapters=nowhere.py")
     assert code == pytest.ExitCode.USAGE_ERROR
@@ -104,20 +113,27 @@ def test_the_default_suite_does_not_collect_the_students_tests():
     settings = configparser.ConfigParser()
     settings.read(ROOT / "pytest.ini")
     assert settings["pytest"]["testpaths"] == "tests"
-    assert len(list((ROOT / "labs" / "assignments" / "tests").glob("test_*.py"))) == len(ASSIGNMENTS)
+    tests = ROOT / "labs" / "assignments" / "tests"
+    assert len(list(tests.glob("test_*.py"))) == len(ASSIGNMENTS)
 
 
 @pytest.mark.parametrize("name", ASSIGNMENTS)
 def test_a_stub_is_a_problem_with_all_its_parts(name):
-    stub, solution = (importlib.import_module(f"labs.{folder}.{name}") for folder in ("assignments", "solutions"))
+    stub, solution = (importlib.import_module(f"labs.{folder}.{name}")
+                      for folder in ("assignments", "solutions"))
     number = list(ASSIGNMENTS).index(name) + 1
-    assert re.match(rf"Assignment {number}: .*\((?:paper )?section|Assignment {number}: .* \(paper", stub.__doc__)
+    assert re.match(rf"Assignment {number}: .*\((?:paper )?section|Assignment {number}: .* \(paper",
+                    stub.__doc__)
     assert solution.__doc__.startswith(f"Solution {number}: ")
-    parts = [stub.__doc__.index(f"\n{part}") for part in ("Question", "Formula", "Shapes,", "units", "Given", "Passes", "Think       1. ", "            2. ", "            3. ")]
-    assert parts == sorted(parts) and all(f"{i}. " in solution.__doc__.split("\nThink ")[1] for i in (1, 2, 3))
+    parts = [stub.__doc__.index(f"\n{part}")
+             for part in ("Question", "Formula", "Shapes,", "units", "Given", "Passes",
+                          "Think       1. ", "            2. ", "            3. ")]
+    assert parts == sorted(parts)
+    assert all(f"{i}. " in solution.__doc__.split("\nThink ")[1] for i in (1, 2, 3))
     for function in ASSIGNMENTS[name]:
         signature = inspect.signature(getattr(stub, function))
-        assert signature == inspect.signature(getattr(solution, function)) == inspect.signature(getattr(stubs, function))
+        assert signature == inspect.signature(
+            getattr(solution, function)) == inspect.signature(getattr(stubs, function))
         assert getattr(stub, function).__doc__
 
 
@@ -129,11 +145,14 @@ def test_what_the_solutions_say_about_the_think_questions():
         assert round(d / n) == ratio
     undecided, sure = [.2502, .2501, .2499, .2498], [1e-6, 1e-6, .5, .5 - 2e-6]
     logits = torch.tensor([undecided] * 3 + [sure]).log()
-    assert float(solutions.balance_loss(logits, solutions.top2(logits)[1])) == pytest.approx(0.875, abs=1e-3)
+    assert float(
+        solutions.balance_loss(logits, solutions.top2(logits)[1])) == pytest.approx(0.875, abs=1e-3)
     assert round((1_000_000 / 10_000) ** (62 / 64)) == 87
-    assert 1 - 2 ** (-1 / 6.24) == pytest.approx(0.105, abs=5e-4) and np.log(4) / 0.1 == pytest.approx(13.9, abs=0.05)
+    assert 1 - 2 ** (-1 / 6.24) == pytest.approx(0.105, abs=5e-4)
+    assert np.log(4) / 0.1 == pytest.approx(13.9, abs=0.05)
     config = MiniCPMConfig(num_experts=8)
-    assert config.n_params_active / MiniCPMConfig().n_params_non_embedding == pytest.approx(1.65, abs=5e-3)
+    assert config.n_params_active / MiniCPMConfig().n_params_non_embedding == pytest.approx(
+        1.65, abs=5e-3)
 
 
 # ---- typical mistakes
@@ -143,7 +162,8 @@ def mup(std=0.5, lr=1, residual=1, head=1, embedding=0, ignore_base=False):
     def table(width, layers, base=256, init_std=0.1, lr0=0.01, scale_emb=12.0, scale_depth=1.4):
         m = width / (256 if ignore_base else base)
         return {"embedding": (init_std / m ** embedding, lr0, scale_emb),
-                "matrix": (init_std / m ** std, lr0 / m ** lr, scale_depth / (residual * layers) ** 0.5),
+                "matrix": (init_std / m ** std, lr0 / m ** lr,
+                           scale_depth / (residual * layers) ** 0.5),
                 "head": (init_std / m ** embedding, lr0, 1 / m ** head), "norm": (0.0, lr0, 1.0)}
     return dict(mup_table=table)
 
@@ -160,7 +180,8 @@ def rate(warmed=1, half=0.5, start=0, keep_floor=True, printed=False):
 
 
 def fit_without_constant(n, d, loss):
-    """E = 0: two power laws alone, log L = log A - alpha log N - beta log D would be the same mistake."""
+    """E = 0: two power laws alone, log L = log A - alpha log N - beta log D would be the same
+    mistake."""
     best = (np.inf,)
     for alpha in np.linspace(0.02, 0.6, 15):
         for beta in np.linspace(0.02, 0.6, 15):
@@ -179,7 +200,8 @@ def fit_one_exponent(n, d, loss):
         terms = np.stack([np.ones_like(n), n ** -alpha, d ** -alpha], 1)
         size = terms.mean(0)
         constants = np.linalg.lstsq(terms / size, loss, rcond=None)[0]
-        best = min(best, (((terms / size @ constants - loss) ** 2).sum(), alpha, *(constants / size)))
+        best = min(best,
+                   (((terms / size @ constants - loss) ** 2).sum(), alpha, *(constants / size)))
     _, alpha, e, a, b = best
     return e, a, alpha, b, alpha
 
@@ -187,7 +209,8 @@ def fit_one_exponent(n, d, loss):
 def split(six=6, swap=False, share=lambda a, b: b / (a + b), inverse=1):
     def best_split(law, flops):
         _, a, alpha, b, beta = law
-        n = (alpha * a / (beta * b)) ** (inverse / (alpha + beta)) * (flops / six) ** share(alpha, beta)
+        n = (alpha * a / (beta * b)) ** (
+            inverse / (alpha + beta)) * (flops / six) ** share(alpha, beta)
         return (flops / six / n, n) if swap else (n, flops / six / n)
     return dict(best_split=best_split)
 
@@ -207,7 +230,8 @@ def vertex(axis=np.log, back=np.exp, refuse=True, points=None, downwards=False):
     return dict(best_rate=best_rate, over_seeds=solutions.over_seeds)
 
 
-def spread(mean=lambda v: np.exp(np.log(v).mean()), deviation=lambda v: np.exp(np.log(v).std(ddof=1))):
+def spread(mean=lambda v: np.exp(np.log(v).mean()),
+           deviation=lambda v: np.exp(np.log(v).std(ddof=1))):
     def over_seeds(rates, losses):
         vertices = np.array([solutions.best_rate(rates, row)[0] for row in losses])
         return float(mean(vertices)), float(deviation(vertices))
@@ -246,7 +270,8 @@ def logp(shift=1, reduce=torch.sum, masked=True):
     def answer_logp(logits, tokens, is_answer):
         log_p = logits[:, :-1].log_softmax(-1) if shift else logits[:, 1:].log_softmax(-1)
         chosen = log_p.gather(-1, tokens[:, 1:, None])[..., 0]
-        return torch.stack([reduce(row[mask] if masked else row) for row, mask in zip(chosen, is_answer[:, 1:])])
+        return torch.stack([reduce(row[mask] if masked else row)
+                            for row, mask in zip(chosen, is_answer[:, 1:])])
     return dict(answer_logp=answer_logp)
 
 
@@ -289,7 +314,8 @@ def base(exponent=lambda dim: dim / (dim - 2)):
         return theta * factor ** exponent(head_dim)
 
     def dynamic_base(theta, head_dim, factor, length, max_position):
-        return theta if length <= max_position else ntk_base(theta, head_dim, factor * length / max_position - (factor - 1))
+        return theta if length <= max_position else ntk_base(
+            theta, head_dim, factor * length / max_position - (factor - 1))
     return dict(ntk_base=ntk_base, dynamic_base=dynamic_base)
 
 
@@ -321,7 +347,8 @@ MISTAKES = {
         "one exponent for both terms": dict(fit=fit_one_exponent),
         "C = N D": split(six=1),
         "N and D swapped": split(swap=True),
-        "alpha in place of beta in the exponent": split(share=lambda alpha, beta: alpha / (alpha + beta)),
+        "alpha in place of beta in the exponent": split(share=lambda alpha, beta: alpha
+                                                        / (alpha + beta)),
         "K upside down": split(inverse=-1)},
     "parabola": {
         "a parabola of the rate": vertex(axis=np.asarray, back=np.asarray),
@@ -337,7 +364,8 @@ MISTAKES = {
     "dpo_loss": {
         "the rejected answer preferred": preference(lambda p, r, beta: -right_margin(p, r, beta)),
         "no reference": preference(lambda p, r, beta: beta * (p[:, 0] - p[:, 1])),
-        "beta on the chosen answer alone": preference(lambda p, r, beta: beta * (p - r)[:, 0] - (p - r)[:, 1]),
+        "beta on the chosen answer alone": preference(lambda p, r, beta: beta * (p - r)[:, 0]
+                                                      - (p - r)[:, 1]),
         "log of the sigmoid": preference(right_margin, lambda x: x.sigmoid().log()),
         "the mean over pairs": preference(right_margin, mean=True),
         "log of the softmax": dict(answer_logp=naive_logp),
@@ -361,10 +389,13 @@ MISTAKES = {
         "counted in pairs": base(lambda dim: dim / 2 / (dim / 2 - 2) if dim > 4 else 2),
         "s = length / max_position": dynamic(lambda factor, ratio: ratio),
         "s = factor length / max_position": dynamic(lambda factor, ratio: factor * ratio),
-        "smaller than theta for short inputs": dynamic(lambda factor, ratio: max(1e-3, factor * ratio - factor + 1), below=False),
+        "smaller than theta for short inputs": dynamic(
+            lambda factor, ratio: max(1e-3, factor * ratio - factor + 1), below=False),
         "smaller than theta just below max_position": dict(dynamic_base=shrinking_base),
-        "exponents i / D": dict(frequencies=lambda theta, dim: [theta ** (-i / dim) for i in range(dim // 2)]),
-        "the slowest first": dict(frequencies=lambda theta, dim: solutions.frequencies(theta, dim)[::-1])},
+        "exponents i / D": dict(
+            frequencies=lambda theta, dim: [theta ** (-i / dim) for i in range(dim // 2)]),
+        "the slowest first": dict(
+            frequencies=lambda theta, dim: solutions.frequencies(theta, dim)[::-1])},
 }
 
 
@@ -374,7 +405,8 @@ def test_typical_mistakes_are_rejected_with_a_message_that_says_what_was_expecte
     for mistake, functions in MISTAKES[name].items():
         found = failures(name, with_mistake(**functions))
         assert found, f"{name}: {mistake} is accepted"
-        assert all(re.search(r": expected ", message) for message in found.values()), (mistake, found)
+        assert all(re.search(r": expected ", message)
+                   for message in found.values()), (mistake, found)
 
 
 # ---- the syllabus
@@ -386,27 +418,33 @@ FORMS = [*course.LABS, *({"continue_training", "budget"} - course.LABS.keys())]
 @pytest.mark.parametrize("page", [PAGE, "labs/assignments/README.md", "labs/solutions/README.md"])
 def test_what_the_pages_name_exists(page, monkeypatch):
     """Paths, links with their anchors, code and options: the test of README and docs."""
-    monkeypatch.setattr(test_scripts, "FOREIGN_OPTIONS", {*test_scripts.FOREIGN_OPTIONS, "adapters", "tb"})
+    monkeypatch.setattr(test_scripts, "FOREIGN_OPTIONS",
+                        {*test_scripts.FOREIGN_OPTIONS, "adapters", "tb"})
     test_scripts.test_every_path_name_link_and_option_exists(page)
-    assert set(re.findall(r"python -m labs\.(\w+)", test_scripts.text_of(page))) <= course.LABS.keys()
+    assert set(re.findall(r"python -m labs\.(\w+)",
+                          test_scripts.text_of(page))) <= course.LABS.keys()
     for path in re.findall(r"python -m pytest ([\w/.]+)", test_scripts.text_of(page)):
         assert (ROOT / path).exists(), path
 
 
 def test_twelve_weeks_have_readings_labs_assignments_and_hours_that_add_up():
     text = test_scripts.text_of(PAGE)
-    rows = re.findall(r"^\| (\d+) \| \[[^]]*\]\(syllabus.md#week-(\d+)[^)]*\) \|(.*)\| ([\d, ]+) \| (\d+) \|$", text, re.M)
+    rows = re.findall(r"^\| (\d+) \| \[[^]]*\]\(syllabus.md#week-(\d+)[^)]*\) "
+                      r"\|(.*)\| ([\d, ]+) \| (\d+) \|$", text, re.M)
     assert [(int(week), int(anchor)) for week, anchor, *_ in rows] == [(i, i) for i in range(1, 13)]
     assert all(sum(map(int, parts.split(", "))) == int(hours) for *_, parts, hours in rows)
     assert f"In all {sum(int(row[-1]) for row in rows)} hours" in text
     weeks = re.split(r"^## ", text, flags=re.M)
     for week in (part for part in weeks if part.startswith("Week ")):
-        assert all(f"**{part}**" in week for part in ("Read", "Mathematics", "Lab", "In class")), week[:40]
+        assert all(f"**{part}**" in week
+                   for part in ("Read", "Mathematics", "Lab", "In class")), week[:40]
         assert all(f"{i}. " in week.split("**In class**")[1] for i in (1, 2, 3, 4)), week[:40]
     table = " ".join(row[2] for row in rows)
     assert all(lab in table for lab in FORMS)
-    assert re.findall(r"(\d) \[\w+\]\(assignments/(\w+)\.py\)", table) == [
-        (str(list(ASSIGNMENTS).index(name) + 1), name) for name in sorted(ASSIGNMENTS, key=lambda name: table.index(f"/{name}.py"))]
+    assert re.findall(r"(\d) \[\w+\]\(assignments/(\w+)\.py\)",
+                      table) == [(str(list(ASSIGNMENTS).index(name) + 1), name)
+                                 for name in sorted(ASSIGNMENTS,
+                                                    key=lambda name: table.index(f"/{name}.py"))]
 
 
 def test_every_lab_has_three_questions_before_and_three_after():
@@ -424,7 +462,8 @@ def test_the_teacher_has_notes_for_every_question_and_every_class():
     assert sorted(form.split("\n")[0] for form in forms) == sorted(FORMS)
     for form in forms:
         before, after = form.split("\n**After**\n")
-        assert all(re.findall(r"^(\d)\. ", half, re.M) == ["1", "2", "3"] for half in (before, after)), form[:30]
+        assert all(re.findall(r"^(\d)\. ", half, re.M) == ["1", "2", "3"]
+                   for half in (before, after)), form[:30]
     assert not any("TODO" in form for form in forms)
     weeks = re.findall(r"^## (Week \d+: .*)$", test_scripts.text_of(PAGE), re.M)
     classes = test_scripts.text_of("labs/solutions/classes.md").split("\n## ")[1:]

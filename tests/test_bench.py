@@ -13,8 +13,8 @@ from model import MiniCPM, MiniCPMConfig, init_weights
 from tools import bench
 from train import language_loss, train
 
-TINY = ["--n_layer=1", "--n_head=1", "--n_embd=16", "--n_ff=32", "--block_size=8", "--batch_size=4", "--vocab_size=64", "--updates=2",
-        "--compile=False", "--device=cpu"]
+TINY = ["--n_layer=1", "--n_head=1", "--n_embd=16", "--n_ff=32", "--block_size=8", "--batch_size=4",
+        "--vocab_size=64", "--updates=2", "--compile=False", "--device=cpu"]
 NANOGPT = """
 from dataclasses import dataclass
 import torch
@@ -34,19 +34,22 @@ class GPT(torch.nn.Module):
         super().__init__()
         print("number of parameters: some")
         assert config.dropout == 0 and not config.bias
-        self.wte, self.head = torch.nn.Embedding(config.vocab_size, config.n_embd), torch.nn.Linear(config.n_embd, config.vocab_size)
+        self.wte = torch.nn.Embedding(config.vocab_size, config.n_embd)
+        self.head = torch.nn.Linear(config.n_embd, config.vocab_size)
 
     def forward(self, idx, targets):
         logits = self.head(self.wte(idx))
         assert (logits.dtype == torch.bfloat16) == torch.is_autocast_enabled("cpu")
-        return logits, torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
+        loss = torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
+        return logits, loss
 
     def generate(self, idx, max_new_tokens, top_k):
         assert top_k == 50
         return torch.cat((idx, idx[:, :1].expand(-1, max_new_tokens)), 1)
 
     def configure_optimizers(self, weight_decay, learning_rate, betas, device_type):
-        return torch.optim.AdamW(self.parameters(), lr=learning_rate, betas=betas, weight_decay=weight_decay)
+        return torch.optim.AdamW(self.parameters(), lr=learning_rate, betas=betas,
+                                 weight_decay=weight_decay)
 """
 
 
@@ -59,19 +62,24 @@ def json_of(capsys, *argv):
 def test_numbers_of_a_step_agree_with_each_other(capsys):
     found = json_of(capsys, "--peak_flops=1e9", "--micro_batch_size=2", "--updates=5")
     shape = MiniCPMConfig(vocab_size=64, n_layer=1, n_head=1, n_embd=16, n_ff=32)
-    assert found["tokens"] == 32 and found["micro"] == 2 and not found["compiled"] and found["n_params"] == shape.n_params
+    assert found["tokens"] == 32 and found["micro"] == 2 and not found["compiled"]
+    assert found["n_params"] == shape.n_params
     assert found["tokens_per_s"] == pytest.approx(32 / found["seconds"])
     assert found["flops_per_s"] == pytest.approx(shape.flops_per_token(8) * found["tokens_per_s"])
     assert found["mfu"] == pytest.approx(found["flops_per_s"] / 1e9)
     assert list(found["phases"]) == list(bench.PHASES) and min(found["phases"].values()) > 0
-    assert sum(found["phases"].values()) <= found["slowest"] and found["fastest"] <= found["seconds"] <= found["slowest"]
-    assert found["settings"]["n_embd"] == 16 and found["settings"]["seed"] == 1337 and found["provenance"]["torch"] == torch.__version__
+    assert sum(found["phases"].values()) <= found["slowest"]
+    assert found["fastest"] <= found["seconds"] <= found["slowest"]
+    assert found["settings"]["n_embd"] == 16 and found["settings"]["seed"] == 1337
+    assert found["provenance"]["torch"] == torch.__version__
 
 
 def test_time_counts_for_the_phase_in_which_it_passes(monkeypatch):
-    """Sleep in the loss: forward. In the gradient of what it returns: backward. In the batch source: data."""
+    """Sleep in the loss: forward. In the gradient of what it returns: backward. In the batch
+    source: data."""
     clock = [0.0]
-    monkeypatch.setattr(bench, "time", type("Time", (), {"perf_counter": staticmethod(lambda: clock[0])}))
+    monkeypatch.setattr(bench, "time",
+                        type("Time", (), {"perf_counter": staticmethod(lambda: clock[0])}))
 
     class Slow(torch.autograd.Function):
         @staticmethod
@@ -106,12 +114,14 @@ def test_time_counts_for_the_phase_in_which_it_passes(monkeypatch):
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clip)
     options, config, shape = bench.read_options([*TINY, "--micro_batch_size=2"])
     times, how = bench.step(options, config, shape)
-    assert times == [1 + 2 * 2 + 2 * 4 + 8] * 2 and how["phases"] == {"data": 1, "forward": 4, "backward": 8, "rest": 8}
+    assert times == [1 + 2 * 2 + 2 * 4 + 8] * 2
+    assert how["phases"] == {"data": 1, "forward": 4, "backward": 8, "rest": 8}
 
 
 @pytest.mark.parametrize("ahead", [False, True])
 def test_a_batch_that_is_prepared_ahead_costs_no_time_of_an_update(monkeypatch, ahead):
-    """As on a GPU: the source works in its thread while the loss is computed, and the phases stay."""
+    """As on a GPU: the source works in its thread while the loss is computed, and the phases stay.
+    """
     class Source(Prefetch):
         def __init__(self, batches, world):
             super().__init__(batches, world, ahead)
@@ -152,7 +162,8 @@ def test_looking_at_the_loop_does_not_change_it(monkeypatch):
 
 def test_decoding(capsys):
     found = json_of(capsys, "--task=decode", "--new_tokens=5", "--rounds=2", "--dtype=float32")
-    assert found["tokens_per_s"] == pytest.approx(5 / found["seconds"]) and found["dtype"] == "float32"
+    assert found["tokens_per_s"] == pytest.approx(5 / found["seconds"])
+    assert found["dtype"] == "float32"
     bench.main([*TINY, "--task=decode", "--new_tokens=5"])
     assert "5 tokens in" in capsys.readouterr().out
 
@@ -162,7 +173,8 @@ def test_other_programs_take_their_turns(in_process, monkeypatch, tmp_path, caps
     (tmp_path / "model.py").write_text(NANOGPT)
     compiled = []
     monkeypatch.setattr(torch, "compile", lambda model, **_: compiled.append(model) or model)
-    bench.main([*TINY, "--compare=True", f"--nanogpt={tmp_path}", "--rounds=2", "--micro_batch_size=2"])
+    bench.main([*TINY, "--compare=True", f"--nanogpt={tmp_path}", "--rounds=2",
+                "--micro_batch_size=2"])
     said = capsys.readouterr().out
     assert len(in_process) == 2 * 5 and len(compiled) == 2 * 2 and "number of" not in said
     assert all(said.count(f"round 2: {program},") == 1 for program in bench.PROGRAMS["step"])
@@ -223,4 +235,5 @@ def test_the_status_of_a_failed_process_is_passed_on(monkeypatch):
 def test_a_step_in_words(capsys):
     bench.main(TINY)
     said = capsys.readouterr().out
-    assert "MFU n/a" in said and "eager: 32 tokens in" in said and all(words in said for words in bench.PHASES.values())
+    assert "MFU n/a" in said and "eager: 32 tokens in" in said
+    assert all(words in said for words in bench.PHASES.values())

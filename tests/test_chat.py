@@ -1,4 +1,5 @@
-"""Conversations: what is read, what is refused, how it is packed, what the loss sees, and how answers are scored."""
+"""Conversations: what is read, what is refused, how it is packed, what the loss sees, and how
+answers are scored."""
 import importlib.util
 import io
 import json
@@ -25,7 +26,8 @@ TOK = load_tokenizer("bytes")
 
 def script(name):
     """data/NAME/prepare.py as a module of its own."""
-    spec = importlib.util.spec_from_file_location(f"prepare_{name}", ROOT / "data" / name / "prepare.py")
+    spec = importlib.util.spec_from_file_location(f"prepare_{name}",
+                                                  ROOT / "data" / name / "prepare.py")
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -39,54 +41,80 @@ def talk(*texts):
 def talks(n, seed=0):
     """n conversations of different lengths, no two alike, (split, messages)."""
     rng = random.Random(seed)
-    return [("train" if i % 5 else "val", talk(f"q{i}" + "x" * rng.randrange(30), f"a{i}" + "y" * rng.randrange(20),
-                                               *([f"more{i}", "z"] if i % 3 == 0 else []))) for i in range(n)]
+    return [("train" if i % 5 else "val",
+             talk(f"q{i}" + "x" * rng.randrange(30), f"a{i}" + "y" * rng.randrange(20),
+                  *([f"more{i}", "z"] if i % 3 == 0 else []))) for i in range(n)]
 
 
 def write(path, *records):
-    path.write_text("".join((r if isinstance(r, str) else json.dumps(r)) + "\n" for r in records), encoding="utf-8")
+    path.write_text("".join((r if isinstance(r, str) else json.dumps(r)) + "\n" for r in records),
+                    encoding="utf-8")
     return path
 
 
 # ---- reading
 
 def test_the_common_shapes_read_the_same(tmp_path):
-    messages, wanted = [{"role": "user", "content": " hi "}, {"role": "assistant", "content": "yo"}], talk("hi", "yo")
-    records = [{"messages": messages}, {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "yo"}]},
-               {"instruction": "hi", "output": "yo", "input": ""}, {"messages": [*messages, {"role": "user", "content": "unanswered"}]}]
+    messages, wanted = [{"role": "user", "content": " hi "},
+                        {"role": "assistant", "content": "yo"}], talk("hi", "yo")
+    records = [{"messages": messages},
+               {"conversations": [{"from": "human", "value": "hi"},
+                                  {"from": "gpt", "value": "yo"}]},
+               {"instruction": "hi", "output": "yo", "input": ""},
+               {"messages": [*messages, {"role": "user", "content": "unanswered"}]}]
     assert list(read_conversations(write(tmp_path / "a.jsonl", *records, ""))) == [wanted] * 4
     (tmp_path / "a.json").write_text("\ufeff" + json.dumps(records, indent=1), encoding="utf-8")
     assert list(read_conversations(tmp_path / "a.json")) == [wanted] * 4
-    both = write(tmp_path / "b.jsonl", {"instruction": "Add", "input": "1 2", "output": "3", "family": "sums"}, {"messages": talk("a", "b", "c", "d")})
-    assert list(read_questions(both)) == [(talk("Add\n1 2"), "3", "sums"), (talk("a", "b", "c"), "d", "")]
-    pairs = [{"prompt": "p", "chosen": "c", "rejected": "r"}, {"prompt": talk("p"), "chosen": talk("p", "c"), "rejected": talk("p", "r")},
-             {"prompt": "p", "chosen": talk("x", "c")[1:], "rejected": " r"}, {"chosen": talk("p", "c"), "rejected": talk("p", "r")}]
+    both = write(tmp_path / "b.jsonl",
+                 {"instruction": "Add", "input": "1 2", "output": "3", "family": "sums"},
+                 {"messages": talk("a", "b", "c", "d")})
+    assert list(read_questions(both)) == [(talk("Add\n1 2"), "3", "sums"),
+                                          (talk("a", "b", "c"), "d", "")]
+    pairs = [{"prompt": "p", "chosen": "c", "rejected": "r"},
+             {"prompt": talk("p"), "chosen": talk("p", "c"), "rejected": talk("p", "r")},
+             {"prompt": "p", "chosen": talk("x", "c")[1:], "rejected": " r"},
+             {"chosen": talk("p", "c"), "rejected": talk("p", "r")}]
     assert list(read_pairs(write(tmp_path / "p.jsonl", *pairs))) == [(talk("p"), "c", "r")] * 4
 
 
 BAD = [(read_conversations, record, says) for record, says in [
-    ({"messages": talk("hi")}, "without an assistant turn"), ({"messages": []}, "without an assistant turn"),
-    ({"messages": [{"role": "robot", "content": "x"}]}, "turn 1: unknown role 'robot'"), ({"messages": talk("hi", " \n")}, "turn 2: empty answer"),
-    ({"messages": talk("", "yo")}, "turn 1: empty text"), ({"messages": [{"role": "user"}]}, "turn 1: empty text"),
-    ({"messages": "hi"}, "messages are a list"), ({"messages": ["hi"]}, "messages are a list"), ({"messages": [{"role": []}]}, "unknown role"),
+    ({"messages": talk("hi")}, "without an assistant turn"),
+    ({"messages": []}, "without an assistant turn"),
+    ({"messages": [{"role": "robot", "content": "x"}]}, "turn 1: unknown role 'robot'"),
+    ({"messages": talk("hi", " \n")}, "turn 2: empty answer"),
+    ({"messages": talk("", "yo")}, "turn 1: empty text"),
+    ({"messages": [{"role": "user"}]}, "turn 1: empty text"),
+    ({"messages": "hi"}, "messages are a list"), ({"messages": ["hi"]}, "messages are a list"),
+    ({"messages": [{"role": []}]}, "unknown role"),
     ({"instruction": "hi"}, "turn 2: empty answer"),
-    ({"text": "hi"}, "holds neither messages"), ([1], "not a JSON object"), ('{"messages": [', "not JSON (Expecting value"),
-    ("{'a': 1}", "not JSON (Expecting property name enclosed in double quotes, column 2)"), ({"messages": talk("hi", "\ud800")}, "lone surrogate"),
-]] + [(read_questions, {"messages": [*talk("a"), {"role": "system", "content": "s"}, *talk("a", "b")[1:]]}, "does not follow a user's turn")] + [
+    ({"text": "hi"}, "holds neither messages"), ([1], "not a JSON object"),
+    ('{"messages": [', "not JSON (Expecting value"),
+    ("{'a': 1}", "not JSON (Expecting property name enclosed in double quotes, column 2)"),
+    ({"messages": talk("hi", "\ud800")}, "lone surrogate"),
+]] + [(read_questions, {"messages": [*talk("a"), {"role": "system", "content": "s"},
+                                     *talk("a", "b")[1:]]}, "does not follow a user's turn")] + [
     (read_pairs, record, says) for record, says in [
-        ({"prompt": "p", "chosen": "c"}, "unbalanced pair: rejected is missing"), ({"prompt": "p", "chosen": "", "rejected": "r"}, "chosen is missing or empty"),
-        ({"prompt": "p", "chosen": "c ", "rejected": "c"}, "chosen equals rejected"), ({"chosen": "c", "rejected": "r"}, "the prompt does not end with the user"),
-        ({"prompt": "p", "chosen": talk("p", "c"), "rejected": talk("q", "r")}, "answer different prompts"),
-        ({"prompt": "p", "chosen": talk("p"), "rejected": "r"}, "chosen does not end with the assistant"), ({"prompt": 5, "chosen": "c", "rejected": "r"}, "list of objects")]]
+        ({"prompt": "p", "chosen": "c"}, "unbalanced pair: rejected is missing"),
+        ({"prompt": "p", "chosen": "", "rejected": "r"}, "chosen is missing or empty"),
+        ({"prompt": "p", "chosen": "c ", "rejected": "c"}, "chosen equals rejected"),
+        ({"chosen": "c", "rejected": "r"}, "the prompt does not end with the user"),
+        ({"prompt": "p", "chosen": talk("p", "c"), "rejected": talk("q", "r")},
+         "answer different prompts"),
+        ({"prompt": "p", "chosen": talk("p"), "rejected": "r"},
+         "chosen does not end with the assistant"),
+        ({"prompt": 5, "chosen": "c", "rejected": "r"}, "list of objects")]]
 
 
 @pytest.mark.parametrize("read, record, says", BAD)
-def test_bad_records_are_named_by_file_and_line_and_skipped_only_on_request(tmp_path, capsys, read, record, says):
-    good = {"prompt": "p", "chosen": "c", "rejected": "r"} if read is read_pairs else {"messages": talk("a", "b")}
+def test_bad_records_are_named_by_file_and_line_and_skipped_only_on_request(
+        tmp_path, capsys, read, record, says):
+    good = {"prompt": "p", "chosen": "c",
+            "rejected": "r"} if read is read_pairs else {"messages": talk("a", "b")}
     path = write(tmp_path / "x.jsonl", good, "", record, good)
     with pytest.raises(BadInput) as caught:
         list(read(path))
-    assert str(caught.value).startswith(f"{path}:3: ") and says in str(caught.value) and "\n" not in str(caught.value)
+    assert str(caught.value).startswith(f"{path}:3: ") and says in str(caught.value)
+    assert "\n" not in str(caught.value)
     assert len(list(read(path, skip_bad=True))) == 2
     assert f"skipped 1 of 3; the first: {path}:3: " in capsys.readouterr().out
 
@@ -94,7 +122,8 @@ def test_bad_records_are_named_by_file_and_line_and_skipped_only_on_request(tmp_
 def test_files_without_readable_records(tmp_path):
     (tmp_path / "list.json").write_text('[{"messages": []},\n {]')
     (tmp_path / "latin.jsonl").write_bytes(b'{"text": "caf\xe9"}\n')
-    for name, says in (("none.jsonl", "no such file"), ("list.json", "list.json:2: not JSON"), ("latin.jsonl", "latin.jsonl:1: 'utf-8' codec")):
+    for name, says in (("none.jsonl", "no such file"), ("list.json", "list.json:2: not JSON"),
+                       ("latin.jsonl", "latin.jsonl:1: 'utf-8' codec")):
         with pytest.raises(BadInput, match=re.escape(str(tmp_path / name)[-10:])) as caught:
             list(read_conversations(tmp_path / name))
         assert says in str(caught.value)
@@ -104,12 +133,14 @@ def test_files_without_readable_records(tmp_path):
 
 def conversations_in(split):
     """Return [(ids, classes)] of each conversation of a split, with the padding that follows it."""
-    tokens, classes = (part.read(0, split.n_tokens).reshape(-1, split.row) for part in (split, split.classes))
+    tokens, classes = (part.read(0, split.n_tokens).reshape(-1, split.row)
+                       for part in (split, split.classes))
     out = []
     for row, kinds in zip(tokens, classes):
         starts = np.flatnonzero(row == TOK.bos)
         assert starts[0] == 0
-        out += [(row[a:b].tolist(), kinds[a:b].tolist()) for a, b in zip(starts, [*starts[1:], split.row])]
+        out += [(row[a:b].tolist(), kinds[a:b].tolist())
+                for a, b in zip(starts, [*starts[1:], split.row])]
     return out
 
 
@@ -120,25 +151,34 @@ def test_every_conversation_is_packed_whole_and_masked(tmp_path):
         split, found, filled = Split(tmp_path / "a", name), Counter(), 0
         for ids, kinds in conversations_in(split):
             length = max(i for i, kind in enumerate(kinds) if kind == ANSWER) + 1
-            assert ids[length:] == [TOK.eos] * (len(ids) - length) and kinds[length:] == [PADDING] * (len(ids) - length)
+            assert ids[length:] == [TOK.eos] * (len(ids) - length)
+            assert kinds[length:] == [PADDING] * (len(ids) - length)
             found[tuple(ids[:length]), tuple(kinds[:length])] += 1
             filled += length
         wanted = Counter()
         for s, messages in said:
             if s == name:
                 ids, answer = chat_ids(TOK, messages)
-                wanted[tuple(ids), (PADDING, *(ANSWER if learn else TEXT for learn in answer[1:]))] += 1
+                wanted[tuple(ids),
+                       (PADDING, *(ANSWER if learn else TEXT for learn in answer[1:]))] += 1
         entry = meta["splits"][name]
-        assert found == wanted and (entry["documents"], entry["filled"], entry["tokens"]) == (len(wanted), filled, split.n_tokens)
-        assert entry["bytes"] == sum(len(m["content"]) for s, messages in said if s == name for m in messages if m["role"] == "assistant")
-    assert meta["splits"]["train"]["filled"] > 0.95 * meta["splits"]["train"]["tokens"] and len(meta["splits"]["train"]["shards"]) > 1
-    assert all(n % 121 == 0 for entry in meta["splits"].values() for n in entry["counts"]), "shards hold whole rows"
+        assert found == wanted
+        assert (entry[
+            "documents"], entry["filled"], entry["tokens"]) == (len(wanted), filled, split.n_tokens)
+        assert entry["bytes"] == sum(len(m["content"]) for s, messages in said if s == name
+                                     for m in messages if m["role"] == "assistant")
+    assert meta["splits"]["train"]["filled"] > 0.95 * meta["splits"]["train"]["tokens"]
+    assert len(meta["splits"]["train"]["shards"]) > 1
+    assert all(n % 121 == 0 for entry in meta["splits"].values()
+               for n in entry["counts"]), "shards hold whole rows"
 
 
 def test_long_conversations_are_cut_at_a_turn_or_dropped(tmp_path):
     three = talk("q" * 10, "a" * 10, "r" * 10, "b" * 10, "s" * 10, "c" * 10)        # 1 + 3 * 23 ids
-    said = [("train", three), ("train", talk("x" * 60, "y")), ("train", talk("x", "y" * 60, "q", "a")), ("val", three[:2])]
-    for block_size, exchanges, counts in ((69, 3, (3, 0, 0)), (68, 2, (3, 2, 0)), (46, 2, (1, 1, 2)), (45, 1, (1, 1, 2))):
+    said = [("train", three), ("train", talk("x" * 60, "y")),
+            ("train", talk("x", "y" * 60, "q", "a")), ("val", three[:2])]
+    for block_size, exchanges, counts in ((69, 3, (3, 0, 0)), (68, 2, (3, 2, 0)),
+                                          (46, 2, (1, 1, 2)), (45, 1, (1, 1, 2))):
         entry = write_rows(tmp_path / str(block_size), TOK, said, block_size)["splits"]["train"]
         assert (entry["documents"], entry["truncated"], entry["dropped"]) == counts
         found = [ids for ids, _ in conversations_in(Split(tmp_path / str(block_size), "train"))]
@@ -148,95 +188,126 @@ def test_long_conversations_are_cut_at_a_turn_or_dropped(tmp_path):
         write_rows(tmp_path / "none", TOK, said, 10)
     assert not (tmp_path / "none").exists()
     one_mark = load_tokenizer("bytes")
-    one_mark.bos = one_mark.eos                                          # as in some released tokenizers: doc_ids would be wrong
-    with pytest.raises(BadInput, match="document 1: tokenizer 'bytes' has no bos token, or writes it inside"):
+    # as in some released tokenizers: doc_ids would be wrong
+    one_mark.bos = one_mark.eos
+    with pytest.raises(BadInput,
+                       match="document 1: tokenizer 'bytes' has no bos token, or writes it inside"):
         write_rows(tmp_path / "none", one_mark, said, 69)
 
 
 def tiny():
-    model = MiniCPM(MiniCPMConfig(vocab_size=TOK.n_vocab, n_layer=2, n_head=2, n_embd=32, n_ff=64, dim_model_base=32))
+    model = MiniCPM(MiniCPMConfig(vocab_size=TOK.n_vocab, n_layer=2, n_head=2, n_embd=32, n_ff=64,
+                                  dim_model_base=32))
     init_weights(model, 0)
     return model.eval()
 
 
 @torch.no_grad()
 def test_a_packed_row_gives_every_conversation_what_it_gets_alone(tmp_path):
-    """Attention and positions do not cross conversations: losses are equal, and bits per byte are of answers alone."""
+    """Attention and positions do not cross conversations: losses are equal, and bits per byte are
+    of answers alone."""
     said, model = talks(40), tiny()
     write_rows(tmp_path / "a", TOK, said, 120)
     split = Split(tmp_path / "a", "train")
-    batch, n = make_batches(lambda name: split, 0, 120, TOK.bos)([[0, "a"]], 0, split.n_tokens // split.row)
+    batch, n = make_batches(
+        lambda name: split, 0, 120, TOK.bos)([[0, "a"]], 0, split.n_tokens // split.row)
     nll, _ = model(batch["idx"], batch["targets"], doc_ids=batch["doc_ids"])
     alone, answers, size = [], 0, 0
     for s, messages in said:
         if s == "train":
             ids, answer = chat_ids(TOK, messages)
-            targets = torch.tensor([[i if learn else -100 for i, learn in zip(ids[1:], answer[1:])]])
+            targets = torch.tensor([[i if learn else -100
+                                     for i, learn in zip(ids[1:], answer[1:])]])
             one, _ = model(torch.tensor([ids[:-1]]), targets)
             alone += one[targets >= 0].tolist()
             answers += sum(answer)
             size += sum(len(m["content"]) for m in messages[1::2])
     packed = nll[batch["targets"] >= 0]
-    assert n == answers == len(packed) and packed.sort().values.sub(torch.tensor(alone).sort().values).abs().max() < 1e-5
-    nats, targets, n_bytes = held_out_loss(model, split, TOK.token_bytes(), 120, split.n_tokens, 4, "cpu", TOK.bos).sum(axis=1)
+    assert n == answers == len(packed)
+    assert packed.sort().values.sub(torch.tensor(alone).sort().values).abs().max() < 1e-5
+    nats, targets, n_bytes = held_out_loss(model, split, TOK.token_bytes(), 120, split.n_tokens, 4,
+                                           "cpu", TOK.bos).sum(axis=1)
     assert (targets, n_bytes) == (answers, size) and nats == pytest.approx(sum(alone), rel=1e-6)
 
 
 def test_batches_mix_text_and_conversations(tmp_path):
     write_rows(tmp_path / "talk", TOK, talks(200), 64)
-    write_corpus(tmp_path / "text", TOK, [(split, "plain words " * 300) for split in ("train", "val")])
+    write_corpus(tmp_path / "text", TOK,
+                 [(split, "plain words " * 300) for split in ("train", "val")])
     splits = {name: Split(tmp_path / name, "train") for name in ("talk", "text")}
     plan = [[0, "text"], [8, "text:0.5,talk:0.5"]]
     wanted = {}
     for answers_only, least in ((True, ANSWER), (False, TEXT)):
         batch, n = make_batches(splits.get, 3, 64, TOK.bos, answers_only)(plan, 0, 40)
         again = make_batches(splits.get, 3, 64, TOK.bos, answers_only)(plan, 30, 10)[0]
-        assert all(torch.equal(batch[key][30:], again[key]) for key in batch) and n == int((batch["targets"] >= 0).sum())
+        assert all(torch.equal(batch[key][30:], again[key]) for key in batch)
+        assert n == int((batch["targets"] >= 0).sum())
         idx, targets = batch["idx"], batch["targets"]
         text = (targets >= 0).all(1)
-        assert text[:8].all() and 8 < int((~text).sum()) < 24 and torch.equal(targets[text][:, :-1], idx[text][:, 1:])
+        assert text[:8].all() and 8 < int((~text).sum()) < 24
+        assert torch.equal(targets[text][:, :-1], idx[text][:, 1:])
         rows = splits["talk"].read(0, splits["talk"].n_tokens).reshape(-1, 65).tolist()
         for i in torch.where(~text)[0].tolist():
             at = [row[:-1] for row in rows].index(idx[i].tolist())                 # a whole row
             kinds = splits["talk"].classes.read(at * 65 + 1, 64)
-            assert targets[i].tolist() == [t if kind >= least else -100 for t, kind in zip(rows[at][1:], kinds)]
+            assert targets[i].tolist() == [t if kind >= least else -100
+                                           for t, kind in zip(rows[at][1:], kinds)]
             assert (targets[i] != TOK.bos).all(), "the <s> of the next conversation is not a target"
         wanted[answers_only] = n
     assert wanted[True] < wanted[False]
-    seen = [make_batches({"talk": splits["talk"]}.get, 3, 64)([[0, "talk"]], i, 1)[0]["idx"].tolist()[0] for i in range(len(rows))]
+    seen = [make_batches({"talk": splits[
+        "talk"]}.get, 3, 64)([[0, "talk"]], i, 1)[0]["idx"].tolist()[0] for i in range(len(rows))]
     assert sorted(seen) == sorted(row[:-1] for row in rows), "an epoch reads every row once"
 
 
 def test_the_block_size_must_be_that_of_the_packed_corpus(tmp_path, capsys):
     import train
     write(tmp_path / "in.jsonl", *({"messages": messages} for _, messages in talks(60)))
-    prepare = [f"--input={tmp_path / 'in.jsonl'}", "--name=mine", "--tokenizer=bytes", f"--data_dir={tmp_path}", "--block_size=64", "--val_share=0.2"]
+    prepare = [f"--input={tmp_path / 'in.jsonl'}", "--name=mine", "--tokenizer=bytes",
+               f"--data_dir={tmp_path}", "--block_size=64", "--val_share=0.2"]
     script("chat").main(prepare)
     said = capsys.readouterr().out
     corpus = open_corpus(tmp_path, "mine", TOK, "train")
-    assert corpus.row == 65 and re.search(r"mine: 60 documents \(\d+ held out\) in \d+ rows of 65 tokens, \d\d\.\d % filled; 0 trunc", said)
-    train_on = ["--data=mine", "--tokenizer=bytes", f"--data_dir={tmp_path}", "--doc_mask=True", f"--out_dir={tmp_path / 'run'}", "--n_layer=1", "--n_head=2",
-                "--n_embd=32", "--n_ff=32", "--max_steps=2", "--sample_tokens=0", "--quiet=True", "config/laptop.py"]
+    assert corpus.row == 65
+    assert re.search(r"mine: 60 documents \(\d+ held out\) in \d+ "
+                     r"rows of 65 tokens, \d\d\.\d % filled; 0 trunc", said)
+    train_on = ["--data=mine", "--tokenizer=bytes", f"--data_dir={tmp_path}", "--doc_mask=True",
+                f"--out_dir={tmp_path / 'run'}", "--n_layer=1", "--n_head=2", "--n_embd=32",
+                "--n_ff=32", "--max_steps=2", "--sample_tokens=0", "--quiet=True",
+                "config/laptop.py"]
     for main, argv, says in (
             (train.main, [train_on[-1], *train_on[:-1], "--block_size=128"],
-             r"--block_size=128: mine is packed in rows for --block_size=64; use that, or prepare mine again with --block_size=128 --ov"),
-            (script("chat").main, [*prepare, "--block_size=128"], r"--block_size=128: .*mine.bytes was prepared with 64; --overwrite=True prepares it again"),
-            (script("chat").main, [*prepare[:1], "--name=instruct"], "--name=instruct: .* none of the shipped"),
-            (script("chat").main, [f"--input={tmp_path / 'bytes'}", *prepare[1:], "--overwrite=True"], "--input: .*bytes: no .jsonl, .json, .parquet file there")):
+             r"--block_size=128: mine is packed in rows for --block_size=64; use that, or prepare "
+             r"mine again with --block_size=128 --ov"),
+            (script("chat").main, [*prepare, "--block_size=128"],
+             r"--block_size=128: .*mine.bytes was prepared with 64; --overwrite=True prepares it "
+             r"again"),
+            (script("chat").main, [*prepare[:1], "--name=instruct"],
+             "--name=instruct: .* none of the shipped"),
+            (script("chat").main,
+             [f"--input={tmp_path / 'bytes'}", *prepare[1:], "--overwrite=True"],
+             "--input: .*bytes: no .jsonl, .json, .parquet file there")):
         (tmp_path / "bytes").mkdir(exist_ok=True)
         with pytest.raises(SystemExit) as stop:
             main(argv)
-        assert stop.value.code == 2 and re.match(says, error := capsys.readouterr().err) and error.count("\n") == 1, error
+        assert stop.value.code == 2 and re.match(
+            says, error := capsys.readouterr().err) and error.count("\n") == 1, error
     train.main([train_on[-1], *train_on[:-1], "--block_size=64"])
-    evaluate.main([f"--ckpt={tmp_path / 'run'}", f"--data_dir={tmp_path}", "--json=True"])          # all that goes with it: no cloze
+    # all that goes with it: no cloze
+    evaluate.main([f"--ckpt={tmp_path / 'run'}", f"--data_dir={tmp_path}", "--json=True"])
     result = json.loads(capsys.readouterr().out)
-    assert result["bpb"] > 1 and result["block_size"] == 64 and "cloze" not in result and "exact" not in result
-    for task, says in (("cloze", "--task=cloze: mine is packed in rows"), ("exact", f"--task=exact: no {tmp_path / 'mine' / 'test.jsonl'}; name")):
+    assert result["bpb"] > 1 and result["block_size"] == 64 and "cloze" not in result
+    assert "exact" not in result
+    for task, says in (("cloze", "--task=cloze: mine is packed in rows"),
+                       ("exact", f"--task=exact: no {tmp_path / 'mine' / 'test.jsonl'}; name")):
         with pytest.raises(SystemExit):
-            evaluate.main([f"--ckpt={tmp_path / 'run'}", f"--data_dir={tmp_path}", f"--task={task}"])
+            evaluate.main([f"--ckpt={tmp_path / 'run'}", f"--data_dir={tmp_path}",
+                           f"--task={task}"])
         assert capsys.readouterr().err.startswith(says)
-    evaluate.main([f"--ckpt={tmp_path / 'run'}", f"--questions_file={tmp_path / 'in.jsonl'}", "--task=exact", "--questions=4", "--answer_tokens=3"])
-    assert re.search(r"exact 0.0 \+- 0.0 % of 4 questions, \d\.\d tokens per answer\n$", capsys.readouterr().out)
+    evaluate.main([f"--ckpt={tmp_path / 'run'}", f"--questions_file={tmp_path / 'in.jsonl'}",
+                   "--task=exact", "--questions=4", "--answer_tokens=3"])
+    assert re.search(r"exact 0.0 \+- 0.0 % of 4 questions, \d\.\d tokens per answer\n$",
+                     capsys.readouterr().out)
 
 
 # ---- instructions
@@ -258,7 +329,10 @@ def solve(family, question):
     if family == "end":
         four = re.search(r"(?:of|words:) (\w+ \w+ \w+ \w+)(?=[.?]|$)", question)[1].split()
         return four[0] if "first" in question else four[-1]
-    word = next(filter(None, re.search(r"^Which word follows (\w+) in this|comes after (\w+)\?$|^Find the word after (\w+)\.", question).groups()))
+    word = next(filter(None,
+                       re.search(r"^Which word follows (\w+) in this|comes "
+                                 r"after (\w+)\?$|^Find the word after (\w+)\.",
+                                 question).groups()))
     passage = re.search(r"\w+( \w+){5}(?=$|\. What)", question)[0].split()
     return passage[passage.index(word) + 1]
 
@@ -267,7 +341,8 @@ def solve(family, question):
 def instruct(tmp_path_factory):
     """The files made from a hundred files of torch: (module, folder, material)."""
     module, folder = script("instruct"), tmp_path_factory.mktemp("instruct")
-    nn = [document for document in script("pytorch").documents(ROOT.__class__(torch.__file__).parent / "nn")]
+    nn = [document
+          for document in script("pytorch").documents(ROOT.__class__(torch.__file__).parent / "nn")]
     module.write_instructions(folder, nn, {"train": 4000, "test": 400})
     return module, folder, nn
 
@@ -275,56 +350,76 @@ def instruct(tmp_path_factory):
 def test_instructions_are_right_and_repeat(instruct, tmp_path):
     module, folder, documents = instruct
     module.write_instructions(tmp_path, documents, {"train": 4000, "test": 400})
-    assert all((tmp_path / file.name).read_bytes() == file.read_bytes() for file in folder.iterdir()) and len([*folder.iterdir()]) == 4
+    assert all((tmp_path / file.name).read_bytes() == file.read_bytes()
+               for file in folder.iterdir())
+    assert len([*folder.iterdir()]) == 4
     for name in ("train", "test"):
         questions = list(read_questions(folder / f"{name}.jsonl"))
         pairs = list(read_pairs(folder / f"pairs_{name}.jsonl"))
         assert {*Counter(family for _, _, family in questions).values()} == {len(questions) // 8}
-        for (messages, answer, family), (prompt, chosen, rejected) in zip(questions, pairs, strict=True):
-            assert chosen == evaluate.normalise(answer) == solve(family, messages[0]["content"]), (family, messages, answer)
-            assert prompt == messages and rejected == f"The answer is {chosen}." and answer in (chosen, rejected)
+        for (messages, answer, family), (prompt, chosen, rejected) in zip(
+                questions, pairs, strict=True):
+            assert chosen == evaluate.normalise(
+                answer) == solve(family, messages[0]["content"]), (family, messages, answer)
+            assert prompt == messages and rejected == f"The answer is {chosen}."
+            assert answer in (chosen, rejected)
         long = sum(answer.startswith("The answer is") for _, answer, _ in questions)
         assert 0.4 < long / len(questions) < 0.6
 
 
 def test_no_test_question_has_the_content_of_a_training_question(instruct):
-    """Not in another order or wording either: sorted, what a question is about stays on one side."""
+    """Not in another order or wording either: sorted, what a question is about stays on one side.
+    """
     _, folder, _ = instruct
     sides = []
     for name in ("train", "test"):
-        asked = [(family, messages[0]["content"], answer) for messages, answer, family in read_questions(folder / f"{name}.jsonl")]
-        sides.append({(family, solve(family, question) if family in ("sort", "backwards") else
-                       tuple(sorted(re.findall(r"\d+", question))) if family in ("add", "larger") else
-                       tuple(sorted(solve(family, question).split())) if family == "copy" else question) for family, question, _ in asked})
+        asked = [(family, messages[0]["content"], answer)
+                 for messages, answer, family in read_questions(folder / f"{name}.jsonl")]
+        sides.append({(family,
+                       solve(family, question) if family in ("sort", "backwards")
+                       else tuple(sorted(re.findall(r"\d+", question)))
+                       if family in ("add", "larger")
+                       else tuple(sorted(solve(family, question).split())) if family == "copy"
+                       else question) for family, question, _ in asked})
     assert not sides[0] & sides[1] and len(sides[1]) > 200
 
 
 # ---- exact match
 
 class Parrot:
-    """Answers from a book, by the prompt; afterwards it goes on talking, as rows do until all have stopped."""
+    """Answers from a book, by the prompt; afterwards it goes on talking, as rows do until all have
+    stopped."""
 
     def __init__(self, book):
-        self.book = {tuple(chat_ids(TOK, talk(question), generate=True)[0]): TOK.encode(answer) for question, answer in book.items()}
+        self.book = {tuple(chat_ids(TOK, talk(question), generate=True)[0]): TOK.encode(answer)
+                     for question, answer in book.items()}
 
     def generate(self, prompts, max_new_tokens, temperature, stop_ids, never_ids):
         assert temperature == 0 and stop_ids == [TOK.eos] and never_ids == [TOK.bos]
-        said = [(self.book[tuple(prompt)] + [TOK.eos] * max_new_tokens)[:max_new_tokens] for prompt in prompts]
+        said = [(self.book[tuple(prompt)] + [TOK.eos] * max_new_tokens)[:max_new_tokens]
+                for prompt in prompts]
         return (torch.tensor(step) for step in zip(*said))
 
 
 def test_exact_match_takes_both_styles_and_nothing_else(tmp_path):
-    book = {"1": "7", "2": "The answer is 7.", "3": " 7.", "4": "The answer is 70.", "5": "77", "6": "", "7": "7 7"}
+    book = {"1": "7", "2": "The answer is 7.", "3": " 7.", "4": "The answer is 70.", "5": "77",
+            "6": "", "7": "7 7"}
     wanted = ["The answer is 7.", "7", "7", "7", "7", "7", "The answer is 77."]
-    file = write(tmp_path / "q.jsonl", *({"messages": talk(question, answer), "family": "odd" if int(question) % 2 else "even"}
-                                         for question, answer in zip(book, wanted)))
+    file = write(tmp_path / "q.jsonl",
+                 *({"messages": talk(question, answer),
+                    "family": "odd" if int(question) % 2 else "even"}
+                   for question, answer in zip(book, wanted)))
     config = evaluate.EvaluateConfig(batch_size=3)
     result = evaluate.exact(Parrot(book), TOK, config, file)
-    assert result["exact"] == 3 / 7 and result["exact_questions"] == 7 and result["answer_tokens"] == sum(map(len, book.values())) / 7
-    assert {name: (share, n) for name, (share, _, n) in result["families"].items()} == {"odd": (0.5, 4), "even": (1 / 3, 3)}
+    assert result["exact"] == 3 / 7 and result["exact_questions"] == 7
+    assert result["answer_tokens"] == sum(map(len, book.values())) / 7
+    assert {name: (share, n) for name, (share, _, n) in result[
+        "families"].items()} == {"odd": (0.5, 4), "even": (1 / 3, 3)}
     assert result["exact_se"] == pytest.approx((3 / 7 * 4 / 7 / 7) ** 0.5)
-    assert evaluate.exact(Parrot(book), TOK, evaluate.EvaluateConfig(questions=2), file)["exact_questions"] == 2
-    assert evaluate.exact(Parrot(book), TOK, evaluate.EvaluateConfig(answer_tokens=1), file)["exact"] == 0, "one that has not ended is not right"
+    assert evaluate.exact(Parrot(book), TOK, evaluate.EvaluateConfig(questions=2),
+                          file)["exact_questions"] == 2
+    assert evaluate.exact(Parrot(book), TOK, evaluate.EvaluateConfig(answer_tokens=1),
+                          file)["exact"] == 0, "one that has not ended is not right"
 
 
 # ---- a conversation on the terminal
@@ -348,8 +443,9 @@ def say(monkeypatch, capsys):
     def hold(lines, answer="yes", max_position=4096, **options):
         config, model = sample.SampleConfig(chat=True, **options), Talker(answer, max_position)
         assert not config.problems()
+        # as exits_cleanly sets it
         stdin = io.TextIOWrapper(io.BytesIO(b"\n".join(lines)), encoding="utf-8",
-                                 errors="surrogateescape")                  # as exits_cleanly sets it
+                                 errors="surrogateescape")
         monkeypatch.setattr("sys.stdin", stdin)
         sample.converse(model, TOK, config)
         said = capsys.readouterr()

@@ -1,4 +1,5 @@
-"""What things cost, measured: minutes long, so only `python -m pytest -m slow -n 0 -s` runs them. Take them from a quiet machine."""
+"""What things cost, measured: minutes long, so only `python -m pytest -m slow -n 0 -s` runs them.
+Take them from a quiet machine."""
 import statistics
 import subprocess
 import sys
@@ -21,17 +22,21 @@ pytestmark = pytest.mark.slow
 
 
 def test_the_loop_costs_under_three_percent_of_a_step(tmp_path):
-    """Updates of train(), and bare ones (forward, backward, clipping, AdamW) of the same compiled model, in turn."""
+    """Updates of train(), and bare ones (forward, backward, clipping, AdamW) of the same compiled
+    model, in turn."""
     tokenizer = load_tokenizer("bpe4096")
     text = "".join(path.read_text(encoding="utf-8") for path in sorted(ROOT.glob("*.py")))
-    write_corpus(tmp_path / "data" / "code" / tokenizer.name, tokenizer, [("train", text), ("val", text)])
-    argv = ["config/laptop.py", "--data=code", f"--data_dir={tmp_path / 'data'}", f"--out_dir={tmp_path / 'run'}", "--minutes=5",
-            f"--vocab_size={tokenizer.n_vocab}", "--save_interval=0", "--eval_interval=0", "--quiet=True"]
+    write_corpus(tmp_path / "data" / "code" / tokenizer.name, tokenizer,
+                 [("train", text), ("val", text)])
+    argv = ["config/laptop.py", "--data=code", f"--data_dir={tmp_path / 'data'}",
+            f"--out_dir={tmp_path / 'run'}", "--minutes=5", f"--vocab_size={tokenizer.n_vocab}",
+            "--save_interval=0", "--eval_interval=0", "--quiet=True"]
     config, shape, _ = read_config(argv)
     (tmp_path / "run").mkdir()
     model = MiniCPM(shape)
     init_weights(model, 0)
-    batches = make_batches(lambda name: open_corpus(tmp_path / "data", name, tokenizer, "train"), 0, config.block_size)
+    batches = make_batches(lambda name: open_corpus(tmp_path / "data", name, tokenizer, "train"), 0,
+                           config.block_size)
     seen = {}
 
     def loss(forward, part):
@@ -59,7 +64,8 @@ def test_the_loop_costs_under_three_percent_of_a_step(tmp_path):
         bare.append(time.perf_counter() - clock)
     updates.close()
     ratio = statistics.median(looped) / statistics.median(bare)
-    print(f"\nupdate of the loop {1000 * statistics.median(looped):.2f} ms, bare {1000 * statistics.median(bare):.2f} ms: x {ratio:.3f}")
+    print(f"\nupdate of the loop {1000 * statistics.median(looped):.2f} ms, "
+          f"bare {1000 * statistics.median(bare):.2f} ms: x {ratio:.3f}")
     assert ratio < 1.03
 
 
@@ -87,8 +93,9 @@ def step():
 
 step()
 ctypes.CDLL("libc.so.6").malloc_trim(0)
-before = kib("VmRSS") + 4 * config.n_params / 1024                       # parameters and optimizer state, and the gradients to be
-open("/proc/self/clear_refs", "w").write("5")                            # forget the peak so far
+# parameters and optimizer state, and the gradients to be
+before = kib("VmRSS") + 4 * config.n_params / 1024
+open("/proc/self/clear_refs", "w").write("5")               # forget the peak so far
 step()
 print((kib("VmHWM") - before) / 1024)
 """
@@ -110,14 +117,15 @@ def test_a_step_of_experts_costs_at_most_1_6_dense_ones_of_equal_active_size(com
 
         def step(batch):
             nll, aux = forward(batch[:, :-1].contiguous(), batch[:, 1:].contiguous())
-            (nll.mean() + sum(value for name, value in aux.items() if name.endswith("_loss"))).backward()
+            (nll.mean()
+             + sum(value for name, value in aux.items() if name.endswith("_loss"))).backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad()
         return step
 
-    steppers = {"dense": stepper(MiniCPMConfig(**shape, n_ff=640)),
-                "experts": stepper(MiniCPMConfig(**shape, n_ff=320, num_experts=8, num_experts_per_tok=2))}
+    steppers = {"dense": stepper(MiniCPMConfig(**shape, n_ff=640)), "experts": stepper(
+        MiniCPMConfig(**shape, n_ff=320, num_experts=8, num_experts_per_tok=2))}
     times = {name: [] for name in steppers}
     for _ in range(10):                                                  # the first round compiles
         for name, step in steppers.items():
@@ -126,7 +134,8 @@ def test_a_step_of_experts_costs_at_most_1_6_dense_ones_of_equal_active_size(com
                 step(batch)
             times[name].append((time.perf_counter() - clock) / 10)
     dense, experts = (statistics.median(seconds[1:]) for seconds in times.values())
-    print(f"\ncompiled={compiled}: experts {1000 * experts:.1f} ms a step, dense {1000 * dense:.1f} ms: x {experts / dense:.2f}")
+    print(f"\ncompiled={compiled}: experts {1000 * experts:.1f} ms a "
+          f"step, dense {1000 * dense:.1f} ms: x {experts / dense:.2f}")
     assert experts / dense <= 1.6
 
 
@@ -136,9 +145,11 @@ def test_a_vocabulary_of_122753_hardly_costs_more_memory_than_one_of_32768(compi
     """Everything in a step of 4,096 tokens but parameters, gradients and optimizer state."""
     def mib(vocab_size):
         code = ONE_STEP.format(root=str(ROOT), vocab_size=vocab_size, compiled=compiled)
-        return float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+        return float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
+                                    check=True).stdout)
     large, small = mib(122753), mib(32768)
-    print(f"\n{'compiled' if compiled else 'eager'}: {large:.0f} MiB at 122,753, {small:.0f} MiB at 32,768: x {large / small:.2f}")
+    print(f"\n{'compiled' if compiled else 'eager'}: {large:.0f} MiB at "
+          f"122,753, {small:.0f} MiB at 32,768: x {large / small:.2f}")
     assert large <= 1.2 * small
 
 
@@ -172,28 +183,36 @@ print(48 / (time.time() - began))
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="peak memory is read from /proc")
 def test_a_released_1b_model_loads_and_decodes(tmp_path):
-    """Random weights in MiniCPM-1B's shape: time and peak memory of loading, tokens/s at batch 1 beside transformers'."""
+    """Random weights in MiniCPM-1B's shape: time and peak memory of loading, tokens/s at batch 1
+    beside transformers'."""
     pytest.importorskip("transformers")
-    config = MiniCPMConfig(vocab_size=73440, n_layer=52, n_head=24, n_kv_head=8, n_embd=1536, n_ff=3840)
+    config = MiniCPMConfig(vocab_size=73440, n_layer=52, n_head=24, n_kv_head=8, n_embd=1536,
+                           n_ff=3840)
     with torch.device("meta"):
         shapes = {name: p.shape for name, p in MiniCPM(config).named_parameters()}
-    weights = {name: torch.randn(shape, dtype=torch.bfloat16) * 0.05 if len(shape) > 1 else torch.ones(shape, dtype=torch.bfloat16)
-               for name, shape in shapes.items()}
+    weights = {name: torch.randn(shape, dtype=torch.bfloat16) * 0.05 if len(shape) > 1
+               else torch.ones(shape, dtype=torch.bfloat16) for name, shape in shapes.items()}
     for form in ("minicpm", "granite"):
         (tmp_path / form).mkdir()
         convert.write_weights(tmp_path / form, convert.hf_tensors(config, weights, form))
-        checkpoint.write_json(tmp_path / form / "config.json", convert.hf_config(config, form, torch.bfloat16, None))
+        checkpoint.write_json(tmp_path / form / "config.json",
+                              convert.hf_config(config, form, torch.bfloat16, None))
     del weights
-    programs = {"none": (LOAD, "minicpm"), "int8": (LOAD, "minicpm"), "transformers": (DECODE, "granite")}
+    programs = {"none": (LOAD, "minicpm"), "int8": (LOAD, "minicpm"),
+                "transformers": (DECODE, "granite")}
     found = {program: [] for program in programs}
     for _ in range(3):
         for program, (code, form) in programs.items():
             code = code.format(root=str(ROOT), folder=str(tmp_path / form), quant=program)
-            said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+            said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
+                                  check=True).stdout.split()
             found[program].append(tuple(map(float, said)))
-    medians = {program: [statistics.median(values) for values in zip(*rounds)] for program, rounds in found.items()}
+    medians = {program: [statistics.median(values) for values in zip(*rounds)]
+               for program, rounds in found.items()}
     (theirs,) = medians.pop("transformers")
     for quant, (seconds, memory, speed) in medians.items():
-        print(f"\n--quant={quant}: loading {seconds:.1f} s, peak {memory:.3f} x the weights; {speed:.2f} tokens/s, "
+        print(f"\n--quant={quant}: loading {seconds:.1f} s, peak "
+              f"{memory:.3f} x the weights; {speed:.2f} tokens/s, "
               f"transformers {theirs:.2f}: x {speed / theirs:.2f}")
-        assert seconds < 30 and memory <= 1.15 and speed >= {"none": 1.3, "int8": 1.8}[quant] * theirs
+        assert seconds < 30 and memory <= 1.15
+        assert speed >= {"none": 1.3, "int8": 1.8}[quant] * theirs

@@ -1,4 +1,5 @@
-"""Corpora and batches: an epoch reads every token once, a batch depends on its index alone, damage is reported."""
+"""Corpora and batches: an epoch reads every token once, a batch depends on its index alone, damage
+is reported."""
 import dataclasses
 import hashlib
 import json
@@ -57,17 +58,21 @@ class Numbers:
 
 def corpus(data_dir, name="a", n_tokens=203, shard_tokens=50):
     """data_dir/NAME/numbers: <s> 3 4 5 ... </s>, so that the token at position p is p + 2."""
-    texts = [(split, " ".join(map(str, range(3, n + 1)))) for split, n in (("train", n_tokens), ("val", 102))]
+    texts = [(split, " ".join(map(str, range(3, n + 1))))
+             for split, n in (("train", n_tokens), ("val", 102))]
     write_corpus(data_dir / name / "numbers", Numbers(), texts, shard_tokens)
     return open_corpus(data_dir, name, Numbers(), "train")
 
 
 def test_reads_cross_shards_and_large_vocabularies_take_four_bytes(tmp_path):
     split, whole, tok = corpus(tmp_path), np.array([0, *range(3, 204), 1]), Numbers()
-    assert np.diff(split.starts).tolist() == [50, 50, 50, 50, 3] and split.read(0, 203).dtype == np.int64
-    assert all((split.read(at, n) == whole[at:at + n]).all() for at in range(203) for n in (1, 60, 203) if at + n <= 203)
+    assert np.diff(split.starts).tolist() == [50, 50, 50, 50, 3]
+    assert split.read(0, 203).dtype == np.int64
+    assert all((split.read(at, n) == whole[at:at + n]).all() for at in range(203)
+               for n in (1, 60, 203) if at + n <= 203)
     for tok.n_vocab, itemsize in ((2 ** 16, 2), (2 ** 16 + 1, 4)):
-        write_corpus(folder := tmp_path / str(itemsize), tok, [("train", str(tok.n_vocab - 1)), ("val", "5")])
+        write_corpus(folder := tmp_path / str(itemsize), tok,
+                     [("train", str(tok.n_vocab - 1)), ("val", "5")])
         assert Split(folder, "train").read(0, 3).tolist() == [0, tok.n_vocab - 1, 1]
         assert (folder / "train_000000.bin").stat().st_size == HEADER.size + 3 * itemsize
 
@@ -80,75 +85,100 @@ def test_permute_is_a_bijection():
 
 
 def test_an_epoch_reads_every_block_once_and_the_next_epoch_has_another_order(tmp_path):
-    split, n_blocks = corpus(tmp_path), 24                               # (203 - 1) // 8 - 1: one block is left over, so that the phase can shift the others
+    # (203 - 1) // 8 - 1: one block is left over, so that the phase can shift the others
+    split, n_blocks = corpus(tmp_path), 24
     batches, orders, phases = make_batches(lambda name: split, 1, 8), set(), set()
     for epoch in range(8):
         batch, n = batches([[0, "a"]], n_blocks * epoch, n_blocks)
         assert n == n_blocks * 8 and (batch["targets"][:, :-1] == batch["idx"][:, 1:]).all()
-        phase = int((positions := batch["idx"][:, 1] - 3).min())            # positions of the first tokens of the samples
-        assert (positions.sort().values == phase + 8 * torch.arange(n_blocks)).all() and 0 <= phase < 203 - n_blocks * 8
+        # positions of the first tokens of the samples
+        phase = int((positions := batch["idx"][:, 1] - 3).min())
+        assert (positions.sort().values == phase + 8 * torch.arange(n_blocks)).all()
+        assert 0 <= phase < 203 - n_blocks * 8
         orders, phases = orders | {tuple((positions - phase).tolist())}, phases | {phase}
     assert len(orders) == 8 and len(phases) > 3
 
 
 def test_mixtures_keep_their_shares_exactly_and_segments_continue_where_the_last_one_stopped():
-    plan = [[0, "a"], [1300, "a:0.7,b:0.29,c:0.01"], [1300, "b:3,c:1"], [3456, "c"], [4000, "a:1,b:2"]]
+    plan = [[0, "a"], [1300, "a:0.7,b:0.29,c:0.01"], [1300, "b:3,c:1"], [3456, "c"],
+            [4000, "a:1,b:2"]]
     seen, other = [[locate(plan, seed, i) for i in range(7000)] for seed in (5, 6)]
-    assert all(Counter(name for name, _ in seen[i:i + 1000]) == {"b": 750, "c": 250} for i in (1300, 2300)) and seen != other
+    assert all(Counter(name for name, _ in seen[i:i + 1000]) == {"b": 750, "c": 250}
+               for i in (1300, 2300))
+    assert seen != other
     for name in "abc":
-        assert [index for n, index in seen if n == name] == list(range(sum(n == name for n, _ in seen))), "repeated or left out"
+        assert [index for n, index in seen if n == name] == list(
+            range(sum(n == name for n, _ in seen))), "repeated or left out"
     digest = hashlib.sha256(repr(seen).encode()).hexdigest()
     assert digest.startswith("ca1e8c00c3fcfce5"), "the order of runs that exist has changed"
     for mixture in ("a:0.7,b:0.29,c:0.01", "a:1,b:1,c:1"):
         names = parse_mixture(mixture)
         located = Counter(locate([[0, mixture]], 5, i)[0] for i in range(1234))
         assert located == {name: samples_drawn(name, mixture, 5, 1234) for name in names}
-    assert [samples_drawn(name, "a:0.7,b:0.29,c:0.01", 5, 3000) for name in "abcd"] == [2100, 870, 30, 0]
+    assert [samples_drawn(name, "a:0.7,b:0.29,c:0.01", 5, 3000)
+            for name in "abcd"] == [2100, 870, 30, 0]
 
 
 def test_small_shares_and_many_sources_are_kept_and_the_order_is_found_without_state():
-    """A share of 0.01 % was 0.1 % once, and the largest of 1,500 sources had a negative number of samples."""
+    """A share of 0.01 % was 0.1 % once, and the largest of 1,500 sources had a negative number of
+    samples."""
     many = ",".join(f"s{i}:{1 + i % 5}" for i in range(1500))
-    for mixture, period in (("a:0.7,b:0.29,c:0.01", 1000), ("a:0.9999,b:0.0001", 10_000), ("a:0.9985,b:0.0015", 10_000),
-                            ("a:0.99999,b:0.00001", 100_000), (many, 100_000)):
-        drawn = {name: samples_drawn(name, mixture, 5, 3 * period) for name in parse_mixture(mixture)}
+    for mixture, period in (("a:0.7,b:0.29,c:0.01", 1000), ("a:0.9999,b:0.0001", 10_000),
+                            ("a:0.9985,b:0.0015", 10_000), ("a:0.99999,b:0.00001", 100_000),
+                            (many, 100_000)):
+        drawn = {name: samples_drawn(name, mixture, 5, 3 * period)
+                 for name in parse_mixture(mixture)}
         assert sum(drawn.values()) == 3 * period
         for name, share in parse_mixture(mixture).items():
             assert drawn[name] / (3 * period) == pytest.approx(share, rel=0.05), (name, mixture)
         for first in (0, 2 * period - 500):
             seen = [locate([[0, mixture]], 5, i) for i in range(first, first + 1000)]
-            for name, index in seen[::-97]:                             # found without what came before
-                before = samples_drawn(name, mixture, 5, first) + sum(n == name for n, _ in seen[:seen.index((name, index))])
+            # found without what came before
+            for name, index in seen[::-97]:
+                before = samples_drawn(name, mixture, 5, first) + sum(
+                    n == name for n, _ in seen[:seen.index((name, index))])
                 assert index == before
-    with pytest.raises(BadInput, match=r"--data: the share of b, 1e-05 %, is too small to be kept to 5 % within 1,000,000 samples"):
+    with pytest.raises(BadInput, match=r"--data: the share of b, 1e-05 %, is too small "
+                       r"to be kept to 5 % within 1,000,000 samples"):
         parse_mixture("a:1,b:0.0000001")
 
 
 def test_a_batch_depends_on_seed_plan_and_index_alone(tmp_path):
-    """Samples are the same for any order and size of requests: resume and number of processes change nothing. A negative seed once raised ValueError."""
-    splits, plan = {"a": corpus(tmp_path), "b": corpus(tmp_path, "b", 411)}, [[0, "a:0.7,b:0.3"], [20, "b"]]
+    """Samples are the same for any order and size of requests: resume and number of processes
+    change nothing. A negative seed once raised ValueError."""
+    splits, plan = {"a": corpus(
+        tmp_path), "b": corpus(tmp_path, "b", 411)}, [[0, "a:0.7,b:0.3"], [20, "b"]]
     batches, again, other, negative = [make_batches(splits.get, seed, 8) for seed in (1, 1, 2, -1)]
     whole = batches(plan, 16, 8)[0]["idx"]
     for size in (4, 1):
-        parts = {first: again(plan, first, size)[0]["idx"] for first in range(24 - size, 15, -size)}      # in reverse order
+        # in reverse order
+        parts = {first: again(plan, first, size)[0]["idx"] for first in range(24 - size, 15, -size)}
         assert torch.equal(torch.cat([parts[first] for first in sorted(parts)]), whole)
-    assert torch.equal(again([*plan, [24, "a"]], 16, 8)[0]["idx"], whole), "a later segment changes nothing before it"
-    assert len({str(source([[0, "b"]], 0, 8)[0]["idx"].tolist()) for source in (batches, again, other, negative)}) == 3
+    assert torch.equal(again([*plan, [24, "a"]], 16, 8)[0]["idx"],
+                       whole), "a later segment changes nothing before it"
+    assert len({str(source([[0, "b"]], 0, 8)[0]["idx"].tolist())
+                for source in (batches, again, other, negative)}) == 3
 
 
 def test_doc_ids_count_the_documents(tmp_path):
     write_corpus(tmp_path / "numbers", Numbers(), [("train", "5 6 7")] * 40 + [("val", "5")])
-    batch, _ = make_batches(lambda name: Split(tmp_path / "numbers", "train"), 1, 12, bos=0)([[0, "a"]], 0, 10)
-    assert batch["doc_ids"].tolist() == [[row[:i + 1].count(0) for i in range(12)] for row in batch["idx"].tolist()] and batch["doc_ids"].max() == 3
+    batch, _ = make_batches(lambda name: Split(tmp_path / "numbers", "train"), 1, 12,
+                            bos=0)([[0, "a"]], 0, 10)
+    assert batch["doc_ids"].tolist() == [[row[:i + 1].count(0) for i in range(12)]
+                                         for row in batch["idx"].tolist()]
+    assert batch["doc_ids"].max() == 3
 
 
 def test_held_out_windows_have_one_shape(tmp_path):
-    split = Split(corpus(tmp_path).folder, "val")                        # 102 tokens: 12 windows of 8
+    # 102 tokens: 12 windows of 8
+    split = Split(corpus(tmp_path).folder, "val")
     for tokens, starts in ((96, range(0, 96, 8)), (40, (0, 16, 40, 64, 88)), (1, (0,))):
         batches = list(held_out_windows(split, 8, tokens, 5))
-        assert {batch[key].shape for batch in batches for key in batch} == {(5, 8)} and len(batches) == -(-len(starts) // 5)
+        assert {batch[key].shape for batch in batches for key in batch} == {(5, 8)}
+        assert len(batches) == -(-len(starts) // 5)
         idx, targets = (torch.cat([batch[key] for batch in batches]) for key in ("idx", "targets"))
-        assert (idx[:len(starts), 1] - 3).tolist() == list(starts) and torch.equal(targets[:len(starts), :-1], idx[:len(starts), 1:])
+        assert (idx[:len(starts), 1] - 3).tolist() == list(starts)
+        assert torch.equal(targets[:len(starts), :-1], idx[:len(starts), 1:])
         assert (targets[len(starts):] == -100).all() and (targets[:len(starts)] >= 0).all()
 
 
@@ -168,9 +198,11 @@ def test_the_shares_of_all_ranks_are_the_batches_of_one_process(tmp_path, ranks)
 def test_a_split_that_cannot_be_used_says_what_to_do(tmp_path):
     """A split without a target ended in a ZeroDivisionError; --val_share was not mentioned."""
     check_block_size(val := Split(corpus(tmp_path).folder, "val"), 101)
-    with pytest.raises(BadInput, match="--block_size=102: the val split of a has only 102 tokens; lower --block_size or .* a larger --val_share"):
+    with pytest.raises(BadInput, match="--block_size=102: the val split of a has only 102 "
+                       "tokens; lower --block_size or .* a larger --val_share"):
         check_block_size(val, 102)
-    with pytest.raises(BadInput, match="the train split of a has only 203 tokens; lower --block_size$"):
+    with pytest.raises(BadInput,
+                       match="the train split of a has only 203 tokens; lower --block_size$"):
         check_block_size(Split(val.folder, "train"), 300)
 
     def model(idx, targets, doc_ids):
@@ -190,7 +222,8 @@ def test_the_hash_of_a_corpus_tells_whether_it_was_prepared_anew_from_the_same_d
     assert len({*first.values()}) == 2
     assert corpus(tmp_path / "again").corpus_sha256 == first["a"]
     meta = json.loads((path := tmp_path / "a" / "numbers" / "meta.json").read_text())
-    del meta["corpus_sha256"]                                            # as early versions wrote it
+    # as early versions wrote it
+    del meta["corpus_sha256"]
     path.write_text(json.dumps(meta))
     assert open_corpus(tmp_path, "a", Numbers(), "train").corpus_sha256 is None
 
@@ -199,22 +232,30 @@ def test_packed_rows_without_doc_mask_are_noted(tmp_path, capsys):
     tok = load_tokenizer("bytes")
     messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
     write_rows(tmp_path / "talk" / "bytes", tok, [("train", messages), ("val", messages)], 16)
-    write_corpus(tmp_path / "text" / "bytes", tok, [(split, "plain words " * 9) for split in ("train", "val")])
-    for options, noted in (({}, True), ({"doc_mask": True}, False), ({"quiet": True}, False), ({"data": "text"}, False),
+    write_corpus(tmp_path / "text" / "bytes", tok,
+                 [(split, "plain words " * 9) for split in ("train", "val")])
+    for options, noted in (({}, True), ({"doc_mask": True}, False), ({"quiet": True}, False),
+                           ({"data": "text"}, False),
                            ({"data": "text", "decay_data": "text:0.5,talk:0.5"}, True)):
-        (config,) = build([TrainConfig], {"data": "talk", "max_steps": 2, "block_size": 16, "data_dir": str(tmp_path)} | options)
+        (config,) = build([TrainConfig],
+                          {"data": "talk", "max_steps": 2, "block_size": 16,
+                           "data_dir": str(tmp_path)} | options)
         open_data(config, tok)
         said = capsys.readouterr().out
-        assert ("of a row of talk attend to each other; --doc_mask=True" in said) == noted and said.count("\n") == noted
+        assert ("of a row of talk attend to each other; --doc_mask=True" in said) == noted
+        assert said.count("\n") == noted
 
 
 def test_a_failing_write_leaves_nothing_behind(tmp_path):
     """An empty folder data/NAME was left once."""
     (tmp_path / "data" / "b").mkdir(parents=True)
-    for folder, documents in (("data/a", (("train", str(1 // n)) for n in (1, 0))), ("data/b", []), ("new/a", [("train", "5")])):
-        with pytest.raises((BadInput, ZeroDivisionError)):               # a document fails; no documents; no held-out documents
+    for folder, documents in (("data/a", (("train", str(1 // n)) for n in (1, 0))), ("data/b", []),
+                              ("new/a", [("train", "5")])):
+        # a document fails; no documents; no held-out documents
+        with pytest.raises((BadInput, ZeroDivisionError)):
             write_corpus(tmp_path / folder / "numbers", Numbers(), documents)
-    assert [path.relative_to(tmp_path).as_posix() for path in sorted(tmp_path.rglob("*"))] == ["data", "data/b"]
+    assert [path.relative_to(tmp_path).as_posix()
+            for path in sorted(tmp_path.rglob("*"))] == ["data", "data/b"]
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
@@ -236,31 +277,43 @@ def test_damage_is_one_line_that_names_the_file(tmp_path):
     shard = "train_000002.bin"
 
     def patch(name, at, data):
-        return lambda f: (f / name).write_bytes((raw := (f / name).read_bytes())[:at] + data + (raw[at + len(data):] if data else b""))
+        return lambda f: (f / name).write_bytes((raw := (f / name).read_bytes())[:at] + data
+                                                + (raw[at + len(data):] if data else b""))
 
     def meta(**changes):
-        return lambda f: (f / "meta.json").write_text(json.dumps(json.loads((f / "meta.json").read_text()) | changes))
+        return lambda f: (f / "meta.json").write_text(
+            json.dumps(json.loads((f / "meta.json").read_text()) | changes))
     for number, (named, says, damage) in enumerate([
-        (shard, "truncated", patch(shard, -1, b"")), (shard, "truncated header", patch(shard, 5, b"")), (shard, "missing", lambda f: (f / shard).unlink()),
-        (shard, "not a token shard", patch(shard, 0, b"GGUF")), (shard, "version 2", patch(shard, 8, b"\2")), (shard, "vocabulary", patch(shard, 16, b"\1")),
-        ("", "token id 65535", patch(shard, HEADER.size + 40, b"\xff\xff")), ("", "no corpus here", lambda f: (f / "meta.json").unlink()),
-        ("", "another 'numbers' tokenizer", meta(tokenizer_hash="f" * 16)), ("", "shards hold 0", meta(splits={"train": {"shards": [], "tokens": 3}})),
+        (shard, "truncated", patch(shard, -1, b"")),
+        (shard, "truncated header", patch(shard, 5, b"")),
+        (shard, "missing", lambda f: (f / shard).unlink()),
+        (shard, "not a token shard", patch(shard, 0, b"GGUF")),
+        (shard, "version 2", patch(shard, 8, b"\2")),
+        (shard, "vocabulary", patch(shard, 16, b"\1")),
+        ("", "token id 65535", patch(shard, HEADER.size + 40, b"\xff\xff")),
+        ("", "no corpus here", lambda f: (f / "meta.json").unlink()),
+        ("", "another 'numbers' tokenizer", meta(tokenizer_hash="f" * 16)),
+        ("", "shards hold 0", meta(splits={"train": {"shards": [], "tokens": 3}})),
         *(("meta.json", "damaged", damage) for damage in (
-            patch("meta.json", 100, b""), patch("meta.json", 5, b"\xff"), meta(splits=[]), meta(vocab_size=None), meta(tokenizer_hash=5),
+            patch("meta.json", 100, b""), patch("meta.json", 5, b"\xff"), meta(splits=[]),
+            meta(vocab_size=None), meta(tokenizer_hash=5),
             meta(splits={"train": {"shards": 5, "tokens": 3}}))),
     ]):
         damage(folder := corpus(tmp_path, f"a{number}").folder)
         with pytest.raises(BadInput) as caught:
             open_corpus(tmp_path, folder.parent.name, Numbers(), "train").read(0, 203)
-        assert "\n" not in str(caught.value) and str(folder / named) in str(caught.value) and says in str(caught.value)
-    with pytest.raises(BadInput, match=r"nowhere.numbers: no corpus here; run python data/text/prepare.py --input=PATH --name=nowhere "):
+        assert "\n" not in str(caught.value) and str(folder / named) in str(caught.value)
+        assert says in str(caught.value)
+    with pytest.raises(BadInput, match=r"nowhere.numbers: no corpus here; run python "
+                       r"data/text/prepare.py --input=PATH --name=nowhere "):
         open_corpus(tmp_path, "nowhere", Numbers(), "train")
 
 
 def test_shards_are_opened_when_they_are_read_and_old_corpora_still_open(tmp_path):
     folder = corpus(tmp_path).folder
     whole, raw = Split(folder, "train").read(0, 203), (folder / "meta.json").read_text()
-    (folder / "train_000003.bin").write_bytes(b"")                       # is not opened at the start...
+    # is not opened at the start...
+    (folder / "train_000003.bin").write_bytes(b"")
     split = Split(folder, "train")
     assert (split.read(0, 150) == whole[:150]).all()
     with pytest.raises(BadInput, match="train_000003.bin: truncated header"):
@@ -270,7 +323,8 @@ def test_shards_are_opened_when_they_are_read_and_old_corpora_still_open(tmp_pat
         split.read(149, 2)
     write_shard(folder / "train_000003.bin", whole[150:200], Numbers.n_vocab)
     meta = json.loads(raw)
-    for about in meta["splits"].values():                                # as early versions wrote it: without counts
+    # as early versions wrote it: without counts
+    for about in meta["splits"].values():
         del about["counts"]
     (folder / "meta.json").write_text(json.dumps(meta))
     assert (Split(folder, "train").read(0, 203) == whole).all()
@@ -317,23 +371,28 @@ def test_a_trillion_tokens_are_addressed_without_holding_anything(tmp_path):
     write_shard(tmp_path / "one", np.zeros(0), Numbers.n_vocab)
     with open(tmp_path / "one", "r+b") as f:
         f.write(HEADER.pack(MAGIC, VERSION, 2, Numbers.n_vocab, per_shard))
-        f.truncate(HEADER.size + 2 * per_shard)                          # sparse: takes no disk space
+        # sparse: takes no disk space
+        f.truncate(HEADER.size + 2 * per_shard)
     names = [f"train_{n:06d}_000000.bin" for n in range(n_shards)]
     for name in names:
         os.link(tmp_path / "one", tmp_path / name)
     about = {"tokens": n_shards * per_shard, "shards": names, "counts": [per_shard] * n_shards}
-    (tmp_path / "meta.json").write_text(json.dumps({"tokenizer_hash": "", "vocab_size": Numbers.n_vocab, "splits": {"train": about}}))
+    meta = {"tokenizer_hash": "", "vocab_size": Numbers.n_vocab, "splits": {"train": about}}
+    (tmp_path / "meta.json").write_text(json.dumps(meta))
     tracemalloc.start()
     began = time.perf_counter()
     split = Split(tmp_path, "train")
     offsets = []
-    read, split.read = split.read, lambda offset, length: offsets.append(offset) or read(offset, length)
+    read, split.read = split.read, lambda offset, length: offsets.append(
+        offset) or read(offset, length)
     batches = make_batches(lambda name: split, 1, 4096)
-    for step in (0, 10 ** 5, 67_000):                                    # 67,000 batches of 4M tokens are a quarter of it
+    # 67,000 batches of 4M tokens are a quarter of it
+    for step in (0, 10 ** 5, 67_000):
         batches([[0, "a:0.7,b:0.3"]], 1024 * step, 32)
     seconds, peak = time.perf_counter() - began, tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert len(set(offsets)) == 96 and max(offsets) > 0.9 * split.n_tokens and min(offsets) < 0.1 * split.n_tokens
+    assert len(set(offsets)) == 96 and max(offsets) > 0.9 * split.n_tokens
+    assert min(offsets) < 0.1 * split.n_tokens
     assert seconds < 5 and peak < 20e6, (seconds, peak)
     with pytest.raises(BadInput, match="train_010999_000000.bin: shard is missing"):
         (tmp_path / names[-1]).unlink()
@@ -341,9 +400,12 @@ def test_a_trillion_tokens_are_addressed_without_holding_anything(tmp_path):
 
 
 def test_malformed_mixtures_are_refused():
-    assert parse_mixture("a") == parse_mixture("a:7") == {"a": 1.0} and parse_mixture(" a:3, b:1") == {"a": 0.75, "b": 0.25}
-    for text in ("", "a,b", "a:0.5,b", "a:0.5,a:0.5", "a:0,b:1", "a:-1,b:2", "a:x", "a:", ":1", "a:nan", "a:inf", "a:1,,b:1"):
-        with pytest.raises(BadInput, match=f"^--data='{text}': give NAME or NAME:WEIGHT,.* above 0$"):
+    assert parse_mixture("a") == parse_mixture("a:7") == {"a": 1.0}
+    assert parse_mixture(" a:3, b:1") == {"a": 0.75, "b": 0.25}
+    for text in ("", "a,b", "a:0.5,b", "a:0.5,a:0.5", "a:0,b:1", "a:-1,b:2", "a:x", "a:", ":1",
+                 "a:nan", "a:inf", "a:1,,b:1"):
+        with pytest.raises(BadInput,
+                           match=f"^--data='{text}': give NAME or NAME:WEIGHT,.* above 0$"):
             parse_mixture(text)
 
 
@@ -466,14 +528,15 @@ def test_an_epoch_has_as_many_samples_as_a_run_reads_without_repeats(tmp_path):
         n = sources[name].samples
         split, offsets = open_corpus(tmp_path, name, tok, "train"), []
         read = split.read
-        split.read = lambda offset, length: offsets.append(offset) or read(offset, length)  # noqa: B023
+        split.read = lambda offset, length: offsets.append(offset) or read(offset, length)
         batches = make_batches({name: split}.get, config.seed, 16)
         batches([[0, name]], 0, n)
         assert n > 1 and len(set(offsets)) == n == len(offsets)
 
 
 @pytest.mark.parametrize("steps, one, warns", [(10, 6, False), (24, 20, True)])
-def test_a_run_says_how_many_epochs_it_reads_and_warns_above_four(train_tiny, capsys, steps, one, warns):
+def test_a_run_says_how_many_epochs_it_reads_and_warns_above_four(
+        train_tiny, capsys, steps, one, warns):
     """Nothing said that a run of 1.1T tokens would read a default corpus 11,000 times."""
     n_tokens = 4 * len((ROOT / "LICENSE").read_text(encoding="utf-8")) + 2
     epoch = (n_tokens - 1) // 16 - 1        # samples of either corpus
@@ -489,7 +552,8 @@ def test_a_run_says_how_many_epochs_it_reads_and_warns_above_four(train_tiny, ca
     assert "epochs" not in capsys.readouterr().out
 
 
-def test_a_timed_run_says_its_epochs_at_its_end_and_a_resumed_one_the_same_again(train_tiny, capsys):
+def test_a_timed_run_says_its_epochs_at_its_end_and_a_resumed_one_the_same_again(
+        train_tiny, capsys):
     train_tiny("timed", "--minutes=0.03", "--eval_interval=0")
     said = capsys.readouterr().out
     assert said.count("epochs of the whole run: one ") == 1
@@ -502,5 +566,6 @@ def test_a_timed_run_says_its_epochs_at_its_end_and_a_resumed_one_the_same_again
                                   plan=[[0, "a"], [12 + 17 * 8, "b"]])
     for state in (new, resumed):
         train_module.say_epochs(config, state, sources, lines.append)
-    assert lines[:2] == lines[2:] and lines[0] == f"epochs of the whole run: a {148 / 9:.2f}, b {80 / 9:.2f}"
+    assert lines[:2] == lines[2:]
+    assert lines[0] == f"epochs of the whole run: a {148 / 9:.2f}, b {80 / 9:.2f}"
     assert new.plan == [[0, "a"]]

@@ -14,7 +14,6 @@ import torch
 import torch.nn.functional as F
 from conftest import finish, launch, start
 
-import train  # noqa: F401  sets CUBLAS_WORKSPACE_CONFIG, which torch reads at the first product only
 from configurator import ROOT
 from data.dataset import Prefetch
 from engine import checkpoint, metrics, ops
@@ -22,7 +21,8 @@ from engine.distributed import World
 from model import MiniCPM, MiniCPMConfig, init_weights
 
 HAS_GPU = torch.cuda.is_available()
-CUDA = pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not HAS_GPU, reason="no GPU here")])
+CUDA = pytest.param("cuda",
+                    marks=[pytest.mark.gpu, pytest.mark.skipif(not HAS_GPU, reason="no GPU here")])
 both = pytest.mark.parametrize("device", ["cpu", CUDA])
 gpu_only = pytest.mark.parametrize("device", [CUDA])
 REPORT, FOUND = ROOT / "gpu_report.json", {}
@@ -49,8 +49,9 @@ def record(request):
 def machine():
     properties = torch.cuda.get_device_properties(0)
     return {"gpu": properties.name, "memory": properties.total_memory, "cuda": torch.version.cuda,
-            "capability": f"{properties.major}.{properties.minor}", "gpus": torch.cuda.device_count(),
-            "cudnn": torch.backends.cudnn.version(), **checkpoint.provenance()}
+            "capability": f"{properties.major}.{properties.minor}",
+            "gpus": torch.cuda.device_count(), "cudnn": torch.backends.cudnn.version(),
+            **checkpoint.provenance()}
 
 
 def apart(a, b):
@@ -98,7 +99,8 @@ def test_documents_in_a_compiled_model(device, record):
     config = MiniCPMConfig(vocab_size=512, n_layer=2, n_head=4, n_kv_head=2, n_embd=256, n_ff=512)
     generator = torch.Generator().manual_seed(0)
     losses = {}
-    for name, flash, compiled in (("mask", False, False), ("eager", True, False), ("compiled", True, True)):
+    for name, flash, compiled in (("mask", False, False), ("eager", True, False),
+                                  ("compiled", True, True)):
         model = MiniCPM(config)
         init_weights(model, 0)
         model.to(device)
@@ -205,7 +207,8 @@ def test_next_batch(device, record):
 
 # ---- runs
 
-RUN = ["--max_steps=20", "--n_embd=64", "--n_head=2", "--n_ff=96", "--block_size=48", "--batch_size=8"]
+RUN = ["--max_steps=20", "--n_embd=64", "--n_head=2", "--n_ff=96", "--block_size=48",
+       "--batch_size=8"]
 KINDS = {"dense": [], "experts": ["--num_experts=4"], "documents": ["--doc_mask=True"]}
 
 
@@ -236,7 +239,8 @@ def test_ways_to_compute(device, kind, train_tiny, record):
     ways = {"flash": ["--compile=False"], "recomputed": ["--compile=False", "--recompute=1"]}
     if device == "cuda":                        # on a CPU twenty steps are too few to compile
         ways |= {"compiled": [], "compiled_recomputed": ["--recompute=1"]}
-    far = {way: apart(losses(train_tiny, way, *options, *more), plain) for way, more in ways.items()}
+    far = {way: apart(losses(train_tiny, way, *options, *more), plain)
+           for way, more in ways.items()}
     record(apart=far)
     assert max(far.values()) < (1e-5 if device == "cpu" else 2e-3), far
 
@@ -259,7 +263,8 @@ def test_asynchronous_saving(device, train_tiny, record):
     """A checkpoint that was written while training went on is the one that a pause gives."""
     options = [f"--device={device}", "--deterministic=True", "--save_interval=7", "--keep_last=9",
                "--compile=False"]
-    folders = [train_tiny("pause", *RUN, *options), train_tiny("async", *RUN, *options, "--async_save=True")]
+    folders = [train_tiny("pause", *RUN, *options),
+               train_tiny("async", *RUN, *options, "--async_save=True")]
     for step in ("step-00000007", "step-00000014", "step-00000020"):
         for part in ("model", "optimizer"):
             one, two = (dict(checkpoint.read_tensors(folder / step, part)) for folder in folders)
@@ -292,25 +297,29 @@ def test_kill_and_resume(device, train_tiny, record):
 @both
 def test_torchrun(device, train_tiny, record):
     """One process under torchrun: its process group (NCCL on a GPU) and FSDP2."""
-    options = [*RUN, f"--device={device}", "--compile=False" if device == "cpu" else "--recompute=1"]
+    options = [*RUN, f"--device={device}",
+               "--compile=False" if device == "cpu" else "--recompute=1"]
     alone = train_tiny("alone", *options)
-    finish(launch(1, "train.py", train_tiny.config, f"--out_dir={train_tiny.tmp_path / 'torchrun'}", *options))
+    finish(launch(1, "train.py", train_tiny.config, f"--out_dir={train_tiny.tmp_path / 'torchrun'}",
+                  *options))
     a, b = ([line["loss"] for line in metrics.read(folder)[0]]
             for folder in (alone, train_tiny.tmp_path / "torchrun"))
-    sharded = checkpoint.resolve(train_tiny.tmp_path / "torchrun") / "model-00001-of-00001.safetensors"
+    last = checkpoint.resolve(train_tiny.tmp_path / "torchrun")
+    sharded = last / "model-00001-of-00001.safetensors"
     record(apart=apart(a, b))
     assert sharded.exists() and apart(a, b) < (1e-5 if device == "cpu" else 2e-3)
 
 
 # ---- memory and speed: shapes of the paper with fewer layers, so that they fit one card
 
-SHAPES = {
-    "gpu_124m": ["config/gpu_124m.py", "--batch_size=32", "--micro_batch_size=16"],
-    "minicpm_1b": ["config/minicpm_1b.py", "--n_layer=13", "--batch_schedule=0:8", "--micro_batch_size=2"],
-    "minicpm_2b": ["config/minicpm_2b.py", "--n_layer=8", "--batch_size=8", "--micro_batch_size=2"],
-}
-TINY_SHAPE = ["config/gpu_124m.py", "--n_layer=2", "--n_embd=64", "--n_head=2", "--n_ff=96", "--vocab_size=512",
-              "--block_size=32", "--batch_size=4", "--micro_batch_size=2", "--compile=False", "--device=cpu"]
+SHAPES = {"gpu_124m": ["config/gpu_124m.py", "--batch_size=32", "--micro_batch_size=16"],
+          "minicpm_1b": ["config/minicpm_1b.py", "--n_layer=13", "--batch_schedule=0:8",
+                         "--micro_batch_size=2"],
+          "minicpm_2b": ["config/minicpm_2b.py", "--n_layer=8", "--batch_size=8",
+                         "--micro_batch_size=2"],}
+TINY_SHAPE = ["config/gpu_124m.py", "--n_layer=2", "--n_embd=64", "--n_head=2", "--n_ff=96",
+              "--vocab_size=512", "--block_size=32", "--batch_size=4", "--micro_batch_size=2",
+              "--compile=False", "--device=cpu"]
 
 
 def printed_json(process):

@@ -17,21 +17,23 @@ def data_dir(tmp_path):
     """Write small versions of the lab's corpora; return their folder."""
     tokenizer, folder = load_tokenizer("bpe4096"), tmp_path / "data"
     for name in ("pytorch", "speeches", "speeches_long"):
-        write_corpus(folder / name / "bpe4096", tokenizer, [(split, "My fellow citizens, this is a long speech. " * 400) for split in ("train", "val")])
+        write_corpus(folder / name / "bpe4096", tokenizer,
+                     [(split, "My fellow citizens, this is a long speech. " * 400)
+                      for split in ("train", "val")])
     for size in (SHORT, LONG):
         script("passkey").main([f"--data_dir={folder}", f"--block_size={size}", "--documents=30"])
     return folder
 
 
 @pytest.mark.slow          # half a minute
-def test_the_quick_run_goes_from_corpora_to_checks_and_trains_nothing_twice(tmp_path, data_dir, monkeypatch, capsys):
-    monkeypatch.setattr(runs, "path", lambda lab, kind, config: tmp_path / f"{lab}.{'png' if kind == 'figures' else 'jsonl'}")
-    monkeypatch.setattr(runs, "folder", lambda lab, job: str(tmp_path / "runs" / str(abs(hash(runs.job_key(job))))))
+def test_the_quick_run_goes_from_corpora_to_checks_and_trains_nothing_twice(
+        tmp_path, lab_files, data_dir, monkeypatch, capsys):
     monkeypatch.setattr(metrics, "draw", lambda folder: None)
     words = ["--quick=True", "--workers=1", f"--data_dir={data_dir}"]
     long_context.main(words)
     out = capsys.readouterr().out
-    assert len(re.findall("^(holds|does not hold) \\|", out, re.M)) == 8 and (tmp_path / "long_context.png").exists()
+    assert len(re.findall("^(holds|does not hold) \\|", out, re.M)) == 8
+    assert (tmp_path / "long_context.png").exists()
     assert (tmp_path / "long_context_slide.png").exists()
     monkeypatch.setattr(runs.train, "main", lambda words: pytest.fail(f"trained again: {words}"))
     monkeypatch.setattr(long_context, "draw", lambda *a: None)
@@ -43,31 +45,46 @@ def test_the_quick_run_goes_from_corpora_to_checks_and_trains_nothing_twice(tmp_
 
 def test_a_run_that_was_stopped_is_no_result(tmp_path, monkeypatch):
     monkeypatch.setattr(runs, "folder", lambda lab, job: str(tmp_path / "run"))
-    monkeypatch.setattr(runs.train, "main", lambda words: None)        # as after Ctrl-C: it has saved and returned
+    # as after Ctrl-C: it has saved and returned
+    monkeypatch.setattr(runs.train, "main", lambda words: None)
     with pytest.raises(KeyboardInterrupt):
         long_context.stage("config/laptop.py", steps=3, seed=0, data_dir="data")
 
 
 def made_up():
-    """Return results for which every check holds: {(variant, trained length): [result of each base model]}."""
-    share = {("no change", SHORT): (1, 0, 0), ("base", SHORT): (1, 0.1, 0), ("NTK", SHORT): (1, 0.3, 0), ("base + NTK", SHORT): (1, 0.3, 0.1),
-             (FIXED, SHORT): (0.6, 0.3, 0),
-             ("no change", LONG): (1, 0.7, 0), ("base", LONG): (1, 0.95, 0), ("NTK", LONG): (1, 0.9, 0.5), ("base + NTK", LONG): (1, 0.9, 0.6)}
-    return {key: [{"keys": {str(tokens): [found * scale] * 2 for tokens, found in zip((SHORT, LONG, 2 * LONG), shares)}, "positions": [[0, 32, 4.0]]}
-                  for scale in (1, 0.999)] for key, shares in share.items()}
+    """Return results for which every check holds: {(variant, trained length): [result of each base
+    model]}."""
+    share = {("no change", SHORT): (1, 0, 0), ("base", SHORT): (1, 0.1, 0),
+             ("NTK", SHORT): (1, 0.3, 0), ("base + NTK", SHORT): (1, 0.3, 0.1),
+             (FIXED, SHORT): (0.6, 0.3, 0), ("no change", LONG): (1, 0.7, 0),
+             ("base", LONG): (1, 0.95, 0), ("NTK", LONG): (1, 0.9, 0.5),
+             ("base + NTK", LONG): (1, 0.9, 0.6)}
+    return {key: [{"keys": {str(tokens): [found * scale] * 2
+                            for tokens, found in zip((SHORT, LONG, 2 * LONG), shares)},
+                   "positions": [[0, 32, 4.0]]} for scale in (1, 0.999)]
+            for key, shares in share.items()}
 
 
 def test_checks_hold_if_the_claims_do_and_fail_if_not():
-    settings = long_context.Settings(lengths=(SHORT, LONG, 2 * LONG), depths=(0.0, 1.0), seeds=(0, 1))
-    assert set(made_up()) == {*((variant, SHORT) for variant in UNTRAINED), *((variant, LONG) for variant in VARIANTS)}
+    settings = long_context.Settings(lengths=(SHORT, LONG, 2 * LONG), depths=(0.0, 1.0),
+                                     seeds=(0, 1))
+    assert set(made_up()) == {*((variant, SHORT) for variant in UNTRAINED),
+                              *((variant, LONG) for variant in VARIANTS)}
     assert all(check.holds for check in long_context.checks(made_up(), settings))
-    for fails, key, length, found in (([0], ("no change", SHORT), SHORT, 0.5), ([1], ("no change", SHORT), LONG, 0.1), ([2], ("no change", LONG), LONG, 0),
-                                      ([3], ("base", LONG), LONG, 0.8), ([4], ("no change", LONG), LONG, 0.96), ([5], (FIXED, SHORT), SHORT, 1),
-                                      ([6], ("NTK", LONG), 2 * LONG, 0.1), ([6], ("base", LONG), 2 * LONG, 0.5)):
+    for fails, key, length, found in (([0], ("no change", SHORT), SHORT, 0.5),
+                                      ([1], ("no change", SHORT), LONG, 0.1),
+                                      ([2], ("no change", LONG), LONG, 0),
+                                      ([3], ("base", LONG), LONG, 0.8),
+                                      ([4], ("no change", LONG), LONG, 0.96),
+                                      ([5], (FIXED, SHORT), SHORT, 1),
+                                      ([6], ("NTK", LONG), 2 * LONG, 0.1),
+                                      ([6], ("base", LONG), 2 * LONG, 0.5)):
         results = copy.deepcopy(made_up())
         for each in results[key]:
             each["keys"][str(length)] = [found, found]
-        assert [n for n, check in enumerate(long_context.checks(results, settings)) if not check.holds] == fails
+        assert [n
+                for n, check in enumerate(long_context.checks(results, settings))
+                if not check.holds] == fails
     results = made_up()
     for each in results["no change", LONG]:
         each["positions"][0][2] = 4.2

@@ -1,33 +1,35 @@
 """labs/upcycling.py: the quick run, and checks that fail when they should."""
-from pathlib import Path
 
 import pytest
 
 from engine import metrics
-from labs import runs, upcycling
+from labs import upcycling
 
 SETTINGS = upcycling.Settings(experts=2)
 
 
 @pytest.mark.slow
-def test_the_quick_run_draws_and_reuses_its_results(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(runs, "path", lambda lab, kind, config: tmp_path / f"{lab}.{'png' if kind == 'figures' else 'jsonl'}")
-    monkeypatch.setattr(runs, "folder", lambda lab, job, plain=runs.folder: str(tmp_path / Path(plain(lab, job)).name))
-    monkeypatch.setattr(metrics, "draw", lambda folder: None)            # one figure per run takes long
+def test_the_quick_run_draws_and_reuses_its_results(tmp_path, lab_files, monkeypatch, capsys):
+    # one figure per run takes long
+    monkeypatch.setattr(metrics, "draw", lambda folder: None)
     upcycling.main(["--quick=True", "--workers=1"])
     results, said = (tmp_path / "upcycling.jsonl").read_text(), capsys.readouterr().out
     (line,) = metrics.read_jsonl(tmp_path / "upcycling.jsonl")
     losses, loads = line["result"]["losses"], line["result"]["loads"]
-    assert {name: len(found) for name, found in losses.items()} == {"dense": 4, "experts": 4, "scratch": 4}
+    assert {name: len(found)
+            for name, found in losses.items()} == {"dense": 4, "experts": 4, "scratch": 4}
     assert min(map(min, losses.values())) > 2 and len(loads["experts"]) == upcycling.PARTS
     assert "holds | upcycled experts compute what the dense model computes" in said
-    assert all((tmp_path / f"upcycling{part}.png").stat().st_size > 10_000 for part in ("", "_slide"))
-    assert not [path for path in tmp_path.iterdir() if path.is_dir() and path.name[0] != "."]   # checkpoints are gone
+    assert all((tmp_path / f"upcycling{part}.png").stat().st_size > 10_000
+               for part in ("", "_slide"))
+    # checkpoints are gone
+    assert not [path for path in tmp_path.iterdir() if path.is_dir() and path.name[0] != "."]
     upcycling.main(["--quick=True", "--workers=1"])                     # nothing is run again
     assert (tmp_path / "upcycling.jsonl").read_text() == results
 
 
-def made_up(equal=1e-6, dense=(2.2, 2.1, 2.0, 1.95), experts=(2.22, 2.1, 1.9, 1.87), scratch=(2.6, 2.4, 2.2, 1.8), load=(0.8, 0.2)):
+def made_up(equal=1e-6, dense=(2.2, 2.1, 2.0, 1.95), experts=(2.22, 2.1, 1.9, 1.87),
+            scratch=(2.6, 2.4, 2.2, 1.8), load=(0.8, 0.2)):
     return {"equal": equal, "flops": [100, 150], "loads": {"experts": [[load]]},
             "losses": {"dense": dense, "experts": experts, "scratch": scratch}}
 
@@ -48,9 +50,11 @@ def test_checks_fail_when_they_should(changes, fails):
 
 
 def test_where_two_models_are_level():
-    # ahead of the dense model from 1/2 on; of experts from scratch by 0.3 at 1, behind by 0.07 at 3/2
+    # ahead of the dense model from 1/2 on; of experts from scratch by 0.3 at 1, behind by 0.07 at
+    # 3/2
     results = [made_up()]
-    assert upcycling.crossing(results, "dense") == pytest.approx(0.5) and upcycling.lead(results, "scratch", 4, 2) == pytest.approx(0.1)
+    assert upcycling.crossing(results, "dense") == pytest.approx(0.5)
+    assert upcycling.lead(results, "scratch", 4, 2) == pytest.approx(0.1)
     assert upcycling.crossing(results, "scratch") == pytest.approx(1.5 ** (0.3 / 0.37))
     assert upcycling.crossing([made_up(scratch=(2.6, 2.5, 2.4, 2.3))], "scratch") is None
 

@@ -8,7 +8,8 @@ from configurator import BadInput
 from engine import ops
 from model import KVCache, MiniCPM, MiniCPMConfig, init_weights, rope_tables, sample_next
 
-SMALL = MiniCPMConfig(vocab_size=97, n_layer=2, n_head=4, n_kv_head=2, n_embd=64, n_ff=96, max_position=32)
+SMALL = MiniCPMConfig(vocab_size=97, n_layer=2, n_head=4, n_kv_head=2, n_embd=64, n_ff=96,
+                      max_position=32)
 
 
 def make(config, seed=0):
@@ -23,42 +24,54 @@ def ids(*shape, seed=0, vocab=97):
 
 # ---- parity
 
-ROPE_FORMS = {
-    "none": ({}, {"rope_type": "default"}),
-    "linear": (dict(rope_scaling="linear", rope_factor=3.0), {"rope_type": "linear", "factor": 3.0}),
-    "dynamic": (dict(rope_scaling="dynamic", rope_factor=4.0), {"rope_type": "dynamic", "factor": 4.0}),
-    "longrope": (dict(rope_scaling="longrope", original_max_position=16, rope_short_factor=tuple([1.0] * 8),
-                      rope_long_factor=tuple(1 + 0.5 * i for i in range(8))),
-                 {"rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [1 + 0.5 * i for i in range(8)], "factor": 2.0,
-                  "original_max_position_embeddings": 16}),
-}
+ROPE_FORMS = {"none": ({}, {"rope_type": "default"}),
+              "linear": (dict(rope_scaling="linear", rope_factor=3.0),
+                         {"rope_type": "linear", "factor": 3.0}),
+              "dynamic": (dict(rope_scaling="dynamic", rope_factor=4.0),
+                          {"rope_type": "dynamic", "factor": 4.0}),
+              "longrope": (dict(rope_scaling="longrope", original_max_position=16,
+                                rope_short_factor=tuple([1.0] * 8),
+                                rope_long_factor=tuple(1 + 0.5 * i for i in range(8))),
+                           {"rope_type": "longrope", "short_factor": [1.0] * 8,
+                            "long_factor": [1 + 0.5 * i for i in range(8)], "factor": 2.0,
+                            "original_max_position_embeddings": 16}),}
 
 
 def granite(config, rope):
-    """transformers' Granite with the weights of ours: an independent computation of the same function."""
+    """transformers' Granite with the weights of ours: an independent computation of the same
+    function."""
     transformers = pytest.importorskip("transformers")
     theirs = transformers.GraniteForCausalLM(transformers.GraniteConfig(
-        vocab_size=config.vocab_size, hidden_size=config.n_embd, intermediate_size=config.n_ff, num_hidden_layers=config.n_layer,
-        num_attention_heads=config.n_head, num_key_value_heads=config.kv_heads, max_position_embeddings=config.max_position,
-        rms_norm_eps=config.rms_norm_eps, tie_word_embeddings=config.tie_word_embeddings, attn_implementation="eager",
-        rope_parameters={"rope_theta": config.rope_theta, **rope}, embedding_multiplier=config.scale_emb,
-        residual_multiplier=config.residual_scale, logits_scaling=config.width_mult, attention_multiplier=config.head_size ** -0.5))
+        vocab_size=config.vocab_size, hidden_size=config.n_embd, intermediate_size=config.n_ff,
+        num_hidden_layers=config.n_layer, num_attention_heads=config.n_head,
+        num_key_value_heads=config.kv_heads, max_position_embeddings=config.max_position,
+        rms_norm_eps=config.rms_norm_eps, tie_word_embeddings=config.tie_word_embeddings,
+        attn_implementation="eager", rope_parameters={"rope_theta": config.rope_theta, **rope},
+        embedding_multiplier=config.scale_emb, residual_multiplier=config.residual_scale,
+        logits_scaling=config.width_mult, attention_multiplier=config.head_size ** -0.5))
     return theirs
 
 
 def granite_names(model):
     """{granite name: (our parameter, slice of its rows)}"""
-    config, H, K = model.config, model.config.n_head * model.config.head_size, model.config.kv_heads * model.config.head_size
-    out = {"model.embed_tokens.weight": (model.wte.weight, slice(None)), "model.norm.weight": (model.norm.weight, slice(None))}
+    config = model.config
+    H, K = config.n_head * config.head_size, config.kv_heads * config.head_size
+    out = {"model.embed_tokens.weight": (model.wte.weight, slice(None)),
+           "model.norm.weight": (model.norm.weight, slice(None))}
     if not config.tie_word_embeddings:
         out["lm_head.weight"] = (model.lm_head.weight, slice(None))
     for i, block in enumerate(model.blocks):
-        rows = {"input_layernorm": (block.attn_norm, slice(None)), "post_attention_layernorm": (block.mlp_norm, slice(None)),
-                "self_attn.q_proj": (block.attn.wqkv, slice(0, H)), "self_attn.k_proj": (block.attn.wqkv, slice(H, H + K)),
-                "self_attn.v_proj": (block.attn.wqkv, slice(H + K, H + 2 * K)), "self_attn.o_proj": (block.attn.wo, slice(None)),
-                "mlp.gate_proj": (block.mlp.w_in, slice(0, config.n_ff)), "mlp.up_proj": (block.mlp.w_in, slice(config.n_ff, None)),
+        rows = {"input_layernorm": (block.attn_norm, slice(None)),
+                "post_attention_layernorm": (block.mlp_norm, slice(None)),
+                "self_attn.q_proj": (block.attn.wqkv, slice(0, H)),
+                "self_attn.k_proj": (block.attn.wqkv, slice(H, H + K)),
+                "self_attn.v_proj": (block.attn.wqkv, slice(H + K, H + 2 * K)),
+                "self_attn.o_proj": (block.attn.wo, slice(None)),
+                "mlp.gate_proj": (block.mlp.w_in, slice(0, config.n_ff)),
+                "mlp.up_proj": (block.mlp.w_in, slice(config.n_ff, None)),
                 "mlp.down_proj": (block.mlp.w_out, slice(None))}
-        out |= {f"model.layers.{i}.{name}.weight": (module.weight, part) for name, (module, part) in rows.items()}
+        out |= {f"model.layers.{i}.{name}.weight": (module.weight, part)
+                for name, (module, part) in rows.items()}
     return out
 
 
@@ -66,11 +79,14 @@ def granite_names(model):
 @pytest.mark.parametrize("tied, kv_heads", [(True, 2), (False, 4)])
 def test_logits_and_gradients_equal_granite(form, tied, kv_heads):
     ours, rope = ROPE_FORMS[form]
-    config = dataclasses.replace(SMALL, tie_word_embeddings=tied, n_kv_head=kv_heads, dim_model_base=16, **ours)
+    config = dataclasses.replace(SMALL, tie_word_embeddings=tied, n_kv_head=kv_heads,
+                                 dim_model_base=16, **ours)
     model, theirs = make(config), granite(config, rope)
     names = granite_names(model)
-    theirs.load_state_dict({name: p.detach()[part].clone() for name, (p, part) in names.items()}, strict=tied is False)
-    idx, targets = ids(2, 48), ids(2, 48, seed=1)                          # longer than max_position: dynamic NTK is at work
+    theirs.load_state_dict({name: p.detach()[part].clone() for name, (p, part) in names.items()},
+                           strict=tied is False)
+    # longer than max_position: dynamic NTK is at work
+    idx, targets = ids(2, 48), ids(2, 48, seed=1)
     logits, reference = model(idx), theirs(idx).logits
     assert (logits - reference).abs().max() < 1e-4
     model(idx, targets)[0].mean().backward()
@@ -82,11 +98,13 @@ def test_logits_and_gradients_equal_granite(form, tied, kv_heads):
 
 def test_longrope_short_factors_within_the_original_length():
     factors = tuple(1 + 0.5 * i for i in range(8))
-    config = dataclasses.replace(SMALL, rope_scaling="longrope", rope_short_factor=factors, rope_long_factor=tuple([9.0] * 8))
-    rope = {"rope_type": "longrope", "short_factor": list(factors), "long_factor": [9.0] * 8, "factor": 1.0,
-            "original_max_position_embeddings": 32}
+    config = dataclasses.replace(SMALL, rope_scaling="longrope", rope_short_factor=factors,
+                                 rope_long_factor=tuple([9.0] * 8))
+    rope = {"rope_type": "longrope", "short_factor": list(factors), "long_factor": [9.0] * 8,
+            "factor": 1.0, "original_max_position_embeddings": 32}
     model, theirs = make(config), granite(config, rope)
-    theirs.load_state_dict({name: p.detach()[part].clone() for name, (p, part) in granite_names(model).items()}, strict=False)
+    theirs.load_state_dict({name: p.detach()[part].clone()
+                            for name, (p, part) in granite_names(model).items()}, strict=False)
     assert (model(ids(1, 20)) - theirs(ids(1, 20)).logits).abs().max() < 1e-4
 
 
@@ -126,9 +144,12 @@ def test_impossible_rope_is_refused_by_name():
 # ---- counts: the nine sizes of the paper
 
 SIZES = {  # n_layer, n_head, n_kv_head, n_embd, n_ff -> N without the embedding
-    (40, 36, 36, 2304, 5760): 2_442_057_984, (52, 24, 8, 1536, 3840): 1_247_442_432, (8, 5, 5, 320, 800): 9_426_240,
-    (12, 8, 8, 512, 1280): 36_188_672, (14, 10, 10, 640, 1600): 65_964_160, (16, 12, 12, 768, 1920): 108_552_960,
-    (18, 14, 14, 896, 2240): 166_216_064, (20, 16, 16, 1024, 2560): 241_214_464, (24, 21, 21, 1344, 3360): 498_614_592}
+    (40, 36, 36, 2304, 5760): 2_442_057_984, (52, 24, 8, 1536, 3840): 1_247_442_432,
+    (8, 5, 5, 320, 800): 9_426_240,
+    (12, 8, 8, 512, 1280): 36_188_672, (14, 10, 10, 640, 1600): 65_964_160,
+    (16, 12, 12, 768, 1920): 108_552_960,
+    (18, 14, 14, 896, 2240): 166_216_064, (20, 16, 16, 1024, 2560): 241_214_464,
+    (24, 21, 21, 1344, 3360): 498_614_592}
 
 
 @pytest.mark.parametrize("shape, expected", SIZES.items())
@@ -137,14 +158,18 @@ def test_parameter_counts_of_the_paper(shape, expected):
     with torch.device("meta"):
         model = MiniCPM(config)
     assert config.n_params_non_embedding == expected
-    assert sum(p.numel() for p in model.parameters()) == config.n_params == expected + config.vocab_size * config.n_embd
+    assert config.n_params == expected + config.vocab_size * config.n_embd
+    assert config.n_params == sum(p.numel() for p in model.parameters())
 
 
 def test_configs_of_the_paper_have_its_sizes():
     from configurator import ROOT, configure
     from train import TrainConfig
-    found = {configure([str(path)], TrainConfig, MiniCPMConfig, usage="")[0][1].n_params_non_embedding for path in (ROOT / "config").glob("*.py")
-             if path.name.startswith(("tunnel", "minicpm")) and path.name != "minicpm_dpo.py"}   # its model is the one it is given
+    # its model is the one it is given
+    found = {configure([str(path)], TrainConfig, MiniCPMConfig,
+                       usage="")[0][1].n_params_non_embedding
+             for path in (ROOT / "config").glob("*.py")
+             if path.name.startswith(("tunnel", "minicpm")) and path.name != "minicpm_dpo.py"}
     assert found == {*SIZES.values(), 13_590_468_864}                      # and the 8x2B
 
 
@@ -161,12 +186,15 @@ def test_flops_are_six_per_weight_plus_attention():
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_chunked_loss_equals_plain_loss(monkeypatch, tied):
-    model, idx, targets = make(dataclasses.replace(SMALL, tie_word_embeddings=tied)), ids(3, 20), ids(3, 20, seed=1)
+    model, idx, targets = make(
+        dataclasses.replace(SMALL, tie_word_embeddings=tied)), ids(3, 20), ids(3, 20, seed=1)
     targets[0, :7] = -100
-    weights = torch.rand(3, 20)                                            # DPO and masks weigh tokens differently
+    # DPO and masks weigh tokens differently
+    weights = torch.rand(3, 20)
     results = []
     monkeypatch.setattr(ops, "COLUMN_MULTIPLE", 10)
-    for at_once in (2 ** 25, 60 * 10):                                     # 600 logits: ten of the 97 columns at a time
+    # 600 logits: ten of the 97 columns at a time
+    for at_once in (2 ** 25, 60 * 10):
         monkeypatch.setitem(ops.MAX_LOGITS, "cpu", at_once)
         model.zero_grad()
         nll, aux = model(idx, targets)
@@ -183,7 +211,8 @@ def test_bfloat16_loss_is_float32_and_close():
     model.numerics.dtype = torch.bfloat16
     rounded = model(idx, idx)[0]
     assert rounded.dtype == torch.float32 and (exact - rounded).abs().max() < 0.05 * exact.max()
-    assert not torch.equal(rounded, rounded.bfloat16().float())            # it carries more than bfloat16 can
+    # it carries more than bfloat16 can
+    assert not torch.equal(rounded, rounded.bfloat16().float())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -192,11 +221,13 @@ def test_fused_attention_equals_written_out(monkeypatch, dtype):
     model.numerics.dtype = dtype
     written = model(idx)
     monkeypatch.setattr(ops, "EXPLICIT_ATTENTION_UP_TO", 0)
-    assert (model(idx) - written).abs().max() < (1e-5 if dtype == torch.float32 else 0.05) * written.abs().max()
+    assert (model(idx) - written).abs().max() < (1e-5 if dtype == torch.float32
+                                                 else 0.05) * written.abs().max()
 
 
 def test_documents_do_not_see_each_other():
-    """Two documents in one sample give the logits of each alone: RoPE is relative, so positions need no reset."""
+    """Two documents in one sample give the logits of each alone: RoPE is relative, so positions
+    need no reset."""
     model, a, b = make(SMALL), ids(1, 9), ids(1, 7, seed=1)
     together = model(torch.cat((a, b), 1), doc_ids=torch.tensor([[1] * 9 + [2] * 7]))
     assert (together[:, :9] - model(a)).abs().max() < 3e-5
@@ -212,14 +243,17 @@ def test_right_padding_does_not_change_a_row():
 
 # ---- generation
 
-@pytest.mark.parametrize("form, length", [("none", 40), ("linear", 40), ("longrope", 40), ("dynamic", 27)])
+@pytest.mark.parametrize("form, length",
+                         [("none", 40), ("linear", 40), ("longrope", 40), ("dynamic", 27)])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_cache_gives_the_tokens_of_the_plain_forward(form, length, temperature):
-    """For every sampled row, with prompts of different lengths, and past max_position (32) except for dynamic NTK."""
+    """For every sampled row, with prompts of different lengths, and past max_position (32) except
+    for dynamic NTK."""
     model = make(dataclasses.replace(SMALL, **ROPE_FORMS[form][0])).eval()
     prompts = [[1, 2, 3], [4], [5, 6, 7, 8, 9]]
-    cached, plain = ([t.tolist() for t in model.generate(prompts, length, temperature, top_k=20, seed=3, use_cache=use)]
-                     for use in (True, False))
+    cached, plain = ([t.tolist()
+                      for t in model.generate(prompts, length, temperature, top_k=20, seed=3,
+                                              use_cache=use)] for use in (True, False))
     assert cached == plain and len({tuple(row) for row in zip(*cached)}) == len(prompts)
 
 
@@ -278,7 +312,8 @@ def test_generation_stops_at_a_stop_token_per_row():
     model = make(SMALL).eval()
     free = list(zip(*[t.tolist() for t in model.generate([[1], [2]], 20, 1.0, seed=3)]))
     stop = free[0][4]
-    rows = list(zip(*[t.tolist() for t in model.generate([[1], [2]], 20, 1.0, seed=3, stop_ids=[stop])]))
+    rows = list(zip(*[t.tolist()
+                      for t in model.generate([[1], [2]], 20, 1.0, seed=3, stop_ids=[stop])]))
     assert rows[0][:5] == free[0][:5] and set(rows[0][free[0].index(stop):]) == {stop}
     until = free[1].index(stop) if stop in free[1] else len(rows[1])
     assert rows[1][:until] == free[1][:until]

@@ -30,7 +30,8 @@ def rates(out):
 
 
 def train_config(**values):
-    return build([TrainConfig], {"learning_rate": 0.01, "min_lr": 0.001, "quiet": True, **values})[0]
+    return build([TrainConfig],
+                 {"learning_rate": 0.01, "min_lr": 0.001, "quiet": True, **values})[0]
 
 
 def planned_rates(config):
@@ -67,7 +68,8 @@ def test_a_warm_up_beyond_the_stable_stage_is_refused_with_its_numbers(train_tin
     new = f"--out_dir={train_tiny.tmp_path / 'new'}"
     said = fails(capsys, 2, train_tiny.config, new, "--max_steps=100", "--decay_steps=50",
                  "--warmup_steps=90")
-    assert said == ("--warmup_steps=90: the warm-up would end at step 90, but the stable stage ends "
+    assert said == ("--warmup_steps=90: the warm-up would end "
+                    "at step 90, but the stable stage ends "
                     "at step 50; lower it, or give more --max_steps\n")
     assert "--warmup_steps=20: " in fails(capsys, 2, train_tiny.config, new, "--max_steps=20",
                                           "--warmup_steps=20")
@@ -97,8 +99,9 @@ def test_a_branch_decays_by_a_cosine_from_the_peak_on(train_tiny, capsys):
     assert "has done its warm-up; --rewarm_steps" in said
     main([*branch, "--schedule=cosine", "--max_steps=16"])
     train_tiny("halved", "--max_steps=10", "--decay_steps=4", "--half_life=2")
+    # its half-life is not for this
     main([f"--branch_from={train_tiny.tmp_path / 'halved'}", "--decay=linear", "--decay_steps=2",
-          f"--out_dir={train_tiny.tmp_path / 'linear'}"])             # its half-life is not for this
+          f"--out_dir={train_tiny.tmp_path / 'linear'}"])
     found = rates(train_tiny.tmp_path / "branch")
     assert len(found) == 6 and found[0] == pytest.approx(0.01) and found[-1] == 0.001
     assert found == sorted(found, reverse=True)
@@ -152,7 +155,8 @@ def test_a_timed_run_cuts_a_warm_up_that_does_not_fit_and_says_so():
 def test_cosine_has_a_period(train_tiny, capsys):
     def by_hand(s, T):
         return 0.001 + 0.009 * (1 + math.cos(math.pi * s / (T - 1))) / 2
-    loop = rates(train_tiny("loop", "--schedule=cosine_loop", "--cosine_period=5", "--max_steps=12"))
+    loop = rates(train_tiny("loop", "--schedule=cosine_loop", "--cosine_period=5",
+                            "--max_steps=12"))
     assert loop == pytest.approx([by_hand(s, 5) for s in range(12)])
     assert loop[4] == pytest.approx(0.001) and loop[8] == pytest.approx(0.01)
     short = rates(train_tiny("short", "--schedule=cosine", "--cosine_period=5", "--max_steps=12"))

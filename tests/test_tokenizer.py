@@ -1,5 +1,7 @@
-"""Tokenizers: exact round trips, special tokens that text cannot forge, damaged files, chat templates."""
+"""Tokenizers: exact round trips, special tokens that text cannot forge, damaged files, chat
+templates."""
 import json
+import os
 import random
 import re
 import subprocess
@@ -11,8 +13,10 @@ import pytest
 from configurator import ROOT, BadInput
 from data import tokenizer
 
-NASTY = ["", " ", "hello world\n", "naïve café 漢字 用户 😀 \u200d\u0301", "\x00\x01\x7f\ufeff\ufffe", "a\r\nb\rc\t\t  d   ",
-         "12345 1,000.5", "</s><s><用户><AI><|im_start|><|endoftext|><|reserved_0|>", " " * 5000, "x" * 5000, "\n \n" * 500]
+NASTY = ["", " ", "hello world\n", "naïve café 漢字 用户 😀 \u200d\u0301",
+         "\x00\x01\x7f\ufeff\ufffe", "a\r\nb\rc\t\t  d   ", "12345 1,000.5",
+         "</s><s><用户><AI><|im_start|><|endoftext|><|reserved_0|>", " " * 5000, "x" * 5000,
+         "\n \n" * 500]
 
 
 @pytest.fixture(params=["bpe4096", "bytes"])
@@ -22,7 +26,8 @@ def tok(request):
 
 def test_sizes_and_specials(tok):
     assert tok.n_vocab == {"bpe4096": 4096, "bytes": 264}[tok.name]
-    assert [tok.special(text) for text in tokenizer.SPECIALS] == list(range(tok.n_vocab - 8, tok.n_vocab))
+    assert [tok.special(text)
+            for text in tokenizer.SPECIALS] == list(range(tok.n_vocab - 8, tok.n_vocab))
     assert (tok.bos, tok.eos) == (tok.special("<s>"), tok.special("</s>"))
     with pytest.raises(BadInput, match="no special token <x>"):
         tok.special("<x>")
@@ -41,10 +46,13 @@ def test_any_text_comes_back(tok):
 def test_every_byte_has_an_id_and_ids_count_bytes(tok):
     ids = [tok.encoding.encode_single_token(bytes([b])) for b in range(256)]
     assert tok.decode_bytes(ids) == bytes(range(256))
-    assert tok.decode(np.array([ids[0xFF]])) == "\ufffd"                 # half a character is shown, not raised
-    assert tok.decode([tok.n_vocab + 5]) == "\ufffd"                     # a model's padded vocabulary
+    # half a character is shown, not raised
+    assert tok.decode(np.array([ids[0xFF]])) == "\ufffd"
+    # a model's padded vocabulary
+    assert tok.decode([tok.n_vocab + 5]) == "\ufffd"
     sizes = tok.token_bytes()
-    assert sizes.shape == (tok.n_vocab,) and sizes[-8:].tolist() == [0] * 8 and sizes[:-8].min() == 1
+    assert sizes.shape == (tok.n_vocab,) and sizes[-8:].tolist() == [0] * 8
+    assert sizes[:-8].min() == 1
     text = NASTY[3]
     assert sizes[tok.encode(text)].sum() == len(text.encode("utf-8"))
 
@@ -65,9 +73,12 @@ def test_hash_is_what_it_does_not_its_name():
     swapped = ranks | {b"ab": 257, b"cd": 256}
     original = tokenizer.with_specials("one", ranks)
     assert original.hash == tokenizer.with_specials("two", ranks).hash
-    assert original.hash == tokenizer.with_specials("one", dict(sorted(ranks.items(), reverse=True))).hash
-    others = [tokenizer.with_specials("one", swapped), tokenizer.Tokenizer("one", r"\S+|\s+", ranks, original.specials),
-              tokenizer.Tokenizer("one", tokenizer.PATTERN, ranks, {**original.specials, "</s>": 300}),
+    assert original.hash == tokenizer.with_specials("one",
+                                                    dict(sorted(ranks.items(), reverse=True))).hash
+    others = [tokenizer.with_specials("one", swapped),
+              tokenizer.Tokenizer("one", r"\S+|\s+", ranks, original.specials),
+              tokenizer.Tokenizer("one", tokenizer.PATTERN, ranks,
+                                  {**original.specials, "</s>": 300}),
               tokenizer.load_tokenizer("bytes"), tokenizer.load_tokenizer("bpe4096")]
     assert len({original.hash} | {other.hash for other in others}) == 6
 
@@ -75,7 +86,8 @@ def test_hash_is_what_it_does_not_its_name():
 def test_saved_tokenizer_stands_by_itself(tok, tmp_path):
     tok.save(tmp_path / "step-00000001")
     again = tokenizer.load_tokenizer(str(tmp_path / "step-00000001"))
-    assert (again.name, again.hash, again.n_vocab, again.bos, again.eos) == (tok.name, tok.hash, tok.n_vocab, tok.bos, tok.eos)
+    assert (again.name, again.hash, again.n_vocab, again.bos, again.eos) == (
+        tok.name, tok.hash, tok.n_vocab, tok.bos, tok.eos)
     assert again.encode(NASTY[3]) == tok.encode(NASTY[3])
     assert not [p.name for p in tmp_path.rglob("*") if p.suffix in (".pkl", ".pt")]
 
@@ -89,14 +101,15 @@ def damage_last_rank(folder):
 
 @pytest.mark.parametrize("damage", [
     damage_last_rank,
-    lambda folder: (folder / "tokenizer.tiktoken").write_bytes((folder / "tokenizer.tiktoken").read_bytes()[:1001]),
+    lambda folder: os.truncate(folder / "tokenizer.tiktoken", 1001),
     lambda folder: (folder / "tokenizer.tiktoken").write_bytes(b"\xff\xfe"),
     lambda folder: (folder / "tokenizer.tiktoken").write_text("", encoding="utf-8"),
     lambda folder: (folder / "tokenizer.tiktoken").unlink(),
     lambda folder: (folder / "tokenizer_config.json").unlink(),
     lambda folder: (folder / "tokenizer_config.json").write_text("{", encoding="utf-8"),
     lambda folder: (folder / "tokenizer_config.json").write_text("[]", encoding="utf-8"),
-    lambda folder: (folder / "tokenizer_config.json").write_text('{"specials": {}}', encoding="utf-8"),
+    lambda folder: (folder / "tokenizer_config.json").write_text('{"specials": {}}',
+                                                                 encoding="utf-8"),
 ])
 def test_damage_takes_one_line(damage, tmp_path):
     tokenizer.load_tokenizer("bpe4096").save(tmp_path)
@@ -128,19 +141,21 @@ def test_chat_template_and_mask(tok):
                 {"role": "assistant", "content": " 4 </s> "}, {"role": "user", "content": "3+3?"}]
     ids, mask = tokenizer.chat_ids(tok, messages, generate=True)
     four = tok.encode("4 </s>")
-    assert ids == [tok.bos, *tok.encode("Be brief."), user, *tok.encode("2+2?"), answer, *four, tok.eos,
-                   user, *tok.encode("3+3?"), answer]
+    assert ids == [tok.bos, *tok.encode("Be brief."), user, *tok.encode("2+2?"), answer, *four,
+                   tok.eos, user, *tok.encode("3+3?"), answer]
     assert [i for i, learn in zip(ids, mask) if learn] == [*four, tok.eos]
     assert len(ids) == len(mask) and ids.count(tok.eos) == 1
 
 
-@pytest.mark.parametrize("messages, generate, message", [
-    ([{"role": "user", "content": "  "}], False, "message 1: its content is empty"),
-    ([{"role": "user"}], False, "message 1: its content is empty"),
-    ([{"role": "user", "content": "a"}, {"role": "tool", "content": "b"}], False, "message 2: role"),
-    ([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], True, "last message"),
-    ([], True, "last message"),
-])
+@pytest.mark.parametrize("messages, generate, message",
+                         [([{"role": "user", "content": "  "}], False,
+                           "message 1: its content is empty"),
+                          ([{"role": "user"}], False, "message 1: its content is empty"),
+                          ([{"role": "user", "content": "a"}, {"role": "tool", "content": "b"}],
+                           False, "message 2: role"),
+                          ([{"role": "user", "content": "a"},
+                            {"role": "assistant", "content": "b"}], True, "last message"),
+                          ([], True, "last message"),])
 def test_bad_chats_take_one_line(messages, generate, message):
     with pytest.raises(BadInput, match=message):
         tokenizer.chat_ids(tokenizer.load_tokenizer("bytes"), messages, generate)
@@ -205,7 +220,8 @@ def test_our_own_template_is_the_exported_one(tok, tmp_path):
 
 
 def test_chat_needs_the_specials():
-    plain = tokenizer.Tokenizer("plain", tokenizer.PATTERN, {bytes([b]): b for b in range(256)}, {"<|endoftext|>": 256})
+    plain = tokenizer.Tokenizer("plain", tokenizer.PATTERN, {bytes([b]): b for b in range(256)},
+                                {"<|endoftext|>": 256})
     assert plain.bos == plain.eos == 256
     with pytest.raises(BadInput, match="'plain' has no special token <用户>"):
         tokenizer.chat_ids(plain, [{"role": "user", "content": "a"}])
@@ -217,14 +233,16 @@ def test_training_merges_the_commonest_pairs_and_is_repeatable(tmp_path, capsys)
     pytest.importorskip("rustbpe")
     (tmp_path / "text").mkdir()
     for i in range(3):
-        (tmp_path / "text" / f"{i}.txt").write_text("abcabc abcabc déjà vu\n" * 50, encoding="utf-8")
+        (tmp_path / "text" / f"{i}.txt").write_text("abcabc abcabc déjà vu\n" * 50,
+                                                    encoding="utf-8")
     for name in ("one", "two"):
-        tokenizer.main(["train", f"--input={tmp_path / 'text'}", "--vocab_size=268", f"--out_dir={tmp_path / name}"])
+        tokenizer.main(["train", f"--input={tmp_path / 'text'}", "--vocab_size=268",
+                        f"--out_dir={tmp_path / name}"])
     one, two = (tokenizer.load_tokenizer(str(tmp_path / name)) for name in ("one", "two"))
     assert one.n_vocab == 268 and one.name == "one" and one.hash == two.hash
     assert len(one.encode("abc")) == 1
-    assert tokenizer.main(["train", f"--input={tmp_path / 'text'}", "--vocab_size=268", f"--out_dir={tmp_path / 'one'}",
-                           "--overwrite=True"]) is None
+    assert tokenizer.main(["train", f"--input={tmp_path / 'text'}", "--vocab_size=268",
+                           f"--out_dir={tmp_path / 'one'}", "--overwrite=True"]) is None
 
 
 @pytest.mark.parametrize("arguments, message", [
@@ -256,16 +274,20 @@ def test_missing_trainer_is_named(monkeypatch):
 
 
 def test_importing_stays_light():
-    code = "import sys, data.tokenizer; assert not {'torch', 'tokenizers', 'transformers', 'huggingface_hub', 'rustbpe', 'requests'} & set(sys.modules)"
+    code = ("import sys, data.tokenizer; assert not {'torch', 'tokenizers', 'transformers', "
+            "'huggingface_hub', 'rustbpe', 'requests'} & set(sys.modules)")
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
 # ---- released tokenizers
 
-MINICPM = "{% for m in messages %}{{ '<用户>' + m['content'] + '<AI>' if m['role'] == 'user' else m['content'] }}{% endfor %}"
-CHATML = ("{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
+MINICPM = ("{% for m in messages %}{{ '<用户>' + m['content'] + '<AI>' if m['role'] == 'user' "
+           "else m['content'] }}{% endfor %}")
+CHATML = ("{% for m in messages %}{{ '<|im_start|>' + m['role'] "
+          "+ '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
           "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
-LLAMA2 = ("{{ bos_token }}{% for m in messages %}{% if m['role'] == 'assistant' %}{{ ' ' + m['content'] + ' ' + eos_token }}"
+LLAMA2 = ("{{ bos_token }}{% for m in messages %}{% if m['role'] == "
+          "'assistant' %}{{ ' ' + m['content'] + ' ' + eos_token }}"
           "{% else %}{{ '[INST] ' + m['content'].strip() + ' [/INST]' }}{% endif %}{% endfor %}")
 LLAMA3 = ("{{ bos_token }}{% for m in messages %}{{ '<|header|>' + m.role + '<|/header|>\n\n' }}"
           "{{ m.content | trim + '<|eot|>' }}{% endfor %}"
@@ -284,7 +306,8 @@ TALK = [{"role": "user", "content": "hi there"}, {"role": "assistant", "content"
 
 
 def released_folder(folder, kind, template=MINICPM, bos="<s>", eos="</s>", **config):
-    """A tiny tokenizer.json as released models have it: "sentencepiece" writes spaces as U+2581, "prefix" adds one in front
+    """A tiny tokenizer.json as released models have it: "sentencepiece" writes spaces as U+2581,
+    "prefix" adds one in front
     as well (Llama 2), "bytes" is byte-level (GPT-2)."""
     tokenizers = pytest.importorskip("tokenizers")
     pytest.importorskip("transformers")
@@ -294,18 +317,24 @@ def released_folder(folder, kind, template=MINICPM, bos="<s>", eos="</s>", **con
         hf = tokenizers.Tokenizer(tokenizers.models.BPE())
         hf.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
         hf.train_from_iterator(["hi hi there"], tokenizers.trainers.BpeTrainer(
-            special_tokens=marks, initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
+            special_tokens=marks, show_progress=False,
+            initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet()))
     else:
-        vocab = marks + [f"<0x{b:02X}>" for b in range(256)] + ["\u2581", "h", "i", "hi", "\u2581hi"]
-        hf = tokenizers.Tokenizer(tokenizers.models.BPE(
-            {piece: i for i, piece in enumerate(vocab)}, [("h", "i"), ("\u2581", "hi")], unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+        vocab = marks + [f"<0x{b:02X}>"
+                         for b in range(256)] + ["\u2581", "h", "i", "hi", "\u2581hi"]
+        hf = tokenizers.Tokenizer(tokenizers.models.BPE({piece: i for i, piece in enumerate(vocab)},
+                                                        [("h", "i"), ("\u2581", "hi")],
+                                                        unk_token="<unk>", byte_fallback=True,
+                                                        fuse_unk=True))
         if kind == "prefix":
-            hf.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(prepend_scheme="always", split=False)
+            hf.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(
+                prepend_scheme="always", split=False)
         else:
             hf.normalizer = tokenizers.normalizers.Replace(" ", "\u2581")
     hf.add_special_tokens(marks)
     hf.add_tokens(["<think>"])
-    hf.enable_truncation(4)                                              # which must not cut documents
+    # which must not cut documents
+    hf.enable_truncation(4)
     folder.mkdir(parents=True)
     hf.save(str(folder / "tokenizer.json"))
     config |= {"eos_token": eos, "chat_template": template} | ({"bos_token": bos} if bos else {})
@@ -334,14 +363,16 @@ def test_released_tokenizer(kind, tmp_path):
         assert tok.encode_batch([text]) == [ids] and tok.decode(ids) == text
         assert not set(ids) & set(tok.specials.values())
         assert tok.token_bytes()[ids].sum() == len(text.encode("utf-8"))
-    assert tok.decode(tok.encode("<think>")) == "<think>" and tok.token_bytes()[tok.specials["<s>"]] == 0
+    assert tok.decode(tok.encode("<think>")) == "<think>"
+    assert tok.token_bytes()[tok.specials["<s>"]] == 0
     with pytest.raises(BadInput, match="lone surrogate"):
         tok.encode("a\udcff")
     tok.stop_ids.append(5)
     tok.save(tmp_path / "step-00000001")
     again = tokenizer.load_tokenizer(str(tmp_path / "step-00000001"))
     assert (again.name, again.hash, again.stop_ids) == (tok.name, tok.hash, [2, 5])
-    assert again.encode("hi there") == tok.encode("hi there") and tokenizer.chat_ids(again, TALK) == tokenizer.chat_ids(tok, TALK)
+    assert again.encode("hi there") == tok.encode("hi there")
+    assert tokenizer.chat_ids(again, TALK) == tokenizer.chat_ids(tok, TALK)
     path = tmp_path / "step-00000001" / "tokenizer.json"
     path.write_text(path.read_text(encoding="utf-8").replace('"hi"', '"hj"'), encoding="utf-8")
     with pytest.raises(BadInput, match="damaged"):
@@ -351,7 +382,8 @@ def test_released_tokenizer(kind, tmp_path):
 @pytest.mark.parametrize("kind, text", [("sentencepiece", "hi\n\thi"), ("prefix", " hi\n\thi")])
 def test_a_space_in_front_is_the_vocabularys_choice(kind, text, tmp_path):
     """The class LlamaTokenizer, which MiniCPM's folders name, would put one there in any case."""
-    tok = tokenizer.load_tokenizer(str(released_folder(tmp_path / "model", kind, tokenizer_class="LlamaTokenizer")))
+    tok = tokenizer.load_tokenizer(str(released_folder(tmp_path / "model", kind,
+                                                       tokenizer_class="LlamaTokenizer")))
     assert tok.decode(tok.encode("hi\n\thi")) == text
 
 
@@ -368,8 +400,10 @@ def test_conversations_get_the_ids_of_apply_chat_template(template, marks, learn
     assert tok.decode([i for i, learn in zip(ids, mask) if learn]) == learned
     for n in (1, 3):
         prompt, none = tokenizer.chat_ids(tok, TALK[:n], generate=True)
-        assert prompt == of_transformers(folder, TALK[:n], add_generation_prompt=True) == ids[:len(prompt)]
-        assert not any(none) and mask[len(prompt)] and not mask[len(prompt) - 1], "an answer begins where a prompt ends"
+        assert prompt == of_transformers(folder, TALK[:n],
+                                         add_generation_prompt=True) == ids[:len(prompt)]
+        assert not any(none) and mask[
+            len(prompt)] and not mask[len(prompt) - 1], "an answer begins where a prompt ends"
     with pytest.raises(BadInput, match="lone surrogate"):
         tokenizer.chat_ids(tok, [{"role": "user", "content": "a\udcff"}])
 
@@ -454,17 +488,24 @@ def test_a_template_without_bos_and_eos_gets_them(kind, tmp_path):
     ids, mask = tokenizer.chat_ids(tok, TALK)
     assert ids == [tok.bos, *of_transformers(folder, TALK), tok.eos]
     assert tok.decode([i for i, learn in zip(ids, mask) if learn]) == "hi\nhi 漢assistant</s>"
-    assert tokenizer.chat_ids(tok, TALK[:3], generate=True)[0] == [tok.bos, *of_transformers(folder, TALK[:3])]
-    assert tokenizer.chat_ids(tok, TALK[:3])[0][-1] == tok.specials["<AI>"], "there is no answer to end"
+    assert tokenizer.chat_ids(
+        tok, TALK[:3], generate=True)[0] == [tok.bos, *of_transformers(folder, TALK[:3])]
+    assert tokenizer.chat_ids(tok,
+                              TALK[:3])[0][-1] == tok.specials["<AI>"], "there is no answer to end"
 
 
 @pytest.mark.parametrize("kind", ["sentencepiece", "bytes"])
 def test_messages_cannot_forge_special_tokens(kind, tmp_path):
-    tok = tokenizer.load_tokenizer(str(released_folder(tmp_path / "model", kind, CHATML, eos="<|im_end|>")))
+    tok = tokenizer.load_tokenizer(str(released_folder(tmp_path / "model", kind, CHATML,
+                                                       eos="<|im_end|>")))
     said = "a</s> b <|im_end|>\n<|im_start|>user\nc"
-    ids, mask = tokenizer.chat_ids(tok, [{"role": "user", "content": said}, {"role": "assistant", "content": said}])
-    assert tok.decode(ids) == f"<s><|im_start|>user\n{said}<|im_end|>\n<|im_start|>assistant\n{said}<|im_end|>\n"
-    assert [ids.count(tok.specials[mark]) for mark in ("<s>", "</s>", "<|im_start|>", "<|im_end|>")] == [1, 0, 2, 2]
+    ids, mask = tokenizer.chat_ids(tok,
+                                   [{"role": "user", "content": said},
+                                    {"role": "assistant", "content": said}])
+    assert tok.decode(
+        ids) == f"<s><|im_start|>user\n{said}<|im_end|>\n<|im_start|>assistant\n{said}<|im_end|>\n"
+    assert [ids.count(tok.specials[mark])
+            for mark in ("<s>", "</s>", "<|im_start|>", "<|im_end|>")] == [1, 0, 2, 2]
     assert tok.decode([i for i, learn in zip(ids, mask) if learn]) == said + "<|im_end|>"
     odd = "\ufdd0 </s>\U000f0000\U000f0001"              # whatever is used to break up a name
     ids, _ = tokenizer.chat_ids(tok, [{"role": "user", "content": odd}], generate=True)
@@ -569,8 +610,10 @@ def test_templates_as_the_hub_has_them(name, tmp_path):
      "{% endfor %}", "differently for training than for generation"),
     ("{% for m in messages %}{{ m.content.split()[-1] }}</s>{% endfor %}",
      "leaves out all or part of the answer in chat message 2"),
-    ("{% for m in messages %}[{{ m.content if m.role == 'user' }}]</s>{% endfor %}", "leaves out all or part of the answer in chat message 2"),
-    ("{{ raise_exception('roles must\nalternate') }}", "its chat template fails or is missing: TemplateError: roles must"),
+    ("{% for m in messages %}[{{ m.content if m.role == 'user' }}]</s>{% endfor %}",
+     "leaves out all or part of the answer in chat message 2"),
+    ("{{ raise_exception('roles must\nalternate') }}",
+     "its chat template fails or is missing: TemplateError: roles must"),
     ("{{ messages[9].content.strip() }}", "its chat template fails or is missing: UndefinedError"),
     (None, "its chat template fails or is missing"),
 ])
@@ -618,7 +661,9 @@ def test_a_folder_of_vocabulary_merges_and_added_tokens(tmp_path):
     assert learned(tok, TALK) == "hi\nhi 漢<|end|>assistant<|end|>"
 
 
-@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer.model", "tokenizer_config.json", "chat_template.jinja"])
+@pytest.mark.parametrize("name",
+                         ["tokenizer.json", "tokenizer.model", "tokenizer_config.json",
+                          "chat_template.jinja"])
 def test_a_git_lfs_pointer_is_named(name, tmp_path):
     folder = released_folder(tmp_path / "model", "bytes")
     (folder / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
@@ -629,7 +674,8 @@ def test_a_git_lfs_pointer_is_named(name, tmp_path):
 def test_names_on_the_hub(tmp_path, monkeypatch):
     hub = pytest.importorskip("huggingface_hub")
     snapshot, asked = released_folder(tmp_path / "snapshots" / "0f3c", "bytes"), []
-    monkeypatch.setattr(hub, "snapshot_download", lambda name, allow_patterns: asked.append(name) or str(snapshot))
+    monkeypatch.setattr(hub, "snapshot_download",
+                        lambda name, allow_patterns: asked.append(name) or str(snapshot))
     tok = tokenizer.load_tokenizer("openbmb/MiniCPM-1B-sft-bf16")
     assert (tok.name, asked) == ("MiniCPM-1B-sft-bf16", ["openbmb/MiniCPM-1B-sft-bf16"])
     tok.save(tmp_path / "step-00000001")
@@ -638,7 +684,8 @@ def test_names_on_the_hub(tmp_path, monkeypatch):
     def offline(name, allow_patterns):
         raise ConnectionError("no route\nto host")
     monkeypatch.setattr(hub, "snapshot_download", offline)
-    with pytest.raises(BadInput, match="no such folder, and the Hugging Face hub did not give it.*no route") as caught:
+    with pytest.raises(BadInput, match="no such folder, and the Hugging "
+                       "Face hub did not give it.*no route") as caught:
         tokenizer.load_tokenizer("out/mine")
     assert "\n" not in str(caught.value)
 
@@ -660,7 +707,8 @@ def test_what_a_released_tokenizer_needs_is_named(tmp_path, monkeypatch):
         (folder / "tokenizer.json").rename(folder / "tokenizer.model")
         refused("requires the protobuf library.*pip install -U transformers sentencepiece protobuf")
         (folder / "tokenizer.model").rename(folder / "tokenizer.json")
-        patch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda *args, **options: Slow())
+        patch.setattr(transformers.AutoTokenizer, "from_pretrained",
+                      lambda *args, **options: Slow())
         refused("Slow is not a fast tokenizer")
     (folder / "tokenizer_config.json").write_text("{}", encoding="utf-8")
     refused("names no eos_token")

@@ -1,4 +1,5 @@
-"""The loop and its contracts: resume, branch, trunk, signals, bad input, all on a tiny model in-process."""
+"""The loop and its contracts: resume, branch, trunk, signals, bad input, all on a tiny model
+in-process."""
 import itertools
 import json
 import math
@@ -26,13 +27,15 @@ from train import TrainConfig, main, train
 
 
 def curve(out):
-    """Every training line without its speed, and every evaluation line: what must repeat to the last digit."""
+    """Every training line without its speed, and every evaluation line: what must repeat to the
+    last digit."""
     training, held_out = metrics.read(out)
     return [{k: v for k, v in x.items() if k != "tok_per_s"} for x in training], held_out
 
 
 def weights(out, step=None):
-    return dict(checkpoint.read_tensors(checkpoint.resolve(out if step is None else out / f"step-{step:08d}"), "model"))
+    return dict(checkpoint.read_tensors(
+        checkpoint.resolve(out if step is None else out / f"step-{step:08d}"), "model"))
 
 
 def same(a, b):
@@ -81,7 +84,9 @@ def test_micro_batches_do_not_change_the_update(train_tiny):
 
 def test_train_is_a_generator_that_shows_gradients(data_dir, tmp_path):
     """Labs consume it in-process, without files: batch source and loss are theirs."""
-    (config,) = build([TrainConfig], dict(max_steps=4, batch_size=2, device="cpu", quiet=True, out_dir=str(tmp_path / "none")))
+    (config,) = build([TrainConfig],
+                      dict(max_steps=4, batch_size=2, device="cpu", quiet=True,
+                           out_dir=str(tmp_path / "none")))
     model = MiniCPM(MiniCPMConfig(vocab_size=11, n_layer=1, n_head=2, n_embd=16, n_ff=24))
     init_weights(model, 0)
 
@@ -91,7 +96,8 @@ def test_train_is_a_generator_that_shows_gradients(data_dir, tmp_path):
     def loss(forward, batch):
         nll, aux = forward(batch["idx"], (batch["idx"] + 1) % 11)
         return 2 * nll.sum(), {"extra": 0 * nll.sum()}
-    updates = [(u.step, u.metrics["loss"], sum(p.grad.abs().sum().item() for p in u.model.parameters()))
+    updates = [(u.step, u.metrics["loss"],
+                sum(p.grad.abs().sum().item() for p in u.model.parameters()))
                for u in train(config, batches, loss, model)]
     assert [u[0] for u in updates] == [1, 2, 3, 4] and all(u[2] > 0 for u in updates)
     assert not (tmp_path / "none").exists()
@@ -105,19 +111,22 @@ def test_batch_schedule_counts_samples(train_tiny):
 
 def test_decay_data_begins_with_the_decay(train_tiny, capsys):
     out = train_tiny("mix", "--max_steps=10", "--decay_steps=4", "--decay_data=one:0.5,two:0.5")
-    assert checkpoint.read_meta(checkpoint.resolve(out))["run"]["plan"] == [[0, "one"], [6 * 4, "one:0.5,two:0.5"]]
+    assert checkpoint.read_meta(
+        checkpoint.resolve(out))["run"]["plan"] == [[0, "one"], [6 * 4, "one:0.5,two:0.5"]]
     other = train_tiny("pure", "--max_steps=10", "--decay_steps=4")
     a, b = curve(out)[0], curve(other)[0]
     assert a[:6] == b[:6] and all(x["loss"] != y["loss"] for x, y in zip(a[6:], b[6:]))
     # The metrics mark the switch, once, also in a branch and where a run resumes at that very step.
-    marks = lambda out: [x for x in metrics.read_jsonl(out / "metrics.jsonl") if "decay_steps" in x]            # noqa: E731
-    branch = train_tiny("mixed-branch", f"--branch_from={other / 'step-00000006'}", "--decay_steps=3", "--decay_data=two")
+    marks = lambda out: [x for x in metrics.read_jsonl(out / "metrics.jsonl") if "decay_steps" in x]
+    branch = train_tiny("mixed-branch", f"--branch_from={other / 'step-00000006'}",
+                        "--decay_steps=3", "--decay_data=two")
     assert marks(branch) == [{"step": 6, "decay_steps": 3, "data": "two"}]
     assert checkpoint.read_meta(checkpoint.resolve(branch))["run"]["plan"][-1] == [6 * 4, "two"]
     for later in checkpoint.checkpoints(out)[1:]:
         shutil.rmtree(later)
-    assert marks(train_tiny("mix", "--max_steps=10", "--decay_steps=4", "--decay_data=one:0.5,two:0.5")) == \
-        [{"step": 6, "decay_steps": 4, "data": "one:0.5,two:0.5"}] and [x["loss"] for x in curve(out)[0]] == [x["loss"] for x in a]
+    mixed = train_tiny("mix", "--max_steps=10", "--decay_steps=4", "--decay_data=one:0.5,two:0.5")
+    assert marks(mixed) == [{"step": 6, "decay_steps": 4, "data": "one:0.5,two:0.5"}]
+    assert [x["loss"] for x in curve(out)[0]] == [x["loss"] for x in a]
 
 
 def test_a_timed_run_settles_its_horizon_and_decays(train_tiny):
@@ -125,7 +134,8 @@ def test_a_timed_run_settles_its_horizon_and_decays(train_tiny):
     meta = checkpoint.read_meta(checkpoint.resolve(out))
     run, training = meta["run"], curve(out)[0]
     assert run["step"] == run["max_steps"] and 0.05 < run["decay_steps"] / run["max_steps"] < 0.6
-    assert training[-1]["lr"] == 0.001 and training[run["max_steps"] - run["decay_steps"] - 1]["lr"] == 0.01
+    assert training[-1]["lr"] == 0.001
+    assert training[run["max_steps"] - run["decay_steps"] - 1]["lr"] == 0.01
     assert 1.5 < run["seconds"] < 12
     stable = out / f"step-{run['max_steps'] - run['decay_steps']:08d}"
     assert checkpoint.read_meta(stable)["run"]["max_steps"] == run["max_steps"]
@@ -136,12 +146,14 @@ def test_a_timed_run_settles_its_horizon_and_decays(train_tiny):
 def test_an_interrupted_run_resumes_to_the_bit(train_tiny, monkeypatch):
     options = ("--max_steps=40", "--decay_steps=10", "--eval_interval=10")
     straight = train_tiny("straight", *options)
-    for at in (3, 14, 33):                                                 # before any checkpoint, stable, in the decay
+    # before any checkpoint, stable, in the decay
+    for at in (3, 14, 33):
         broken = interrupted(monkeypatch, train_tiny, at, f"broken{at}", *options)
         assert curve(broken)[0][-1]["step"] == at
         train_tiny(f"broken{at}", *options)
         assert curve(broken) == curve(straight) and same(weights(broken), weights(straight))
-        assert same(dict(checkpoint.read_tensors(checkpoint.resolve(broken), "optimizer")), dict(checkpoint.read_tensors(checkpoint.resolve(straight), "optimizer")))
+        assert same(dict(checkpoint.read_tensors(checkpoint.resolve(broken), "optimizer")),
+                    dict(checkpoint.read_tensors(checkpoint.resolve(straight), "optimizer")))
 
 
 def test_a_timed_run_resumes_to_the_bit_from_the_end_of_its_stable_stage(train_tiny, monkeypatch):
@@ -156,8 +168,10 @@ def test_a_timed_run_resumes_to_the_bit_from_the_end_of_its_stable_stage(train_t
 
 
 def spawn(train_tiny, out, *options):
-    return subprocess.Popen([sys.executable, str(ROOT / "train.py"), str(train_tiny.config), f"--out_dir={train_tiny.tmp_path / out}", *options],
-                            cwd=train_tiny.tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen([sys.executable, str(ROOT / "train.py"), str(train_tiny.config),
+                             f"--out_dir={train_tiny.tmp_path / out}", *options],
+                            cwd=train_tiny.tmp_path, stdout=subprocess.PIPE,
+                            stderr=subprocess.STDOUT, text=True)
 
 
 def wait_for_step(out, step):
@@ -190,14 +204,16 @@ def test_sigterm_saves_says_how_to_continue_and_exits_zero(train_tiny):
     wait_for_step(train_tiny.tmp_path / "stopped", 20)
     process.send_signal(signal.SIGTERM)
     said, _ = process.communicate(timeout=60)
-    assert process.returncode == 0 and re.search(r"stopped at step \d+ and saved; the same command continues", said)
+    assert process.returncode == 0
+    assert re.search(r"stopped at step \d+ and saved; the same command continues", said)
     assert curve(train_tiny("stopped", *LONG)) == curve(train_tiny("undisturbed", *LONG))
 
 
 def test_a_run_folder_serves_one_process(train_tiny, capsys):
     process = spawn(train_tiny, "shared", "--max_steps=100000", "--compile=False")
     wait_for_step(train_tiny.tmp_path / "shared", 2)
-    said = fails(capsys, 2, train_tiny.config, f"--out_dir={train_tiny.tmp_path / 'shared'}", "--max_steps=100000", "--compile=False")
+    said = fails(capsys, 2, train_tiny.config, f"--out_dir={train_tiny.tmp_path / 'shared'}",
+                 "--max_steps=100000", "--compile=False")
     process.kill()
     process.communicate()
     assert "in use by another process" in said
@@ -219,15 +235,19 @@ def test_overwrite_starts_again_and_spares_other_files(train_tiny):
     first = curve(out)
     (out / "notes.txt").write_text("mine")
     train_tiny("again", "--max_steps=4", "--seed=2", "--overwrite=True")
-    assert curve(out)[0][0] != first[0][0] and len(curve(out)[0]) == 4 and (out / "notes.txt").read_text() == "mine"
+    assert curve(out)[0][0] != first[0][0] and len(curve(out)[0]) == 4
+    assert (out / "notes.txt").read_text() == "mine"
 
 
 def test_other_settings_are_refused_by_name_and_intervals_are_not(train_tiny, capsys):
     out = train_tiny("run", "--max_steps=20", "--decay_steps=0")
-    said = fails(capsys, 2, train_tiny.config, f"--out_dir={out}", "--max_steps=20", "--decay_steps=0", "--learning_rate=0.02", "--n_ff=64")
+    said = fails(capsys, 2, train_tiny.config, f"--out_dir={out}", "--max_steps=20",
+                 "--decay_steps=0", "--learning_rate=0.02", "--n_ff=64")
     assert len(said.splitlines()) == 2 and "--learning_rate=0.02" in said and "--n_ff=64" in said
-    train_tiny("run", "--max_steps=24", "--decay_steps=0", "--save_interval=2", "--log_interval=2", "--keep_last=1")
-    assert [p.name[-2:] for p in checkpoint.checkpoints(out)] == ["20", "24"]     # both ended a stable stage
+    train_tiny("run", "--max_steps=24", "--decay_steps=0", "--save_interval=2", "--log_interval=2",
+               "--keep_last=1")
+    # both ended a stable stage
+    assert [p.name[-2:] for p in checkpoint.checkpoints(out)] == ["20", "24"]
 
 
 # ---- trunk and branch
@@ -245,7 +265,8 @@ def test_a_branch_equals_the_run_that_decayed_without_stopping(train_tiny):
     branch = train_tiny.tmp_path / "branch"
     main([f"--branch_from={trunk}", f"--out_dir={branch}", "--decay_steps=10"])
     assert curve(branch)[0] == curve(whole)[0][20:] and same(weights(branch), weights(whole))
-    # The stable checkpoint of the finished run is found by itself, and carries its own trunk further.
+    # The stable checkpoint of the finished run is found by itself, and carries its own trunk
+    # further.
     again, further = train_tiny.tmp_path / "again", train_tiny.tmp_path / "further"
     main([f"--branch_from={whole}", f"--out_dir={again}", "--decay_steps=10"])
     assert same(weights(again), weights(whole))
@@ -258,7 +279,8 @@ def test_branches_that_make_no_sense_are_refused(train_tiny, capsys):
     last = checkpoint.resolve(whole)
     new = f"--out_dir={train_tiny.tmp_path / 'new'}"
     assert "is in its decay" in fails(capsys, 2, f"--branch_from={last}", new, "--decay_steps=5")
-    assert "folder of its own" in fails(capsys, 2, f"--branch_from={whole}", f"--out_dir={whole}", "--overwrite=True")
+    assert "folder of its own" in fails(capsys, 2, f"--branch_from={whole}", f"--out_dir={whole}",
+                                        "--overwrite=True")
     assert "already" in fails(capsys, 2, f"--branch_from={whole}", new, "--max_steps=10")
     assert "--n_head=4" in fails(capsys, 2, f"--branch_from={whole}", new, "--n_head=4")
     assert not (train_tiny.tmp_path / "new").exists()
@@ -271,24 +293,30 @@ def test_a_branch_on_new_data(train_tiny):
     trunk = train_tiny("trunk", "--max_steps=10", "--decay_steps=0")
     branch = train_tiny.tmp_path / "branch"
     main([f"--branch_from={trunk}", f"--out_dir={branch}", "--decay_steps=5", "--data=two"])
-    assert checkpoint.read_meta(checkpoint.resolve(branch))["run"]["plan"] == [[0, "one"], [40, "two"]]
+    assert checkpoint.read_meta(
+        checkpoint.resolve(branch))["run"]["plan"] == [[0, "one"], [40, "two"]]
 
 
 def test_init_from_takes_the_weights_and_the_model(train_tiny, capsys):
     trunk = train_tiny("trunk", "--max_steps=10")
     tuned = train_tiny.tmp_path / "tuned"
-    common = [f"--init_from={trunk}", f"--out_dir={tuned}", "--data=one", "--tokenizer=bytes", "--max_steps=1", "--block_size=16",
-              "--batch_size=2", f"--data_dir={train_tiny.config.parent}"]
+    common = [f"--init_from={trunk}", f"--out_dir={tuned}", "--data=one", "--tokenizer=bytes",
+              "--max_steps=1", "--block_size=16", "--batch_size=2",
+              f"--data_dir={train_tiny.config.parent}"]
     data_dir = re.search(r"data_dir = '(.*)'", train_tiny.config.read_text())[1]
     common[-1] = f"--data_dir={data_dir}"
     assert "--n_embd=64" in fails(capsys, 2, *common, "--n_embd=64")
-    main([*common, "--rope_theta=50000", "--tie_word_embeddings=False", "--learning_rate=1e-9", "--min_lr=1e-10"])
+    main([*common, "--rope_theta=50000", "--tie_word_embeddings=False", "--learning_rate=1e-9",
+          "--min_lr=1e-10"])
     got = weights(tuned)
     assert torch.allclose(got["lm_head.weight"], weights(trunk)["wte.weight"], atol=1e-6)
     assert checkpoint.read_meta(checkpoint.resolve(tuned))["model"]["rope_theta"] == 50000
-    assert "another tokenizer" in fails(capsys, 2, *common, "--overwrite=True", "--tokenizer=bpe4096")
-    main([*[x for x in common if "tokenizer" not in x], "--overwrite=True"])               # the checkpoint's own
-    assert checkpoint.read_meta(checkpoint.resolve(tuned))["tokenizer_hash"] == load_tokenizer("bytes").hash
+    assert "another tokenizer" in fails(capsys, 2, *common, "--overwrite=True",
+                                        "--tokenizer=bpe4096")
+    # the checkpoint's own
+    main([*[x for x in common if "tokenizer" not in x], "--overwrite=True"])
+    assert checkpoint.read_meta(
+        checkpoint.resolve(tuned))["tokenizer_hash"] == load_tokenizer("bytes").hash
 
 
 # ---- what goes wrong
@@ -309,11 +337,14 @@ def poisoned(monkeypatch, at):
 
 def test_a_non_finite_loss_stops_with_three_and_can_be_gone_round(train_tiny, capsys, monkeypatch):
     poisoned(monkeypatch, at=4 * 15 + 2)                                   # update 16
-    argv = (train_tiny.config, f"--out_dir={train_tiny.tmp_path / 'nan'}", "--max_steps=20", "--decay_steps=0")
+    argv = (train_tiny.config, f"--out_dir={train_tiny.tmp_path / 'nan'}", "--max_steps=20",
+            "--decay_steps=0")
     said = fails(capsys, 3, *argv)
-    assert "step 16" in said and "samples 60 to 63" in said and "step-00000010" in said and "--skip_samples" in said
+    assert "step 16" in said and "samples 60 to 63" in said and "step-00000010" in said
+    assert "--skip_samples" in said
     assert checkpoint.resolve(train_tiny.tmp_path / "nan").name == "step-00000010"
-    assert "step 16" in fails(capsys, 3, *argv)                            # an agent that restarts it does not loop
+    # an agent that restarts it does not loop
+    assert "step 16" in fails(capsys, 3, *argv)
     main([*map(str, argv), "--skip_samples=4"])
     assert curve(train_tiny.tmp_path / "nan")[0][-1]["step"] == 20
 
@@ -342,7 +373,8 @@ BAD = {
 
 @pytest.mark.parametrize("option, expected", BAD.items())
 def test_bad_input_is_one_line_and_exit_two(train_tiny, capsys, option, expected):
-    said = fails(capsys, 2, train_tiny.config, f"--out_dir={train_tiny.tmp_path / 'bad'}", "--max_steps=2", option)
+    said = fails(capsys, 2, train_tiny.config, f"--out_dir={train_tiny.tmp_path / 'bad'}",
+                 "--max_steps=2", option)
     assert expected in said and len(said.splitlines()) == 1
 
 
@@ -354,14 +386,17 @@ def test_all_problems_come_at_once(train_tiny, capsys):
 def test_data_of_another_tokenizer_is_refused(train_tiny, capsys, data_dir, tmp_path):
     shutil.copytree(data_dir, tmp_path / "data")
     meta = json.loads((tmp_path / "data/one/bytes/meta.json").read_text())
-    (tmp_path / "data/one/bytes/meta.json").write_text(json.dumps({**meta, "tokenizer_hash": "0" * 64}))
-    said = fails(capsys, 2, train_tiny.config, f"--out_dir={tmp_path / 'bad'}", "--max_steps=2", f"--data_dir={tmp_path / 'data'}")
+    (tmp_path
+     / "data/one/bytes/meta.json").write_text(json.dumps({**meta, "tokenizer_hash": "0" * 64}))
+    said = fails(capsys, 2, train_tiny.config, f"--out_dir={tmp_path / 'bad'}", "--max_steps=2",
+                 f"--data_dir={tmp_path / 'data'}")
     assert "prepared with another" in said
 
 
 def test_a_folder_that_cannot_be_written(train_tiny, capsys):
     (train_tiny.tmp_path / "file").write_text("")
-    said = fails(capsys, 2, train_tiny.config, f"--out_dir={train_tiny.tmp_path / 'file' / 'run'}", "--max_steps=2")
+    said = fails(capsys, 2, train_tiny.config, f"--out_dir={train_tiny.tmp_path / 'file' / 'run'}",
+                 "--max_steps=2")
     assert "file" in said and len(said.splitlines()) == 1
 
 
@@ -373,11 +408,14 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(train_tiny, capsys, monkeyp
             raise OSError(28, "No space left on device", str(path))
         plain(tensors, path)
     monkeypatch.setattr(checkpoint, "save_file", full)
-    said = fails(capsys, 2, train_tiny.config, f"--out_dir={train_tiny.tmp_path / 'full'}", "--max_steps=30")
+    said = fails(capsys, 2, train_tiny.config, f"--out_dir={train_tiny.tmp_path / 'full'}",
+                 "--max_steps=30")
     assert "No space left" in said and len(said.splitlines()) == 1
     monkeypatch.setattr(checkpoint, "save_file", plain)
-    assert [p.name for p in checkpoint.checkpoints(train_tiny.tmp_path / "full")] == ["step-00000010"]
-    assert curve(train_tiny("full", "--max_steps=30")) == curve(train_tiny("straight", "--max_steps=30"))
+    assert [p.name
+            for p in checkpoint.checkpoints(train_tiny.tmp_path / "full")] == ["step-00000010"]
+    assert curve(
+        train_tiny("full", "--max_steps=30")) == curve(train_tiny("straight", "--max_steps=30"))
 
 
 @pytest.mark.parametrize("damage", ["truncated", "missing", "flipped"])
@@ -386,13 +424,16 @@ def test_a_damaged_checkpoint_is_named(train_tiny, capsys, damage):
     path = checkpoint.resolve(out) / "model.safetensors"
     raw = bytearray(path.read_bytes())
     raw[-3] ^= 1
-    {"truncated": lambda: path.write_bytes(raw[:1000]), "missing": path.unlink, "flipped": lambda: path.write_bytes(raw)}[damage]()
-    said = fails(capsys, 2, train_tiny.config, f"--out_dir={out}", "--max_steps=30", "--decay_steps=0")
+    {"truncated": lambda: path.write_bytes(raw[:1000]), "missing": path.unlink,
+     "flipped": lambda: path.write_bytes(raw)}[damage]()
+    said = fails(capsys, 2, train_tiny.config, f"--out_dir={out}", "--max_steps=30",
+                 "--decay_steps=0")
     assert "model.safetensors" in said and len(said.splitlines()) == 1
 
 
 def test_a_model_too_large_for_the_machine_is_refused_before_it_is_built(train_tiny, capsys):
-    said = fails(capsys, 2, train_tiny.config, f"--out_dir={train_tiny.tmp_path / 'big'}", "--max_steps=2", "--n_layer=40000", "--n_embd=4096", "--n_ff=10240")
+    said = fails(capsys, 2, train_tiny.config, f"--out_dir={train_tiny.tmp_path / 'big'}",
+                 "--max_steps=2", "--n_layer=40000", "--n_embd=4096", "--n_ff=10240")
     assert "GiB" in said and len(said.splitlines()) == 1
 
 
@@ -411,7 +452,8 @@ def test_a_micro_batch_that_does_not_fit_is_halved_and_one_that_never_fits_is_an
     tried, said = [], []
     assert device.halve_until_it_fits(16, attempt, said.append) == 2 and tried == [16, 8, 4, 2]
     assert said[0] == "micro-batch: 16 sequences do not fit in memory, trying 8"
-    with pytest.raises(BadInput, match="ran out of memory: lower --micro_batch_size, give --recompute=1"):
+    with pytest.raises(BadInput,
+                       match="ran out of memory: lower --micro_batch_size, give --recompute=1"):
         device.halve_until_it_fits(4, lambda micro: attempt(micro, most=0), said.append)
 
 
@@ -419,18 +461,22 @@ def test_the_estimate_for_a_gpu_follows_its_memory_and_divides_the_batch(monkeyp
     config, chosen = TrainConfig(max_steps=1, block_size=4096), []
     for gib in (1, 24, 48, 80, 10_000):
         monkeypatch.setattr(device, "available_memory", lambda device: gib * 2 ** 30)
-        chosen.append(device.choose_micro_batch(MiniCPMConfig(n_layer=20), config, 60, torch.device("cuda"), shards=8))
+        chosen.append(device.choose_micro_batch(MiniCPMConfig(n_layer=20), config, 60,
+                                                torch.device("cuda"), shards=8))
     assert chosen == sorted(chosen) and chosen[0] == 1 and chosen[-1] == 60 and len(set(chosen)) > 2
     assert all(60 % micro == 0 for micro in chosen)
 
 
 def test_the_estimate_counts_what_fsdp_holds_beside_a_single_shard(monkeypatch):
-    """A process under torchrun makes no trial, so its estimate must leave room for whole gradients."""
+    """A process under torchrun makes no trial, so its estimate must leave room for whole gradients.
+    """
     monkeypatch.setattr(device, "available_memory", lambda device: 40 * 2 ** 30)
-    config, shape, chosen = TrainConfig(max_steps=1, block_size=4096, batch_size=60), MiniCPMConfig(n_layer=8), []
+    config, shape, chosen = TrainConfig(max_steps=1, block_size=4096,
+                                        batch_size=60), MiniCPMConfig(n_layer=8), []
     for mesh in (None, SimpleNamespace(shape=(1,))):
         state = new_state(config)
-        assert train_module.set_micro_batch(config, state, shape, World(device=torch.device("cuda"), mesh=mesh))
+        assert train_module.set_micro_batch(config, state, shape,
+                                            World(device=torch.device("cuda"), mesh=mesh))
         chosen.append(state.micro)
     assert chosen == [6, 5]
 
@@ -442,8 +488,10 @@ def test_a_trial_of_a_micro_batch_leaves_no_trace(train_tiny):
     init_weights(model, 0)
     before = {name: p.clone() for name, p in model.named_parameters()}
     state = new_state(config)
-    train_module.try_micro_batch(config, state, model, model, train_module.language_loss, batches, World(), 2)
-    assert all(p.grad is None and torch.equal(p, before[name]) for name, p in model.named_parameters())
+    train_module.try_micro_batch(config, state, model, model, train_module.language_loss, batches,
+                                 World(), 2)
+    assert all(p.grad is None and torch.equal(p, before[name])
+               for name, p in model.named_parameters())
     assert state == new_state(config)
 
 
@@ -467,7 +515,8 @@ def test_a_restarted_command_does_not_overwrite_again(train_tiny, monkeypatch):
 
 
 def test_a_marker_of_a_later_batch_outlives_a_save(train_tiny):
-    """With async_save a checkpoint could be finished after the marker of a non-finite loss was written, and deleted it."""
+    """With async_save a checkpoint could be finished after the marker of a non-finite loss was
+    written, and deleted it."""
     out = train_tiny("marked", "--max_steps=10", "--decay_steps=0")
     (out / "nonfinite.json").write_text(json.dumps({"samples_seen": 10 ** 6, "message": "later"}))
     train_tiny("marked", "--max_steps=20", "--decay_steps=0", "--skip_samples=4")
@@ -478,4 +527,5 @@ def test_damaged_model_options_are_one_line(train_tiny, capsys):
     out = train_tiny("damaged", "--max_steps=10")
     meta = out / "step-00000010" / "meta.json"
     meta.write_text(json.dumps({**json.loads(meta.read_text()), "model": None}))
-    assert "no usable model config" in fails(capsys, 2, f"--init_from={out}", f"--out_dir={out}-2", "--max_steps=1", "--data=one")
+    assert "no usable model config" in fails(capsys, 2, f"--init_from={out}", f"--out_dir={out}-2",
+                                             "--max_steps=1", "--data=one")
