@@ -40,7 +40,7 @@ def test_the_quick_run_goes_from_corpora_to_checks_and_trains_nothing_twice(
     words = ["--quick=True", "--workers=1", f"--data_dir={data_dir}"]
     annealing.main(words)
     out = capsys.readouterr().out
-    assert out.count(" % exact (p = ") == 3 and (tmp_path / "annealing.png").exists()
+    assert out.count(" % exact") == 3 and (tmp_path / "annealing.png").exists()
     assert (tmp_path / "annealing_slide.png").exists()
 
     monkeypatch.setattr(runs.train, "main", lambda words: pytest.fail(f"trained again: {words}"))

@@ -33,7 +33,7 @@ def test_the_quick_run_goes_from_corpora_to_checks_and_trains_nothing_twice(
     out = capsys.readouterr().out
     assert out.count("bits per byte") >= 7 and (tmp_path / "continue_training_slide.png").exists()
     second = []                             # trainings on speeches, 10 updates each
-    for file in (tmp_path / "runs").glob("*/config.json"):
+    for file in tmp_path.glob("*/config.json"):
         config = json.loads(file.read_text())["train"]
         if config["data"] == "speeches" and config["max_steps"] in (10, 20) and config["seed"] == 0:
             last = metrics.read(file.parent)[0][-1]
