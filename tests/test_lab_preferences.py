@@ -74,6 +74,19 @@ def test_the_optimum_of_flipped_labels():
         assert beta * float(ratios[losses.argmin()]) == pytest.approx(math.log(4), rel=1e-2)
 
 
+def test_the_sft_term_asks_for_the_share_at_which_the_loss_of_dpo_is_lowest():
+    """With short answers of 3 tokens and long ones of 10, whose first token decides."""
+    config = dpo.DPOConfig(init_from="", pairs="", beta=1e-6, sft_coef=1.0)
+    shares, losses = torch.linspace(0.01, 0.99, 99), []
+    for p in shares:
+        short, long = p.log(), (1 - p).log()
+        policy = torch.stack([torch.stack([short, long]), torch.stack([long, short])])
+        each, _ = dpo.dpo_metrics(policy, torch.zeros(2, 2), torch.tensor([3, 10]), config)
+        losses.append(0.8 * each[0] + 0.2 * each[1])
+    asked = preferences.copied_share(SETTINGS, {"chosen": 1 / 3, "rejected": 1 / 10})
+    assert asked == pytest.approx(float(shares[torch.stack(losses).argmin()]), abs=0.006)
+
+
 BEFORE = {"exact": 0.62, "short": 0.5, "chosen": 0.2, "rejected": 0.2}
 
 
