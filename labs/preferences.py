@@ -49,8 +49,8 @@ QUESTIONS, HELD_OUT_PAIRS, TRAIN = (
 LONG_ANSWER = "The answer"      # how the form that is not preferred begins
 COMMON = dict(compile=False, eval_interval=0, save_interval=0)
 PAPER_TAX = 52.33 - 51.60       # points; mean of the benchmarks in tables 3 and 4
-ALONE = "SFT term alone"        # the control: with this beta the preferences have no weight left
-BETA_ALONE = 1e-6
+ALONE = "SFT term alone"        # the control, an arm with one beta:
+BETA_ALONE = 1e-6               # the gradient of the preferences is proportional to it
 
 
 @dataclass

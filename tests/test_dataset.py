@@ -146,8 +146,8 @@ def test_small_shares_and_many_sources_are_kept_and_the_order_is_found_without_s
 def test_a_batch_depends_on_seed_plan_and_index_alone(tmp_path):
     """Samples are the same for any order and size of requests: resume and number of processes
     change nothing. A negative seed once raised ValueError."""
-    splits, plan = {"a": corpus(
-        tmp_path), "b": corpus(tmp_path, "b", 411)}, [[0, "a:0.7,b:0.3"], [20, "b"]]
+    splits = {"a": corpus(tmp_path), "b": corpus(tmp_path, "b", 411)}
+    plan = [[0, "a:0.7,b:0.3"], [20, "b"]]
     batches, again, other, negative = [make_batches(splits.get, seed, 8) for seed in (1, 1, 2, -1)]
     whole = batches(plan, 16, 8)[0]["idx"]
     for size in (4, 1):
@@ -383,8 +383,8 @@ def test_a_trillion_tokens_are_addressed_without_holding_anything(tmp_path):
     began = time.perf_counter()
     split = Split(tmp_path, "train")
     offsets = []
-    read, split.read = split.read, lambda offset, length: offsets.append(
-        offset) or read(offset, length)
+    read = split.read
+    split.read = lambda offset, length: offsets.append(offset) or read(offset, length)
     batches = make_batches(lambda name: split, 1, 4096)
     # 67,000 batches of 4M tokens are a quarter of it
     for step in (0, 10 ** 5, 67_000):

@@ -31,19 +31,11 @@ def made_up_points(by):
                              for seed in range(3)})
 
 
-@pytest.fixture
-def paths(tmp_path, monkeypatch):
-    def path(name, kind, config):
-        return tmp_path / f"{name}.{kind}.{'png' if kind == 'figures' else 'jsonl'}"
-    monkeypatch.setattr(runs, "path", path)
-    return tmp_path
-
-
-def test_quick_run(paths):
+def test_quick_run(lab_files):
     lab.main(["--quick=True", "--workers=1"])
-    assert (paths / "batch_size.figures.png").stat().st_size > 10_000
+    assert (lab_files / "batch_size.png").stat().st_size > 10_000
     results = [json.loads(line)["result"]
-               for line in (paths / "batch_size.results.jsonl").read_text().splitlines()]
+               for line in (lab_files / "batch_size.jsonl").read_text().splitlines()]
     # it learns
     assert all(result["losses"][1] < result["losses"][0] < math.log(264) for result in results)
 
@@ -111,15 +103,15 @@ def sweep(folder, **train):
     return f"{folder}/*"
 
 
-def test_own_runs_are_grouped_by_size_and_fitted(paths, capsys):
-    pattern = sweep(paths / "sweep")
+def test_own_runs_are_grouped_by_size_and_fitted(lab_files, capsys):
+    pattern = sweep(lab_files / "sweep")
     config = MiniCPMConfig(n_embd=32, n_head=2, n_layer=2, n_ff=64, vocab_size=256)
     groups = lab.read_runs(pattern)
     assert len(groups) == 3
     assert set(groups[config.n_params_non_embedding, 1][260_000]) == set(BATCHES)
     lab.main([f"--runs={pattern}"])
-    assert (paths / "batch_size_own.figures.png").exists()
-    assert not (paths / "batch_size.figures.png").exists()
+    assert (lab_files / "batch_size_own.png").exists()
+    assert not (lab_files / "batch_size.png").exists()
     said = capsys.readouterr().out
     assert "holds | one line for all sizes explains it better by the number of tokens" in said
 

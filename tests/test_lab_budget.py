@@ -186,17 +186,17 @@ def test_your_own_strategy_is_scored_beside_the_committed_ones(tmp_path, monkeyp
 
 
 def test_without_the_target_a_strategy_predicts_and_gets_no_score(
-        world, tmp_path, lab_files, monkeypatch, capsys):
+        world, lab_files, monkeypatch, capsys):
     """So that a class hands in its predictions first."""
     monkeypatch.setattr(runs, "prepare", lambda config: None)
     monkeypatch.setattr(lab, "run_target", raising(BadInput("lacks 3 of 3 results")))
-    mine = tmp_path / "mine.py"
+    mine = lab_files / "mine.py"
     mine.write_text("def strategy(game):\n    return game.run(64, [344])[0], (0.5, 1.5)\n")
     lab.main([f"--strategy={mine}", "--plays=2"])
     said = capsys.readouterr().out
     assert len(re.findall(r"^ +mine.py: \d\.\d{3}, interval 0.500 to 1.500, for 20% of the budget$",
                           said, re.M)) == 2
-    assert "score" not in said and not list(tmp_path.glob("*.png"))
+    assert "score" not in said and not list(lab_files.glob("*.png"))
     assert "lacks 3 of 3 results" in error_of(lab, ["--plays=2"], capsys)
 
 

@@ -13,9 +13,9 @@ from labs import runs
 
 
 @pytest.fixture
-def quick(tmp_path, lab_files, monkeypatch):
-    """Write small corpora; return the words of the quick run, whose files go to tmp_path."""
-    tokenizer, data_dir = load_tokenizer("bpe4096"), tmp_path / "data"
+def quick(lab_files, monkeypatch):
+    """Write small corpora; return the words of the quick run, whose files go to lab_files."""
+    tokenizer, data_dir = load_tokenizer("bpe4096"), lab_files / "data"
     for name, text in (("pytorch", "def f(x):\n    return x + {}\n"),
                        ("speeches", "My fellow citizens, in the year {} ")):
         write_corpus(data_dir / name / "bpe4096", tokenizer,

@@ -14,15 +14,14 @@ NAMES = ("largest update", "norm", "fresh batches", "slope", "curvature", "sharp
 
 
 @pytest.mark.slow
-def test_the_quick_run(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(runs, "path", lambda name, kind, config: tmp_path / f"{name}.{kind}.png")
+def test_the_quick_run(lab_files, capsys):
     lab.main(["--quick=True", "--workers=1"])
     out = capsys.readouterr().out
-    assert all((tmp_path / f"decay_dynamics{page}.figures.png").stat().st_size > 10_000
+    assert all((lab_files / f"decay_dynamics{page}.png").stat().st_size > 10_000
                for page in ("", "_slide"))
     # p of one seed
     assert all(name in out for name in NAMES) and "nan" not in out.replace("(p = nan)", "")
-    lines = metrics.read_jsonl(tmp_path / "decay_dynamics.results.png")
+    lines = metrics.read_jsonl(lab_files / "decay_dynamics.jsonl")
     assert [(line["job"]["batch_size"], line["job"]["seed"]) for line in lines] == [(4, 0), (8, 0)]
     result = lines[0]["result"]
     assert result["steps"][-1] == 39
@@ -38,8 +37,8 @@ def test_the_quick_run(tmp_path, monkeypatch, capsys):
 def test_directional_derivatives_of_a_parabola():
     """loss = x.H.x / 2: the slope along v at x + v is (x + v).H.v / |v|, its change v.H.v / |v|^2.
     """
-    H, x, v = torch.diag(
-        torch.tensor([1.0, 10.0])), torch.tensor([3.0, 0.0]), torch.tensor([0.0, 0.5])
+    H = torch.diag(torch.tensor([1.0, 10.0]))
+    x, v = torch.tensor([3.0, 0.0]), torch.tensor([0.0, 0.5])
     assert lab.directional(H @ x, H @ (x + v), v) == pytest.approx((5.0, 10 / 26 ** 1.5))
 
 

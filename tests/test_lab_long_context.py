@@ -27,18 +27,18 @@ def data_dir(tmp_path):
 
 @pytest.mark.slow          # half a minute
 def test_the_quick_run_goes_from_corpora_to_checks_and_trains_nothing_twice(
-        tmp_path, lab_files, data_dir, monkeypatch, capsys):
+        lab_files, data_dir, monkeypatch, capsys):
     monkeypatch.setattr(metrics, "draw", lambda folder: None)
     words = ["--quick=True", "--workers=1", f"--data_dir={data_dir}"]
     long_context.main(words)
     out = capsys.readouterr().out
     assert len(re.findall("^(holds|does not hold) \\|", out, re.M)) == 8
-    assert (tmp_path / "long_context.png").exists()
-    assert (tmp_path / "long_context_slide.png").exists()
+    assert (lab_files / "long_context.png").exists()
+    assert (lab_files / "long_context_slide.png").exists()
     monkeypatch.setattr(runs.train, "main", lambda words: pytest.fail(f"trained again: {words}"))
     monkeypatch.setattr(long_context, "draw", lambda *a: None)
     monkeypatch.setattr(long_context, "slide", lambda *a: "")
-    (tmp_path / "long_context.jsonl").unlink()
+    (lab_files / "long_context.jsonl").unlink()
     long_context.main(words)                                             # from the finished runs
     assert capsys.readouterr().out.splitlines()[-8:] == out.splitlines()[-8:]
 

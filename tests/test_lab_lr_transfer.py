@@ -38,14 +38,14 @@ def holds(*args, **kwargs):
     return [bool(check.holds) for check in lab.checks(results(*args, **kwargs), SETTINGS)]
 
 
-def test_quick_run(tmp_path, lab_files, monkeypatch, capsys):
+def test_quick_run(lab_files, monkeypatch, capsys):
     lab.main(["--quick=True", "--workers=1"])
     first = capsys.readouterr().out
     assert "rank correlation" in first
-    assert all((tmp_path / f"lr_transfer{part}.png").stat().st_size > 10_000
+    assert all((lab_files / f"lr_transfer{part}.png").stat().st_size > 10_000
                for part in ("", "_slide"))
     jobs = [json.loads(line)["job"]
-            for line in (tmp_path / "lr_transfer.jsonl").read_text().splitlines()]
+            for line in (lab_files / "lr_transfer.jsonl").read_text().splitlines()]
     assert {(job["width"], job["mup"])
             for job in jobs} == {(32, True), (64, True), (32, False), (64, False)}
     assert {job["seed"] for job in jobs} == {0, 1} and any("scale_depth" in job for job in jobs)

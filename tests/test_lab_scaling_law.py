@@ -123,13 +123,12 @@ def test_a_decay_from_the_trunk_is_the_run_of_that_length_and_a_divergence_is_a_
             for point in scaling_law.trunk_and_decays(16, (1.0, 2.0), 8, 0, 4096)] == [False, True]
 
 
-def test_the_lab_runs_quickly_and_keeps_its_runs(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(runs, "path", lambda lab, kind, config: tmp_path / f"{lab}.{kind}.png")
+def test_the_lab_runs_quickly_and_keeps_its_runs(lab_files, monkeypatch, capsys):
     scaling_law.main(["--quick=True", "--workers=1"])
     said = capsys.readouterr().out
     assert len(re.findall("^(holds|does not hold) \\|", said, re.M)) == 5
     assert "of 9 runs, R^2" in said
-    assert (tmp_path / "scaling_law.figures.png").stat().st_size > 10_000
+    assert (lab_files / "scaling_law.png").stat().st_size > 10_000
     monkeypatch.setattr(scaling_law, "draw", lambda *_: None)
     scaling_law.main(["--quick=True", "--workers=1"])
     assert "width=" not in capsys.readouterr().out                       # all is in the cache
@@ -146,12 +145,11 @@ def test_the_lab_runs_quickly_and_keeps_its_runs(tmp_path, monkeypatch, capsys):
 # ---- runs of one's own
 
 @pytest.fixture
-def own(tmp_path, monkeypatch):
+def own(lab_files):
     """write(name, width, {end of a decay in tokens: loss}): a folder as train.py leaves it."""
-    monkeypatch.setattr(runs, "path", lambda lab, kind, config: tmp_path / f"{lab}.{kind}.png")
 
     def write(name, width, losses, data="pytorch"):
-        folder = tmp_path / name
+        folder = lab_files / name
         folder.mkdir()
         model = {"n_layer": 4, "n_embd": width, "n_head": width // 16, "n_ff": width * 5 // 2}
         meta = {"train": {"data": data, "tokenizer": "bytes"}, "model": model}
@@ -175,7 +173,7 @@ def test_own_runs_are_fitted_at_the_ends_of_their_decays(own, tmp_path, capsys):
                       f"--runs={tmp_path}/run-*/metrics.jsonl"])
     said = capsys.readouterr().out
     assert "of 9 runs, R^2 1.0000" in said and re.search(r"beta +0\.35 ", said)
-    assert (tmp_path / "scaling_law_own.figures.png").stat().st_size > 10_000
+    assert (tmp_path / "scaling_law_own.png").stat().st_size > 10_000
     # these are checks of the lab's own runs
     assert "holds" not in said
 

@@ -10,10 +10,10 @@ from labs import serving
 from model import KVCache, MiniCPM
 
 
-def test_the_quick_run_draws_and_reuses_its_results(tmp_path, lab_files, monkeypatch, capsys):
+def test_the_quick_run_draws_and_reuses_its_results(lab_files, monkeypatch, capsys):
     serving.main(["--quick=True"])
     first = [line for line in capsys.readouterr().out.splitlines() if " | " in line]
-    assert len(first) == 5 and (tmp_path / "serving.png").exists()
+    assert len(first) == 5 and (lab_files / "serving.png").exists()
     monkeypatch.setattr(serving, "generation", lambda *a: pytest.fail("measured again"))
     monkeypatch.setattr(serving, "draw", lambda *a: None)
     serving.main(["--quick=True", "--draw=True"])

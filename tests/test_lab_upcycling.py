@@ -9,23 +9,23 @@ SETTINGS = upcycling.Settings(experts=2)
 
 
 @pytest.mark.slow
-def test_the_quick_run_draws_and_reuses_its_results(tmp_path, lab_files, monkeypatch, capsys):
+def test_the_quick_run_draws_and_reuses_its_results(lab_files, monkeypatch, capsys):
     # one figure per run takes long
     monkeypatch.setattr(metrics, "draw", lambda folder: None)
     upcycling.main(["--quick=True", "--workers=1"])
-    results, said = (tmp_path / "upcycling.jsonl").read_text(), capsys.readouterr().out
-    (line,) = metrics.read_jsonl(tmp_path / "upcycling.jsonl")
+    results, said = (lab_files / "upcycling.jsonl").read_text(), capsys.readouterr().out
+    (line,) = metrics.read_jsonl(lab_files / "upcycling.jsonl")
     losses, loads = line["result"]["losses"], line["result"]["loads"]
     assert {name: len(found)
             for name, found in losses.items()} == {"dense": 4, "experts": 4, "scratch": 4}
     assert min(map(min, losses.values())) > 2 and len(loads["experts"]) == upcycling.PARTS
     assert "holds | upcycled experts compute what the dense model computes" in said
-    assert all((tmp_path / f"upcycling{part}.png").stat().st_size > 10_000
+    assert all((lab_files / f"upcycling{part}.png").stat().st_size > 10_000
                for part in ("", "_slide"))
     # checkpoints are gone
-    assert not [path for path in tmp_path.iterdir() if path.is_dir() and path.name[0] != "."]
+    assert not [path for path in lab_files.iterdir() if path.is_dir() and path.name[0] != "."]
     upcycling.main(["--quick=True", "--workers=1"])                     # nothing is run again
-    assert (tmp_path / "upcycling.jsonl").read_text() == results
+    assert (lab_files / "upcycling.jsonl").read_text() == results
 
 
 def made_up(equal=1e-6, dense=(2.2, 2.1, 2.0, 1.95), experts=(2.22, 2.1, 1.9, 1.87),

@@ -11,14 +11,13 @@ NAMES = ("below the trunk", "at no horizon worse", "is enough", "above one of", 
          "ends later", "one horizon earlier", "rises again", "forms of the decay", "averaging")
 
 
-def test_the_quick_run_and_its_cache(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(runs, "path", lambda name, kind, config: tmp_path / f"{name}.{kind}.png")
+def test_the_quick_run_and_its_cache(lab_files, monkeypatch, capsys):
     lab.main(["--quick=True", "--workers=1"])
     out = capsys.readouterr().out
     assert all(name in out for name in NAMES) and "nan" not in out
-    assert all((tmp_path / f"wsd_vs_cosine{page}.figures.png").stat().st_size > 10_000
+    assert all((lab_files / f"wsd_vs_cosine{page}.png").stat().st_size > 10_000
                for page in ("", "_slide"))
-    lines = metrics.read_jsonl(tmp_path / "wsd_vs_cosine.results.png")
+    lines = metrics.read_jsonl(lab_files / "wsd_vs_cosine.jsonl")
     trunk = next(line["result"] for line in lines if line["work"] == "trunk_and_decays")
     first, last = (end for end, _ in trunk["averaged"])
     assert {first, last} <= dict(trunk["trunk"]).keys() and len(trunk["decays"]) == 2 * 2 + 1

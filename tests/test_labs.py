@@ -181,12 +181,11 @@ def test_an_interrupted_lab_keeps_what_it_has_and_goes_on(lab, tmp_path):
 
 
 def test_the_coordinate_check_runs_quickly_and_tells_a_rule_that_is_off(
-        tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(runs, "path", lambda lab, kind, config: tmp_path / f"{lab}.{kind}.png")
+        lab_files, capsys):
     mup_coordinates.main(["--quick=True", "--workers=1"])
     said = capsys.readouterr().out
     assert len(re.findall("^(holds|does not hold) \\|", said, re.M)) == 12
-    assert (tmp_path / "mup_coordinates.figures.png").stat().st_size > 10_000
+    assert (lab_files / "mup_coordinates.png").stat().st_size > 10_000
     assert "\nholds | standard: they grow from the start" in said
     assert "\nholds | without the learning-rate rule" in said
     assert "--widht: unknown option" in error_of(mup_coordinates, ["--widht=64"], capsys)

@@ -186,8 +186,8 @@ def test_flops_are_six_per_weight_plus_attention():
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_chunked_loss_equals_plain_loss(monkeypatch, tied):
-    model, idx, targets = make(
-        dataclasses.replace(SMALL, tie_word_embeddings=tied)), ids(3, 20), ids(3, 20, seed=1)
+    model = make(dataclasses.replace(SMALL, tie_word_embeddings=tied))
+    idx, targets = ids(3, 20), ids(3, 20, seed=1)
     targets[0, :7] = -100
     # DPO and masks weigh tokens differently
     weights = torch.rand(3, 20)

@@ -419,8 +419,8 @@ def test_of_a_run_the_last_stable_checkpoint_is_taken(tmp_path, capsys):
 
 
 def test_what_can_not_be_upcycled(tmp_path, capsys):
-    source, experts, out = save(
-        tmp_path / "dense", make(DENSE)), save(tmp_path / "experts", make(SMALL)), tmp_path / "out"
+    source, out = save(tmp_path / "dense", make(DENSE)), tmp_path / "out"
+    experts = save(tmp_path / "experts", make(SMALL))
     assert "4 experts already" in refused(capsys, f"--ckpt={experts}", f"--out={out}")
     assert "--num_experts_per_tok=9: must be from 1 to --num_experts=8" in refused(
         capsys, f"--ckpt={source}", f"--out={out}", "--num_experts_per_tok=9")

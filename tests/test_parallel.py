@@ -184,8 +184,8 @@ def test_resume_and_branch_across_sizes(place):
 
 def test_the_smallest_micro_batch_of_all_ranks_counts(monkeypatch):
     monkeypatch.setattr(World, "all_gather", lambda self, value: [value, 2])
-    state, config = new_state(
-        train.TrainConfig(max_steps=9)), train.TrainConfig(max_steps=9, batch_size=16)
+    state = new_state(train.TrainConfig(max_steps=9))
+    config = train.TrainConfig(max_steps=9, batch_size=16)
     assert train.set_micro_batch(config, state, MiniCPMConfig(vocab_size=64), World(size=2))
     assert state.micro == 2
 
@@ -389,8 +389,9 @@ def test_a_killed_worker_is_restarted_and_nothing_is_lost(place):
 
 @pytest.mark.slow
 def test_a_terminated_group_saves_and_continues(place):
-    expected = losses(place, "undisturbed") if (
-        place / "undisturbed").exists() else alone(place, "undisturbed", "--max_steps=60")
+    if not (place / "undisturbed").exists():
+        alone(place, "undisturbed", "--max_steps=60")
+    expected = losses(place, "undisturbed")
     process = launch(2, ROOT / "train.py", *options(place, "stopped", "--max_steps=60"))
     wait_for(process, place, "stopped", 13)
     process.terminate()

@@ -284,8 +284,8 @@ def test_git_lfs_pointers_and_lora_folders_are_named(released, tmp_path, capsys)
 
 
 def test_exports_that_are_refused(tmp_path, capsys):
-    dense, experts = save(
-        tmp_path / "dense", make({})), save(tmp_path / "experts", make(VARIANTS["experts"]))
+    dense = save(tmp_path / "dense", make({}))
+    experts = save(tmp_path / "experts", make(VARIANTS["experts"]))
     assert "--form=granite" in fails(capsys, convert.main, f"--ckpt={experts}",
                                      f"--to_hf={tmp_path / 'x'}", "--form=llama")
     (tmp_path / "full").mkdir()
