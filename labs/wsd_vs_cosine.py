@@ -316,7 +316,7 @@ def below(claim, words, pairs, paper="-"):
 # of 40 %, and 0.008 above it with 80 %. Four decays of 40 % would take 5,923 updates. Why 10 % is
 # too short was not tested. A batch of 1,024 tokens has a noisy gradient, and a short decay may not
 # average enough of the noise away. And both schedules have the same peak rate, which was chosen for
-# neither: a constant rate may want a lower peak than a cosine.
+# neither: a constant rate may want a lower peak than a cosine (exercise 3).
 #
 # Exercises
 # 1. `kept = ...` in trunk_and_decays: average the last two sets of weights only, or all from the
